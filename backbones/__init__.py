@@ -1,0 +1,16 @@
+"""Networks s(x_t, t, d, y) behind names.
+
+>>> import backbones
+>>> net = backbones.create("dit_b_2", shape=(4, 32, 32), num_classes=1000)
+
+A builder is called as ``builder(shape=..., num_classes=..., finest_steps=..., **options)`` and returns a module called
+as ``net(x_t, t, d, y)``. Add one with :func:`register`, or from another package through the entry-point group
+``shortcutflow.backbones``, whose entries name a mapping from name to builder.
+"""
+
+from backbones import dit as _dit
+from backbones.registry import BUILDERS, create, names, register
+
+BUILDERS.update(_dit.PRESETS)
+
+__all__ = ["BUILDERS", "create", "names", "register"]

@@ -1,0 +1,66 @@
+"""What all objectives share: their settings' base class and the regression of a network on target velocities."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Generator, Tensor
+
+from shortcutflow.guidance import drop_condition, require_null
+from shortcutflow.path import check_state
+from shortcutflow.types import LossReport, Network, Targets
+
+
+class ObjectiveSettings(BaseModel):
+    """Base of the objectives: frozen, strict settings, readable from and writable to JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    condition_dropout: float = Field(default=0.0, ge=0, le=1, description="share of rows that lose their condition")
+    sigma_min: float = Field(default=0.0, ge=0, lt=1, description="share of the noise that is left at t = 1")
+
+    def draw_dropped(self, rows: int, generator: Generator | None, device: torch.device) -> Tensor:
+        """Which rows lose their condition, (rows,) bool."""
+        return torch.rand(rows, generator=generator, device=device) < self.condition_dropout
+
+    def drop(self, y: Tensor | None, dropped: Tensor, null_y: Tensor | float | None) -> Tensor | None:
+        """Apply dropped to y; a condition_dropout of 0 needs no null_y.
+
+        Raises:
+            ValueError: if rows may be dropped and null_y is missing.
+        """
+        if y is None or (self.condition_dropout == 0 and null_y is None):
+            return y
+        return drop_condition(y, dropped, require_null(null_y))
+
+
+def check_batch(data: Tensor, y: Tensor | None) -> None:
+    """Raise ValueError unless data is (b, *shape) floats and y, if any, has b rows too."""
+    if data.ndim < 2 or not data.is_floating_point():
+        raise ValueError(f"data must be a float tensor (batch, *shape), got {data.dtype} {tuple(data.shape)}")
+    if y is not None and y.shape[:1] != data.shape[:1]:
+        raise ValueError(f"y must have one row a sample: data has {len(data)}, y has shape {tuple(y.shape)}")
+
+
+def regress(net: Network, targets: Targets) -> LossReport:
+    """Mean over rows of the mean squared error of s(x_t, t, d, y) against v (the paper's eq. 5, all rows alike).
+
+    Raises:
+        ValueError: if the network's output has another shape than x_t.
+    """
+    check_state(targets.x_t, targets.t)
+    prediction = net(targets.x_t, targets.t, targets.d, targets.y)
+    if prediction.shape != targets.v.shape:
+        raise ValueError(
+            f"the network must return the shape of x_t, {tuple(targets.v.shape)}, it returned {tuple(prediction.shape)}"
+        )
+    row_loss = (prediction.to(targets.v.dtype) - targets.v).square().flatten(1).mean(1)
+    loss = row_loss.mean()
+    row_loss = row_loss.detach()
+    n = targets.n_bootstrap
+    metrics = {"loss": loss.detach(), **targets.metrics}
+    if n < len(row_loss):
+        metrics["loss_flow"] = row_loss[n:].mean()
+    if n > 0:
+        metrics["loss_bootstrap"] = row_loss[:n].mean()
+    return LossReport(loss=loss, metrics=metrics, row_loss=row_loss, targets=targets)

@@ -1,0 +1,117 @@
+"""The words of this library as types.
+
+Legend (one meaning each, everywhere; b = samples, r = rows of a regression):
+
+======  ===============  ==========================================================================
+symbol  in code          meaning
+======  ===============  ==========================================================================
+x_0     ``noise``        standard normal noise, the state at t = 0; (b, \\*shape)
+x_1     ``data``         data, the state at t = 1; (b, \\*shape)
+x_t     ``x_t``          (1 - t) x_0 + t x_1; (b, \\*shape)
+t       ``t``            time, 0 = noise, 1 = data; (b,) float32 in [0, 1]
+d       ``d``            step size: s moves x_t to x_{t+d} = x_t + d s; (b,) float32 in [0, 1]
+y       ``y``            condition: labels (b,) int64, any tensor (b, ...), or None
+M       finest_steps     the finest budget; d at or below 1/M means "follow the flow"
+s       the network      average velocity over [t, t + d], in the direction data minus noise
+======  ===============  ==========================================================================
+
+``shape`` is (channels, height, width) for images and (length, channels) for sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Generator, Tensor
+
+
+class Network(Protocol):
+    """Anything that predicts the average velocity s(x_t, t, d, y), of the shape of x_t."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, d: Tensor, y: Tensor | None, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples as a data source hands them out.
+
+    Attributes:
+        data: (b, *shape) float32.
+        y: labels (b,) int64, any condition tensor (b, ...), or None.
+        keys: the name of each sample in its shard, for messages that name a broken one.
+    """
+
+    data: Tensor
+    y: Tensor | None
+    keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The rows a network is regressed on: s(x_t, t, d, y) should be v.
+
+    Attributes:
+        x_t: (r, *shape).
+        t, d: (r,) float32.
+        y: condition of each row, dropped ones already replaced, or None.
+        v: (r, *shape) the target velocity; carries no gradient.
+        n_bootstrap: the first so many rows are self-consistency rows, the rest flow rows.
+        metrics: scalars about the targets themselves, as 0-d tensors.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    d: Tensor
+    y: Tensor | None
+    v: Tensor
+    n_bootstrap: int = 0
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LossReport:
+    """What one evaluation of an objective gives.
+
+    Attributes:
+        loss: 0-d tensor to call ``backward`` on.
+        metrics: named 0-d tensors without gradient (reading one with ``float`` waits for the device).
+        row_loss: (r,) mean squared error of each row, without gradient.
+        targets: the rows it was computed on.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    row_loss: Tensor
+    targets: Targets
+
+
+class Objective(Protocol):
+    """A training objective: draws random numbers, makes targets, regresses the network on them.
+
+    It holds no network and no tensor, so the same object serves a bare callable, a compiled module, DDP and FSDP2.
+    """
+
+    @property
+    def tells_step_size(self) -> bool:
+        """Whether the network it trains may be told step sizes above 1/M when it is sampled."""
+
+    def draw(self, data: Tensor, *, generator: Generator | None = None) -> Any:
+        """Take every random number of one evaluation."""
+
+    def targets(
+        self, net: Network, data: Tensor, y: Tensor | None, draw: Any, *, null_y: Tensor | float | None = None
+    ) -> Targets:
+        """Make the rows of the regression; deterministic, without gradient. ``net`` gives the bootstrap targets."""
+
+    def __call__(
+        self,
+        net: Network,
+        data: Tensor,
+        y: Tensor | None = None,
+        *,
+        target_net: Network | None = None,
+        null_y: Tensor | float | None = None,
+        generator: Generator | None = None,
+    ) -> LossReport:
+        """draw, targets, regression."""

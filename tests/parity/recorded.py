@@ -1,0 +1,112 @@
+"""Reading the cases recorded from the authors' code (tests/golden), in this library's terms."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import shortcutflow as sf
+from backbones.dit import DiT
+from backbones.released_weights import from_released, to_released
+from shortcutflow.objectives.flow_matching import FlowDraw
+from shortcutflow.objectives.released import released_bootstrap_sizes
+from shortcutflow.objectives.shortcut import ShortcutDraw
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One file: arrays by name, with the names below a prefix."""
+
+    arrays: Mapping[str, np.ndarray]
+    prefix: str = ""
+
+    @classmethod
+    def open(cls, path: Path) -> Recording:
+        with np.load(path, allow_pickle=False) as z:
+            return cls({name: z[name] for name in z})
+
+    def below(self, prefix: str) -> Recording:
+        return Recording(self.arrays, f"{self.prefix}{prefix}/")
+
+    def __contains__(self, name: str) -> bool:
+        return f"{self.prefix}{name}" in self.arrays
+
+    def array(self, name: str) -> np.ndarray:
+        return self.arrays[self.prefix + name]
+
+    def tensor(self, name: str) -> Tensor:
+        return torch.from_numpy(np.array(self.array(name)))
+
+    def images(self, name: str) -> Tensor:
+        """NHWC to NCHW."""
+        return self.tensor(name).permute(0, 3, 1, 2).contiguous()
+
+    def json(self, name: str) -> dict[str, Any]:
+        return json.loads(str(self.array(name)))
+
+    def params(self, name: str = "params") -> dict[str, np.ndarray]:
+        start = f"{self.prefix}{name}/"
+        return {"/".join(k[len(start) :].split("/")): v for k, v in self.arrays.items() if k.startswith(start)}
+
+    def cases(self) -> Iterator[str]:
+        yield from sorted({name.split("/")[0] for name in self.arrays if name.startswith("case")})
+
+
+def build(sizes: Mapping[str, Any], params: Mapping[str, np.ndarray] | None, **options: Any) -> DiT:
+    """The released network of a recording's sizes, holding its parameters."""
+    net = DiT(
+        shape=(sizes["channels"], sizes["image_size"], sizes["image_size"]),
+        num_classes=sizes["num_classes"],
+        width=sizes["hidden_size"],
+        depth=sizes["depth"],
+        heads=sizes["num_heads"],
+        patch=sizes["patch_size"],
+        mlp_ratio=sizes["mlp_ratio"],
+        released=True,
+        **options,
+    )
+    if params is not None:
+        net.load_state_dict(from_released(params))
+    return net
+
+
+def flax_names(net: DiT, values: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    return to_released(values, patch=net.patch)
+
+
+def shortcut_objective(config: Mapping[str, Any]) -> sf.ShortcutObjective:
+    return sf.ShortcutObjective.released(
+        denoise_timesteps=config["denoise_timesteps"],
+        bootstrap_every=config["bootstrap_every"],
+        bootstrap_cfg=bool(config["bootstrap_cfg"]),
+        bootstrap_dt_bias=bool(config["bootstrap_dt_bias"]),
+        cfg_scale=config["cfg_scale"],
+        class_dropout_prob=config["class_dropout_prob"],
+    )
+
+
+def shortcut_draw(objective: sf.ShortcutObjective, config: Mapping[str, Any], draw: Recording) -> ShortcutDraw:
+    """The recorded integers and noises as this library's draw."""
+    n = len(draw.array("t_int_bootstrap"))
+    d = released_bootstrap_sizes(n, objective.finest_steps, bias=objective.rows == "released_dt_bias")
+    t_flow = draw.tensor("t_int_flow").float() / objective.finest_steps
+    if config.get("force_dt", -1) != -1:
+        d = torch.full_like(d, 2.0 ** -config["force_dt"])
+    t_bootstrap = draw.tensor("t_int_bootstrap").float() * d
+    if config.get("force_t", -1) != -1:
+        t_bootstrap, t_flow = (torch.full_like(t, config["force_t"]) for t in (t_bootstrap, t_flow))
+    return objective.released_rows(
+        t_bootstrap, d, draw.images("x0_bootstrap"), t_flow, draw.images("x0_flow"), draw.tensor("label_drop")
+    )
+
+
+def flow_draw(objective: sf.FlowMatchingObjective, draw: Recording, noise: Tensor) -> FlowDraw:
+    assert objective.time_steps is not None
+    return FlowDraw(noise, draw.tensor("t_int").float() / objective.time_steps, draw.tensor("label_drop"))
