@@ -107,6 +107,11 @@ def shortcut_draw(objective: sf.ShortcutObjective, config: Mapping[str, Any], dr
     )
 
 
-def flow_draw(objective: sf.FlowMatchingObjective, draw: Recording, noise: Tensor) -> FlowDraw:
+def flow_draw(
+    objective: sf.FlowMatchingObjective, config: Mapping[str, Any], draw: Recording, noise: Tensor
+) -> FlowDraw:
     assert objective.time_steps is not None
-    return FlowDraw(noise, draw.tensor("t_int").float() / objective.time_steps, draw.tensor("label_drop"))
+    t = draw.tensor("t_int").float() / objective.time_steps
+    if config.get("force_t", -1) != -1:
+        t = torch.full_like(t, config["force_t"])
+    return FlowDraw(noise, t, draw.tensor("label_drop"))

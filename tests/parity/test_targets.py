@@ -63,8 +63,8 @@ def test_naive(naive_case: tuple[Path, str], device: torch.device) -> None:
         noise = c.images("draw/x0")
     else:  # "latent" data sets hold noise and data side by side in the channels
         noise, images = images.chunk(2, dim=1)
-    draw = flow_draw(objective, c.below("draw"), noise)
-    labels = z.tensor("labels").long()
+    draw = flow_draw(objective, config, c.below("draw"), noise)
+    labels = (c if config.get("own_labels") else z).tensor("labels").long()
     targets = objective.targets(_never_called, images, labels, draw, null_y=config["num_classes"])
     out = c.below("out")
     assert torch.equal(targets.t, out.tensor("t"))
