@@ -79,7 +79,9 @@ def check_step(net: DiT, average: sf.Average, flags: dict[str, Any], step: Recor
     assert float(norm) == pytest.approx(float(step.array("info/grad_norm")), rel=1e-5)
     recorded = step.params("grads")
     for name, grad in grads_of(net).items():
-        assert np.abs(grad - recorded[name]).max() <= 2e-6, name
+        # 2e-6 absolute, and as much again relative: gradients reach 0.9 here, and a float64 evaluation is as far from
+        # the recording (1.2e-6 at the first step) as this float32 one.
+        assert np.abs(grad - recorded[name]).max() <= 2e-6 * (1 + np.abs(recorded[name]).max()), name
     return report
 
 
