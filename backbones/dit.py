@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -187,7 +188,8 @@ class DiT(nn.Module):
         level = torch.zeros_like(t) if self.ignore_step_size else step_level(d, self.finest_steps)
         c = self.time_embedding(t) + self.step_embedding(level)
         if self.label_embedding is not None:
-            labels = torch.full_like(t, self.num_classes, dtype=torch.int64) if y is None else y
+            null = self.label_embedding.num_embeddings - 1
+            labels = torch.full_like(t, null, dtype=torch.int64) if y is None else y
             c = c + self.label_embedding(labels)
         return c
 
@@ -215,14 +217,14 @@ class DiT(nn.Module):
         # Reading values is free on a CPU; an accelerator would have to be waited for.
         if x_t.device.type != "cpu" or torch.compiler.is_compiling() or b == 0:
             return
-        for name, value, highest in (("t", t, 1), ("d", d, 1), ("y", y, self.num_classes)):
+        for name, value, highest in (("t", t, 1), ("d", d, 1), ("y", y, self.num_classes or 0)):
             if value is not None and not (value.min() >= 0 and value.max() <= highest):
                 raise ValueError(
                     f"{name} must lie in [0, {highest}], got {value.min().item():g} to {value.max().item():g}"
                 )
 
 
-_SIZES: dict[str, dict[str, int]] = {
+_SIZES: dict[str, dict[str, Any]] = {
     "s": {"width": 384, "depth": 12, "heads": 6},
     "b": {"width": 768, "depth": 12, "heads": 12},
     "l": {"width": 1024, "depth": 24, "heads": 16},

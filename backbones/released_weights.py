@@ -21,7 +21,12 @@ _LINEAR = {
     "FinalLayer_0/Dense_1": "head.out",
     "PatchEmbed_0/Conv_0": "patch_embedding",
 }
-_BLOCK_LINEAR = {"Dense_0": "modulation", "Dense_4": "mixer.out", "MlpBlock_0/Dense_0": "mlp.0", "MlpBlock_0/Dense_1": "mlp.2"}
+_BLOCK_LINEAR = {
+    "Dense_0": "modulation",
+    "Dense_4": "mixer.out",
+    "MlpBlock_0/Dense_0": "mlp.0",
+    "MlpBlock_0/Dense_1": "mlp.2",
+}
 _TABLE = {"LabelEmbedder_0/Embed_0/embedding": "label_embedding.weight", "Embed_0/embedding": "log_variances"}
 _QKV = ("Dense_2", "Dense_1", "Dense_3")
 

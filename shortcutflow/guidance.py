@@ -97,9 +97,7 @@ def partly_guided_velocity(
         raise ValueError(f"guidance_scale {scale:g} needs a condition y to guide by; without one it must be 1")
     head = slice(at_most)
     null = null_like(y[head], null_y)
-    v = net(
-        torch.cat([x_t, x_t[head]]), torch.cat([t, t[head]]), torch.cat([d, d[head]]), torch.cat([y, null])
-    )
+    v = net(torch.cat([x_t, x_t[head]]), torch.cat([t, t[head]]), torch.cat([d, d[head]]), torch.cat([y, null]))
     with_y, with_null = v[: len(x_t)], v[len(x_t) :]
     mask = guided[head].view(-1, *(1,) * (x_t.ndim - 1))
     with_guidance = with_null + scale * (with_y[head] - with_null)

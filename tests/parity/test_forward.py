@@ -112,4 +112,3 @@ def test_initialisation(num_classes: int, request: pytest.FixtureRequest) -> Non
         assert abs(float(value.std()) - theirs["std"]) <= 2 * spread + 1e-12, name
         if value.size > 1e5 and "kernel" in name and "Timestep" not in name:  # uniform: the range is sharp
             assert abs(float(value.max()) - theirs["max"]) <= 1e-3 * abs(theirs["max"]), name
-

@@ -57,9 +57,7 @@ def loss_of(net: DiT, average: sf.Average, flags: dict[str, Any], step: Recordin
 
 
 def grads_of(net: DiT) -> dict[str, np.ndarray]:
-    return flax_names(
-        net, {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in net.named_parameters()}
-    )
+    return flax_names(net, {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in net.named_parameters()})
 
 
 def assert_same_params(net: DiT, recorded: dict[str, np.ndarray], lr: float) -> None:
@@ -128,9 +126,7 @@ def _released_average(flags: dict[str, Any]) -> sf.AverageConfig:
     return sf.AverageConfig(decay=flags["target_update_rate"], warm_up=False)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"weight_decay": 0.0}, {"lr": 1.02e-4}, {"beta2": 0.99}], ids=str
-)
+@pytest.mark.parametrize("wrong", [{"weight_decay": 0.0}, {"lr": 1.02e-4}, {"beta2": 0.99}], ids=str)
 def test_negative_control_optimizer(wrong: dict[str, float]) -> None:
     z = Recording.open(GOLDEN / "train_steps_shortcut.npz")
     flags = z.json("flags")

@@ -1,0 +1,36 @@
+"""Handwritten digits (8x8, ten classes): a shortcut model from nothing to one-step samples in minutes on two CPU cores.
+
+    python recipes/digits.py
+    python recipes/digits.py --objective flow_matching      # the contrast: plain flow matching
+
+The paper has no digits; this recipe shows its claim at a size that runs anywhere: one network, trained once, sampled in
+1, 2, 4, ... 128 steps. At its end it prints, for each budget, the Fréchet distance in pixel space of 2,000 samples to
+the 1,797 real digits (real against real about 0.5, noise 65) and the share of samples that a classifier of the real
+digits reads as the label asked for.
+"""
+
+from shortcutflow.cli import launch
+from shortcutflow.config import PixelEvaluation, RunConfig, TrainingConfig
+from shortcutflow.data.digits import DigitsData
+from shortcutflow.ema import AverageConfig
+from shortcutflow.network import BackboneConfig
+from shortcutflow.objectives.shortcut import ShortcutObjective
+from shortcutflow.train.optim import OptimizerConfig
+
+
+def recipe() -> RunConfig:
+    """The run."""
+    return RunConfig(
+        name="digits",
+        data=DigitsData(),
+        backbone=BackboneConfig(name="dit", options={"width": 64, "depth": 4, "heads": 4, "patch": 2}),
+        objective=ShortcutObjective(finest_steps=128, bootstrap_fraction=0.25, condition_dropout=0.1),
+        optimizer=OptimizerConfig(lr=2e-3, weight_decay=0.1),
+        averages={"ema": AverageConfig(decay=0.95)},
+        training=TrainingConfig(steps=4000, global_batch_size=64, device="cpu", grid_every=1000),
+        evaluation=PixelEvaluation(),
+    )
+
+
+if __name__ == "__main__":
+    launch(recipe())

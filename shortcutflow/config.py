@@ -1,0 +1,196 @@
+"""The complete description of a run: strict, frozen, saved resolved beside its results."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from shortcutflow.data import DataConfig
+from shortcutflow.ema import AverageConfig
+from shortcutflow.network import BackboneConfig
+from shortcutflow.objectives import ObjectiveConfig
+from shortcutflow.train.optim import OptimizerConfig
+
+CONFIG_FILE = "config.json"
+CURRENT = "current"
+"""In place of an average's name: the weights themselves."""
+
+
+class TrainingConfig(BaseModel):
+    """How long, how large, how often.
+
+    Args:
+        steps: optimizer steps in all.
+        global_batch_size: samples an optimizer step, over all processes.
+        precision: "bfloat16" runs the network under autocast; weights, t and d stay float32.
+        compile: run the network through torch.compile.
+        device: "auto" is a GPU if there is one.
+        log_every, grid_every, checkpoint_every: in steps; 0 never (the last step is always saved).
+        keep_checkpoints: older ones are deleted.
+        grid_steps: the sampling budgets of the sample grids.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = Field(ge=1)
+    global_batch_size: int = Field(ge=1)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    log_every: int = Field(default=50, ge=1)
+    grid_every: int = Field(default=0, ge=0)
+    checkpoint_every: int = Field(default=1000, ge=0)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    grid_steps: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 4, 128)
+
+
+class PixelEvaluation(BaseModel):
+    """What is measured when training ends, in pixel space (for images of a few dozen pixels).
+
+    Args:
+        steps: the sampling budgets.
+        samples: how many samples a budget.
+        guidance_scale: of the sampler.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["pixels"] = "pixels"
+    steps: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 4, 8, 32, 128)
+    samples: int = Field(default=2000, ge=2)
+    guidance_scale: float = Field(default=1.0, ge=0)
+
+
+class RunConfig(BaseModel):
+    """One training run.
+
+    Args:
+        name: of the run's folder.
+        seed: of everything random.
+        data, backbone, objective, optimizer, training: what they say.
+        averages: averages of the weights, by name.
+        target_weights: what makes bootstrap targets: an average's name or "current".
+        sample_weights: what is sampled and evaluated: likewise.
+        evaluation: what is measured at the end; None nothing.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    seed: int = Field(default=0, ge=0)
+    data: DataConfig
+    backbone: BackboneConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    averages: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")], AverageConfig] = {"ema": AverageConfig()}
+    target_weights: str = "ema"
+    sample_weights: str = "ema"
+    training: TrainingConfig
+    evaluation: PixelEvaluation | None = None
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> RunConfig:
+        for field in ("target_weights", "sample_weights"):
+            chosen = getattr(self, field)
+            if chosen != CURRENT and chosen not in self.averages:
+                known = ", ".join([*self.averages, CURRENT])
+                raise ValueError(f"{field} is {chosen!r}; known: {known}")
+        if self.objective.kind == "shortcut":
+            self.objective.n_bootstrap(self.training.global_batch_size)
+        return self
+
+    @property
+    def finest_steps(self) -> int:
+        """M of the objective; 128 for one that has none."""
+        return getattr(self.objective, "finest_steps", 128)
+
+    def save(self, run_dir: Path) -> None:
+        """Write it into the run's folder, whole or not at all."""
+        unfinished = run_dir / f".{CONFIG_FILE}.{os.getpid()}"
+        unfinished.write_text(self.model_dump_json(indent=2) + "\n")
+        unfinished.replace(run_dir / CONFIG_FILE)
+
+    @classmethod
+    def load(cls, run_dir: Path) -> RunConfig:
+        """Read it from a run's folder.
+
+        Raises:
+            FileNotFoundError: if the folder holds no run.
+            ValueError: if the file does not describe one.
+        """
+        path = run_dir / CONFIG_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{run_dir} is not a run: it holds no {CONFIG_FILE}")
+        return validated(json.loads(path.read_text()), where=str(path))
+
+
+def validated(values: dict[str, Any], *, where: str) -> RunConfig:
+    """A RunConfig from plain values; what is wrong comes as one ValueError with a line a field."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            place = ".".join(str(part) for part in problem["loc"]) or "the run"
+            lines.append(f"{place}: {problem['msg'].removeprefix('Value error, ')}")
+        raise ValueError(f"{where}: " + "; ".join(lines)) from error
+
+
+def with_overrides(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
+    """A config with ``section.field=value`` applied; values are JSON, or else taken as text.
+
+    A new ``kind`` of a section keeps the fields that both kinds have and gives the others their defaults.
+
+    Raises:
+        ValueError: for an override without "=", an unknown field (naming those there are), or an impossible value.
+    """
+    values = config.model_dump(mode="json")
+    # A kind comes first: which fields a section has depends on it.
+    for override in sorted(overrides, key=lambda o: not o.partition("=")[0].endswith(".kind")):
+        path, equals, text = override.partition("=")
+        if not equals or not path:
+            raise ValueError(f"an override has the form section.field=value, got {override!r}")
+        _set(values, path, text)
+    return validated(values, where="config")
+
+
+def _set(values: dict[str, Any], path: str, text: str) -> None:
+    *sections, field = path.split(".")
+    here = values
+    for i, section in enumerate(sections):
+        if not isinstance(here.get(section), dict):
+            raise ValueError(_unknown(path, ".".join([*sections[:i], section]), here, sections[:i]))
+        here = here[section]
+    free_form = bool(sections) and sections[-1] in ("options", "averages")
+    if field not in here and not free_form:
+        raise ValueError(_unknown(path, field, here, sections))
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    if field == "kind" and value != here["kind"]:
+        _change_kind(values, sections[0], value)
+    else:
+        here[field] = value
+
+
+def _unknown(path: str, field: str, here: dict[str, Any], sections: list[str]) -> str:
+    close = difflib.get_close_matches(field.rpartition(".")[2], list(here), n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{path!r}: {'.'.join(sections) or 'a run'} has no field {field!r}; {hint}it has: {', '.join(here)}"
+
+
+def _change_kind(values: dict[str, Any], section: str, kind: str) -> None:
+    """Keep what the new kind of a section also has."""
+    union = get_args(RunConfig.model_fields[section].annotation)
+    kinds: dict[str, type[BaseModel]] = {model.model_fields["kind"].default: model for model in union}
+    if kind not in kinds:
+        raise ValueError(f"{section}.kind is {kind!r}; known: {', '.join(sorted(kinds))}")
+    kept = {name: value for name, value in values[section].items() if name in kinds[kind].model_fields}
+    values[section] = kept | {"kind": kind}

@@ -1,0 +1,10 @@
+"""The data sources a run can name: a closed set, told apart by ``kind``."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from shortcutflow.data.digits import DigitsData
+from shortcutflow.data.source import ShardsData
+
+DataConfig = Annotated[DigitsData | ShardsData, Field(discriminator="kind")]

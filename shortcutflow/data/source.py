@@ -1,0 +1,43 @@
+"""Where a run's data comes from: settings that lead to a folder of shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from shortcutflow.data.manifest import Manifest
+
+
+class DataInfo(NamedTuple):
+    """What a network must fit: the shape of a sample, the number of labels (or None), the number of samples."""
+
+    shape: tuple[int, ...]
+    num_classes: int | None
+    samples: int
+
+
+class DataSettings(BaseModel):
+    """Settings that every source has."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shuffle_buffer: int = Field(default=4096, ge=1, description="samples shuffled among each other")
+    cache_bytes: int = Field(default=256 * 2**20, ge=0, description="keep data sets up to this size decoded in memory")
+
+
+class ShardsData(DataSettings):
+    """A folder of shards that were prepared before."""
+
+    kind: Literal["shards"] = "shards"
+    folder: Path
+
+    def prepare(self) -> Path:
+        """The folder, which must exist."""
+        return self.folder
+
+    def describe(self) -> DataInfo:
+        """Read from its manifest."""
+        manifest = Manifest.read(self.folder)
+        return DataInfo(manifest.shape, manifest.num_classes, manifest.samples)

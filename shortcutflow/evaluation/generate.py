@@ -1,0 +1,53 @@
+"""Samples from a network: sample i depends on (seed, i) alone, never on the batch it came in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from shortcutflow.sampling import sample
+from shortcutflow.seeds import generator_for
+from shortcutflow.types import Network
+
+Sampler = Callable[..., Tensor]
+
+
+def noise_of(seed: int, count: int, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
+    """The noise of samples 0 ... count - 1, (count, *shape), drawn on the CPU so that every device gets the same."""
+    rows = [torch.randn(shape, generator=generator_for(seed, "noise", step=i)) for i in range(count)]
+    return torch.stack(rows).to(device)
+
+
+def labels_of(count: int, num_classes: int | None, device: torch.device | str = "cpu") -> Tensor | None:
+    """Labels in turn, 0, 1, ..., (count,) int64; None if there are none."""
+    return None if num_classes is None else torch.arange(count, device=device) % num_classes
+
+
+@torch.no_grad()
+def generate(
+    net: Network,
+    noise: Tensor,
+    y: Tensor | None,
+    *,
+    steps: int,
+    batch_size: int = 500,
+    guidance_scale: float = 1.0,
+    null_y: float | None = None,
+    finest_steps: int = 128,
+    flow_only: bool = False,
+    progress: bool = False,
+) -> Tensor:
+    """As :func:`shortcutflow.sample`, in batches: (n, *shape) from noise (n, *shape)."""
+    made = []
+    for start in range(0, len(noise), batch_size):
+        part = slice(start, start + batch_size)
+        made.append(
+            sample(
+                net, noise[part], None if y is None else y[part],
+                steps=steps, guidance_scale=guidance_scale, null_y=null_y,
+                finest_steps=finest_steps, flow_only=flow_only, progress=progress,
+            )
+        )  # fmt: skip
+    return torch.cat(made)

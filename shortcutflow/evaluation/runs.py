@@ -1,0 +1,87 @@
+"""Opening a finished or running run to sample from it: no flag needed, the config lies beside the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from shortcutflow.config import CONFIG_FILE, CURRENT, RunConfig
+from shortcutflow.network import build_network
+from shortcutflow.train import checkpoint
+from shortcutflow.train.checkpoint import NETWORK, average_group
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's network, ready to sample.
+
+    Attributes:
+        folder: the run's folder.
+        config: its resolved config.
+        step: optimizer steps done.
+        weights: the average's name, or "current".
+        network: in eval mode.
+    """
+
+    folder: Path
+    config: RunConfig
+    step: int
+    weights: str
+    network: nn.Module
+
+    @property
+    def null_y(self) -> int | None:
+        """The label that stands for no label."""
+        return self.config.data.describe().num_classes
+
+
+def find_run(path: Path) -> Path:
+    """The run at this path: the folder itself, or the newest run inside it.
+
+    Raises:
+        FileNotFoundError: if there is none, listing runs nearby.
+    """
+    if (path / CONFIG_FILE).is_file():
+        return path
+    inside = sorted(path.glob(f"*/{CONFIG_FILE}"), key=lambda p: p.stat().st_mtime)
+    if inside:
+        return inside[-1].parent
+    if not path.exists():
+        nearby = sorted({str(p.parent) for p in path.parent.glob(f"*/{CONFIG_FILE}")})
+        hint = f"; runs beside it: {', '.join(nearby[:5])}" if nearby else ""
+        raise FileNotFoundError(f"there is no run at {path}{hint}")
+    raise FileNotFoundError(f"{path} holds no run: no {CONFIG_FILE} in it or in a folder inside it")
+
+
+def load_run(path: Path, *, weights: str | None = None, device: torch.device | str = "cpu") -> Run:
+    """Load a run's network from its newest checkpoint.
+
+    Args:
+        path: its folder, or one that holds runs (the newest is taken).
+        weights: an average's name or "current"; None takes what the run's config samples with.
+
+    Raises:
+        FileNotFoundError: without a run or a checkpoint.
+        ValueError: for unknown weights.
+    """
+    folder = find_run(path)
+    config = RunConfig.load(folder)
+    weights = weights or config.sample_weights
+    if weights != CURRENT and weights not in config.averages:
+        raise ValueError(f"unknown weights {weights!r}; this run has: {', '.join([*config.averages, CURRENT])}")
+    newest = checkpoint.latest_in(folder / CHECKPOINTS)
+    if newest is None:
+        raise FileNotFoundError(f"{folder} has no checkpoint yet")
+    info = config.data.describe()
+    network = build_network(
+        config.backbone, shape=info.shape, num_classes=info.num_classes, finest_steps=config.finest_steps,
+        seed=config.seed,
+    )  # fmt: skip
+    group = NETWORK if weights == CURRENT else average_group(weights)
+    network.load_state_dict(newest.tensors(group))
+    return Run(folder, config, newest.step, weights, network.to(device).eval())

@@ -1,0 +1,67 @@
+"""A picture of a run's samples: a row a budget, the same noise in each column."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from shortcutflow.evaluation.generate import generate, labels_of, noise_of
+from shortcutflow.evaluation.grids import sample_grid
+from shortcutflow.evaluation.runs import Run
+
+
+def sample_sheet(
+    run: Run,
+    *,
+    budgets: Sequence[int],
+    labels: Sequence[int] | None = None,
+    count: int | None = None,
+    seed: int = 0,
+    guidance_scale: float = 1.0,
+) -> np.ndarray:
+    """Draw samples, (height, width, 3) uint8.
+
+    Args:
+        run: a loaded run.
+        budgets: numbers of steps.
+        labels: a label a column; None takes ``count`` columns with all labels in turn.
+        count: number of columns without labels; None is 10.
+        seed: of the noise.
+        guidance_scale: of the sampler.
+
+    Raises:
+        ValueError: for a budget below 1, labels out of range or of a run without any, or labels and count together.
+    """
+    info, config = run.config.data.describe(), run.config
+    if not all(budget >= 1 for budget in budgets):
+        raise ValueError(f"steps must be at least 1, got {', '.join(map(str, budgets))}")
+    if labels is not None and count is not None:
+        raise ValueError("give labels or a count, not both: each label is one sample")
+    if count is not None and count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    device = next(run.network.parameters()).device
+    if labels is None:
+        y = labels_of(count or 10, info.num_classes, device)
+        n = count or 10
+    else:
+        _check_labels(labels, info.num_classes)
+        y, n = torch.tensor(labels, device=device), len(labels)
+    noise = noise_of(seed, n, info.shape, device)
+    rows = [
+        generate(
+            run.network, noise, y, steps=budget, guidance_scale=guidance_scale, null_y=run.null_y,
+            finest_steps=config.finest_steps, flow_only=not config.objective.tells_step_size,
+        )
+        for budget in budgets
+    ]  # fmt: skip
+    return sample_grid(rows, [f"{budget} step{'s' * (budget > 1)}" for budget in budgets])
+
+
+def _check_labels(labels: Sequence[int], num_classes: int | None) -> None:
+    if num_classes is None:
+        raise ValueError("this run was trained without labels: leave --labels out")
+    wrong = [label for label in labels if not 0 <= label < num_classes]
+    if wrong:
+        raise ValueError(f"labels must be from 0 to {num_classes - 1}, got {', '.join(map(str, wrong))}")

@@ -1,0 +1,52 @@
+"""Networks by name, through the entry-point group ``shortcutflow.backbones``.
+
+Nothing here knows a particular backbone: a config names one, and only what is installed can be built.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from shortcutflow.seeds import seed_for
+
+ENTRY_POINT_GROUP = "shortcutflow.backbones"
+
+
+class BackboneConfig(BaseModel):
+    """A registered name and the options of its builder; shape, num_classes and finest_steps come from the run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+def build_network(
+    config: BackboneConfig, *, shape: tuple[int, ...], num_classes: int | None, finest_steps: int, seed: int
+) -> nn.Module:
+    """Build the named network, its initial weights a function of the seed.
+
+    Raises:
+        ValueError: for an unknown name, listing the installed ones, or options its builder does not take.
+    """
+    known: list[str] = []
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        builders = entry.load()
+        known += builders
+        if config.name not in builders:
+            continue
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed_for(seed, "network"))
+                return builders[config.name](
+                    shape=shape, num_classes=num_classes, finest_steps=finest_steps, **config.options
+                )
+        except TypeError as error:
+            raise ValueError(f"backbone {config.name!r} does not take these options: {error}") from error
+    hint = "" if known else "; none is installed, so the package itself is not: pip install -e ."
+    raise ValueError(f"unknown backbone {config.name!r}; known: {', '.join(sorted(known))}{hint}")

@@ -1,0 +1,174 @@
+"""Input that an objective cannot use: a ValueError whose text names what was given, and never a silent answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+import shortcutflow as sf
+from tests.core.networks import affine, zero
+
+KINDS = {
+    "shortcut": sf.ShortcutObjective(),
+    "all bootstrap": sf.ShortcutObjective(bootstrap_fraction=1),
+    "no bootstrap": sf.ShortcutObjective(bootstrap_fraction=0),
+    "released": sf.ShortcutObjective.released(class_dropout_prob=0),
+    "flow": sf.FlowMatchingObjective(),
+}
+every_kind = pytest.mark.parametrize("objective", KINDS.values(), ids=KINDS.keys())
+
+
+@every_kind
+def test_good_input_passes(objective: Any, generator: Generator) -> None:
+    """The batch that the tests below break in one place each."""
+    data = torch.randn(16, 2, 4, 4, generator=generator)
+    draw = objective.draw(data, generator=generator)
+    assert objective.targets(zero, data, torch.zeros(16).long(), draw).v.shape == data.shape
+    assert objective(affine, data, torch.zeros(16).long(), generator=generator).loss.isfinite()
+
+
+# ---- size of the batch
+
+
+@pytest.mark.parametrize(("batch", "fraction"), [(3, 0.25), (7, 0.125), (1, 0.5)])
+def test_batch_too_small_names_the_numbers(batch: int, fraction: float, generator: Generator) -> None:
+    objective = sf.ShortcutObjective(bootstrap_fraction=fraction)
+    with pytest.raises(ValueError, match=f"batch of {batch} holds no bootstrap row") as raised:
+        objective(zero, torch.zeros(batch, 2), generator=generator)
+    for fact in (f"bootstrap_fraction {fraction:g}", f"at least {int(1 / fraction)} samples", f"at least 1/{batch}"):
+        assert fact in str(raised.value)
+
+
+@pytest.mark.parametrize("every", range(2, 65))
+def test_the_batch_size_it_names_is_the_smallest(every: int) -> None:
+    objective = sf.ShortcutObjective(bootstrap_fraction=1 / every)
+    with pytest.raises(ValueError, match="holds no bootstrap row") as raised:
+        objective.n_bootstrap(every - 1)
+    assert objective.n_bootstrap(every) == 1
+    assert f"use at least {every} samples" in str(raised.value)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 4, 6, 7, 8, 10, 12])
+def test_number_of_bootstrap_rows_is_rounded_down(every: int) -> None:
+    objective = sf.ShortcutObjective(bootstrap_fraction=1 / every)
+    sizes = range(every, 300)
+    assert [objective.n_bootstrap(b) for b in sizes] == [b // every for b in sizes]
+    assert sf.ShortcutObjective(bootstrap_fraction=0).n_bootstrap(1) == 0
+
+
+# ---- data and conditions
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        torch.zeros(16, 2, 4, 4, dtype=torch.uint8),
+        torch.zeros(16, 2, dtype=torch.int64),
+        torch.zeros(16),
+        torch.tensor(1.0),
+    ],
+    ids=lambda data: f"{data.dtype} {tuple(data.shape)}",
+)
+@every_kind
+def test_data_that_is_no_float_batch(objective: Any, data: Tensor, generator: Generator) -> None:
+    with pytest.raises(ValueError, match="data must be a float tensor") as raised:
+        objective(zero, data, generator=generator)
+    assert f"{data.dtype} {tuple(data.shape)}" in str(raised.value)
+
+
+@pytest.mark.parametrize("y", [torch.zeros(15).long(), torch.zeros(17, 3), torch.tensor(3)], ids=["15", "17", "none"])
+@every_kind
+def test_conditions_of_another_length(objective: Any, y: Tensor, generator: Generator) -> None:
+    data = torch.zeros(16, 2)
+    draw = objective.draw(data, generator=generator)
+    calls: list[Callable[[], Any]] = [
+        lambda: objective(zero, data, y, generator=generator),
+        lambda: objective.targets(zero, data, y, draw),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"data has 16, y has shape " + re.escape(str(tuple(y.shape)))):
+            call()
+
+
+@pytest.mark.parametrize("kind", [sf.ShortcutObjective, sf.FlowMatchingObjective])
+def test_dropping_needs_a_null_condition(kind: Any, generator: Generator) -> None:
+    with pytest.raises(ValueError, match="null_y: the label"):
+        kind(condition_dropout=0.1)(zero, torch.zeros(16, 2), torch.zeros(16).long(), generator=generator)
+
+
+# ---- draws of one's own
+
+
+@pytest.mark.parametrize("wrong", [-0.25, 1.5, float("nan")], ids=str)
+@every_kind
+def test_times_outside_the_unit_interval(objective: Any, wrong: float, generator: Generator) -> None:
+    data = torch.zeros(16, 2)
+    draw = objective.draw(data, generator=generator)
+    t = torch.cat([draw.t[:-1], torch.tensor([wrong])])
+    with pytest.raises(ValueError, match=r"t must lie in \[0, 1\] .*got values from") as raised:
+        objective.targets(zero, data, None, dataclasses.replace(draw, t=t))
+    assert f"{wrong:g}" in str(raised.value)
+
+
+@pytest.mark.parametrize("wrong", [-0.25, 7.0], ids=str)
+def test_sizes_outside_the_unit_interval(wrong: float, generator: Generator) -> None:
+    """7 is the exponent of 1/128: a caller who passes exponents is told so."""
+    objective, data = sf.ShortcutObjective(), torch.zeros(16, 2)
+    draw = objective.draw(data, generator=generator)
+    with pytest.raises(ValueError, match=r"d must lie in \[0, 1\]") as raised:
+        objective.targets(zero, data, None, dataclasses.replace(draw, d=torch.full_like(draw.d, wrong)))
+    assert f"{wrong:g}" in str(raised.value)
+
+
+@every_kind
+def test_noise_of_another_shape(objective: Any, generator: Generator) -> None:
+    data = torch.zeros(16, 2, 4, 4)
+    draw = objective.draw(data, generator=generator)
+    other = dataclasses.replace(draw, noise=draw.noise[:, :1])
+    with pytest.raises(ValueError, match=r"noise has shape \(16, 1, 4, 4\), data \(16, 2, 4, 4\)"):
+        objective.targets(zero, data, None, other)
+
+
+@every_kind
+def test_times_of_another_shape(objective: Any, generator: Generator) -> None:
+    data = torch.zeros(16, 2, 4, 4)
+    draw = objective.draw(data, generator=generator)
+    for t in (draw.t[:15], draw.t[:, None]):
+        with pytest.raises(ValueError, match=r"shape \(16,\), got " + re.escape(str(tuple(t.shape)))):
+            objective.targets(zero, data, None, dataclasses.replace(draw, t=t))
+
+
+# ---- networks
+
+
+OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "one channel": lambda x: x[:, :1],
+    "twice the channels": lambda x: torch.cat([x, x], dim=1),
+    "a number a sample": lambda x: x[:, 0, 0, 0],
+    "a row less": lambda x: x[:-1],
+    "one row": lambda x: x[:1],
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS.values(), ids=OUTPUTS.keys())
+@every_kind
+def test_network_of_another_shape(objective: Any, output: Callable[[Tensor], Tensor], generator: Generator) -> None:
+    """Whether it is asked for targets or for the regression; broadcasting must hide none of them."""
+    data = torch.randn(16, 2, 4, 4, generator=generator)
+    with pytest.raises(ValueError, match="must return the shape of x_t"):
+        objective(lambda x, t, d, y: output(x), data, generator=generator)
+
+
+@pytest.mark.parametrize("output", OUTPUTS.values(), ids=OUTPUTS.keys())
+def test_the_text_names_both_shapes(output: Callable[[Tensor], Tensor], generator: Generator) -> None:
+    data = torch.randn(16, 2, 4, 4, generator=generator)
+    returned = tuple(output(data).shape)
+    with pytest.raises(ValueError, match=re.escape("(16, 2, 4, 4)")) as raised:
+        sf.FlowMatchingObjective()(lambda x, t, d, y: output(x), data, generator=generator)
+    assert str(returned) in str(raised.value)

@@ -1,0 +1,135 @@
+"""Guidance inside targets: at the finest bootstrapped size alone, for both half steps, inherited by no other row.
+
+The network is x_t / 2 + y, so every target has a closed form. The same comparison refuses guidance of no row, of all
+rows, of one half step only, and with the conditions exchanged.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+import shortcutflow as sf
+from shortcutflow.guidance import guided_velocity, partly_guided_velocity
+from shortcutflow.objectives.shortcut import ShortcutDraw
+from shortcutflow.path import expand_to
+from shortcutflow.types import Targets
+from tests.core.networks import Recorder, affine
+
+NULL = -2
+SCALE = 3.0
+M = 8  # three bootstrapped sizes: 1/4, 1/2, 1
+
+
+def half_plus_y(x_t: Tensor, t: Tensor, d: Tensor, y: Tensor | None, /) -> Tensor:
+    assert y is not None
+    return 0.5 * x_t + expand_to(y, x_t)
+
+
+def case(objective: sf.ShortcutObjective, generator: Generator) -> tuple[Targets, Recorder, ShortcutDraw]:
+    """Targets of 32 samples with labels 0, 1, 2 and the calls they took."""
+    net, data = Recorder(half_plus_y), torch.randn(32, 2, generator=generator)
+    draw = objective.draw(data, generator=generator)
+    return objective.targets(net, data, torch.arange(32) % 3, draw, null_y=NULL), net, draw
+
+
+def expected(targets: Targets, guided: Tensor, scale: float, scale_of_second: float | None = None) -> Tensor:
+    """Bootstrap targets in closed form: two half steps of x / 2 + g, g being the guided or the plain condition."""
+    n = targets.n_bootstrap
+    assert targets.y is not None
+    x, half, y = targets.x_t[:n], targets.d[:n, None] / 2, targets.y[:n, None].float()
+    first, second = (
+        torch.where(guided[:, None], NULL + s * (y - NULL), y)
+        for s in (scale, scale if scale_of_second is None else scale_of_second)
+    )
+    v1 = 0.5 * x + first
+    v2 = 0.5 * (x + half * v1) + second
+    return (v1 + v2) / 2
+
+
+def agree(targets: Targets, other: Tensor) -> bool:
+    return torch.allclose(targets.v[: targets.n_bootstrap], other, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, SCALE])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_finest_size_alone_is_guided(scale: float, dropout: float, generator: Generator) -> None:
+    objective = sf.ShortcutObjective(
+        finest_steps=M, bootstrap_fraction=0.5, guidance_scale=scale, condition_dropout=dropout
+    )
+    targets, _, _ = case(objective, generator)
+    finest = targets.d[: targets.n_bootstrap] == 2 / M
+    assert 5 <= finest.sum() <= 6, "a third of 16 rows"
+    assert agree(targets, expected(targets, finest, scale))
+
+
+def test_other_guidance_is_told_apart(generator: Generator) -> None:
+    objective = sf.ShortcutObjective(finest_steps=M, bootstrap_fraction=0.5, guidance_scale=SCALE)
+    targets, _, _ = case(objective, generator)
+    finest = targets.d[: targets.n_bootstrap] == 2 / M
+    assert not agree(targets, expected(targets, torch.zeros_like(finest), SCALE)), "none"
+    assert not agree(targets, expected(targets, torch.ones_like(finest), SCALE)), "all sizes"
+    assert not agree(targets, expected(targets, ~finest, SCALE)), "the coarser sizes"
+    assert not agree(targets, expected(targets, finest, SCALE, scale_of_second=1)), "the first half step only"
+    assert not agree(targets, expected(targets, finest, 1 - SCALE)), "the conditions exchanged"
+
+
+def test_flow_rows_are_not_guided(generator: Generator) -> None:
+    objective = sf.ShortcutObjective(finest_steps=M, bootstrap_fraction=0.5, guidance_scale=SCALE)
+    targets, _, draw = case(objective, generator)
+    n = targets.n_bootstrap
+    data_end = targets.x_t[n:] + (1 - targets.t[n:, None]) * targets.v[n:]
+    noise_end = targets.x_t[n:] - targets.t[n:, None] * targets.v[n:]
+    torch.testing.assert_close(noise_end, draw.noise[n:])
+    assert not torch.allclose(data_end, draw.noise[n:])
+
+
+def test_guidance_costs_a_bounded_number_of_rows_in_the_same_two_calls(generator: Generator) -> None:
+    """16 bootstrap rows over three sizes: at most 6 may be guided, whatever the draw."""
+    objective = sf.ShortcutObjective(finest_steps=M, bootstrap_fraction=0.5, guidance_scale=SCALE)
+    for _ in range(20):
+        _, net, draw = case(objective, generator)
+        assert [len(call.x_t) for call in net.calls] == [16 + 6, 16 + 6]
+        assert not draw.guided[6:].any()
+        for call in net.calls:
+            assert call.y is not None
+            assert (call.y[16:] == NULL).all()
+            assert torch.equal(call.x_t[16:], call.x_t[:6])
+    _, net, _ = case(sf.ShortcutObjective(finest_steps=M, bootstrap_fraction=0.5), generator)
+    assert [len(call.x_t) for call in net.calls] == [16, 16]
+
+
+@pytest.mark.parametrize("rows", range(1, 60, 7))
+def test_guided_rows_lie_within_their_bound(rows: int, generator: Generator) -> None:
+    objective = sf.ShortcutObjective(bootstrap_fraction=1, guidance_scale=SCALE)
+    for _ in range(100):
+        draw = objective.draw(torch.zeros(rows, 1), generator=generator)
+        assert torch.equal(draw.guided, draw.d == 2 / 128)
+        assert draw.guided.sum() <= draw.n_may_be_guided <= rows
+        assert not draw.guided[draw.n_may_be_guided :].any()
+
+
+def test_partly_guided_velocity_is_guided_velocity_where_asked(generator: Generator) -> None:
+    x_t, t, d = torch.randn(6, 3, generator=generator), torch.linspace(0, 0.9, 6), torch.full((6,), 0.1)
+    y = torch.arange(6)
+    guided = torch.tensor([True, False, True, False, False, False])
+    mixed = partly_guided_velocity(affine, x_t, t, d, y, guided=guided, at_most=4, scale=SCALE, null_y=NULL)
+    full = guided_velocity(affine, x_t, t, d, y, scale=SCALE, null_y=NULL)
+    plain = affine(x_t, t, d, y)
+    torch.testing.assert_close(mixed, torch.where(guided[:, None], full, plain))
+    assert not torch.allclose(mixed, full)
+    assert not torch.allclose(mixed, plain)
+
+
+@pytest.mark.parametrize(
+    ("y", "null_y", "message"),
+    [(None, NULL, "guidance_scale 3 needs a condition y"), (torch.zeros(32).long(), None, "need null_y")],
+    ids=["no condition", "no null condition"],
+)
+def test_guidance_needs_both_conditions(y: Tensor | None, null_y: Any, message: str, generator: Generator) -> None:
+    objective = sf.ShortcutObjective(guidance_scale=SCALE)
+    with pytest.raises(ValueError, match=message):
+        objective(affine, torch.randn(32, 2, generator=generator), y, null_y=null_y, generator=generator)

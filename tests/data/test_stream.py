@@ -1,0 +1,114 @@
+"""Shards and the stream over them: every sample once an epoch, an order of its own, exact resume."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from shortcutflow.data.digits import DigitsData, load_digits, write_digits
+from shortcutflow.data.manifest import Manifest
+from shortcutflow.data.shards import Sample, write_shards
+from shortcutflow.data.stream import ShardStream
+
+
+def write_numbers(folder: Path, count: int = 53, samples_per_shard: int = 10) -> Manifest:
+    """Tiny images whose pixels say which sample they are."""
+    samples = (Sample(np.full((1, 2, 2), i, np.uint8), i % 3, f"n{i:03d}") for i in range(count))
+    return write_shards(samples, folder, samples_per_shard=samples_per_shard, num_classes=3, preprocessing="none")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder)
+    return folder
+
+
+def keys(stream: ShardStream, batches: int) -> list[str]:
+    return [key for batch in islice(stream, batches) for key in batch.keys]
+
+
+def test_digits_come_back(digits: Path) -> None:
+    """All 1,797 images and labels, within the half grey level that 8 bits leave."""
+    images, labels = load_digits()
+    stream = ShardStream(digits, batch_size=1797, seed=0)
+    batch = next(stream)
+    assert stream.manifest.samples == 1797
+    assert Manifest.read(digits).shape == DigitsData().describe().shape == (1, 8, 8)
+    index = torch.tensor([int(key.removeprefix("digit")) for key in batch.keys])
+    assert batch.y is not None
+    assert torch.equal(batch.y, torch.from_numpy(labels)[index])
+    assert (batch.data - torch.from_numpy(images)[index]).abs().max() <= 0.5 / 127.5 + 1e-6
+    assert batch.data.dtype == torch.float32
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 2**20])
+@pytest.mark.parametrize("batch_size", [1, 7, 53, 60])
+def test_each_sample_once_an_epoch(tmp_path: Path, batch_size: int, cache_bytes: int) -> None:
+    write_numbers(tmp_path)
+    stream = ShardStream(tmp_path, batch_size=batch_size, seed=0, shuffle_buffer=16, cache_bytes=cache_bytes)
+    seen = keys(stream, 53 * 3 // batch_size)
+    for epoch in range(len(seen) // 53):
+        assert max(Counter(seen[epoch * 53 : (epoch + 1) * 53]).values()) == 1
+    sizes = {len(batch.data) for batch in islice(stream, 5)}
+    assert sizes == {batch_size}, "all batches have the same size, over the end of an epoch too"
+
+
+def test_order_depends_on_seed_and_epoch(tmp_path: Path) -> None:
+    write_numbers(tmp_path)
+
+    def order(seed: int) -> list[str]:
+        return keys(ShardStream(tmp_path, batch_size=53, seed=seed), 2)
+
+    first = order(0)
+    assert first == order(0)
+    assert first != order(1)
+    assert first[:53] != first[53:]
+    assert first[:53] != sorted(first[:53])
+
+
+def test_cached_and_streamed_order_are_the_same(tmp_path: Path) -> None:
+    write_numbers(tmp_path)
+    cached = ShardStream(tmp_path, batch_size=8, seed=3, shuffle_buffer=9, cache_bytes=2**20)
+    streamed = ShardStream(tmp_path, batch_size=8, seed=3, shuffle_buffer=9, cache_bytes=0)
+    for a, b in islice(zip(cached, streamed, strict=True), 20):
+        assert a.keys == b.keys
+        assert torch.equal(a.data, b.data)
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 2**20])
+@pytest.mark.parametrize("stop_after", [0, 1, 6, 7, 13, 20])
+def test_resume_gives_the_next_batch(tmp_path: Path, stop_after: int, cache_bytes: int) -> None:
+    write_numbers(tmp_path)
+    options = {"batch_size": 8, "seed": 3, "shuffle_buffer": 9, "cache_bytes": cache_bytes}
+    stream = ShardStream(tmp_path, **options)  # type: ignore[arg-type]
+    for _ in range(stop_after):
+        next(stream)
+    resumed = ShardStream(tmp_path, **options)  # type: ignore[arg-type]
+    resumed.load_state_dict(stream.state_dict())
+    for _ in range(8):
+        expected, got = next(stream), next(resumed)
+        assert got.keys == expected.keys
+        assert torch.equal(got.data, expected.data)
+
+
+def test_same_samples_same_bytes(tmp_path: Path) -> None:
+    first, second = write_numbers(tmp_path / "a"), write_numbers(tmp_path / "b")
+    assert first == second
+    assert [s.samples for s in first.shards] == [10, 10, 10, 10, 10, 3]
+
+
+def test_prepare_writes_once(tmp_path: Path) -> None:
+    data = DigitsData(folder=tmp_path / "digits")
+    manifest = data.prepare() / "manifest.json"
+    written = manifest.stat().st_mtime_ns
+    assert data.prepare() == tmp_path / "digits"
+    assert manifest.stat().st_mtime_ns == written
+    manifest.unlink()  # an interrupted preparation has no manifest, and is made anew
+    assert (data.prepare() / "manifest.json").is_file()
+    assert [p.name for p in tmp_path.iterdir()] == ["digits"]
