@@ -59,9 +59,10 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False) -> None:
     """
     require_one_process()
     device = pick_device(config.training.device)
+    # A run that cannot be built leaves no folder behind.
+    parts = build_parts(config, device)
     run_dir.mkdir(parents=True, exist_ok=True)
     config.save(run_dir)
-    parts = build_parts(config, device)
     start = _restore(parts, run_dir) if resume else 0
     settings, objective, null_y = config.training, config.objective, config.data.describe().num_classes
     net, target_net = _networks_to_call(config, parts)

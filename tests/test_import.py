@@ -1,0 +1,33 @@
+"""``import shortcutflow`` is light: no heavy package, and at most 0.3 s on top of torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+HEAVY = ["webdataset", "tensorboard", "cleanfid", "diffusers", "typer", "torchvision", "sklearn", "PIL", "tqdm"]
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_loads_nothing_heavy() -> None:
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+import shortcutflow, backbones
+print(sorted(name for name in {HEAVY} if name in set(sys.modules) - before))
+"""
+    assert run(code) == "[]"
+
+
+def test_import_time() -> None:
+    code = """
+import time, torch
+start = time.perf_counter()
+import shortcutflow
+print(time.perf_counter() - start)
+"""
+    # The fastest of five: what the import costs, not what else the machine does.
+    assert min(float(run(code)) for _ in range(5)) <= 0.3
