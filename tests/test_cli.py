@@ -149,7 +149,9 @@ def test_mistakes(inside: Path, capsys: pytest.CaptureFixture[str], argv: list[s
     assert says in fail(capsys, *argv)
 
 
-@pytest.mark.parametrize("argv", [["sample"], ["sample", "x", "--steps", "one"], ["trian"], ["train", "digits", "--fast"]])
+@pytest.mark.parametrize(
+    "argv", [["sample"], ["sample", "x", "--steps", "one"], ["trian"], ["train", "digits", "--fast"]]
+)
 def test_mistakes_the_parser_finds(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(argv)

@@ -122,6 +122,7 @@ def test_forced_times_and_sizes(force_t: float | None, force_d: float | None, ge
     data = torch.randn(BATCH, 3, generator=generator)
     draw = objective.draw_released(data, force_t=force_t, force_d=force_d, generator=generator)
     targets = objective.targets(zero, data, None, draw)
-    assert set(targets.t.tolist()) == {force_t} or force_t is None and len(set(targets.t.tolist())) > 2
-    assert set(targets.d[:10].tolist()) == {force_d} or force_d is None and len(set(targets.d[:10].tolist())) == 7
+    times, sizes = set(targets.t.tolist()), set(targets.d[:10].tolist())
+    assert times == {force_t} if force_t is not None else len(times) > 2
+    assert sizes == {force_d} if force_d is not None else len(sizes) == 7
     assert (targets.d[10:] == 1 / 128).all()

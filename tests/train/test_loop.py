@@ -157,7 +157,15 @@ def test_what_a_run_leaves(tmp_path: Path, shards: Path) -> None:
     train(config, tmp_path)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    for name in ("loss", "loss_flow", "loss_bootstrap", "grad_norm", "images_per_second", "lr", "v_magnitude_bootstrap"):
+    for name in (
+        "loss",
+        "loss_flow",
+        "loss_bootstrap",
+        "grad_norm",
+        "images_per_second",
+        "lr",
+        "v_magnitude_bootstrap",
+    ):
         assert all(math.isfinite(line[name]) for line in lines), name
     assert [line["images_seen"] for line in lines] == [32, 64, 96, 128]
     sizes = {name for line in lines for name in line if name.startswith("error_at/")}
