@@ -21,8 +21,8 @@ class Averages:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-        self._error = torch.zeros(0)
-        self._rows = torch.zeros(0)
+        # Sums of errors and numbers of rows by level log2(1/d), made on the device of the first report.
+        self._error_and_rows: Tensor | None = None
 
     def add(self, report: LossReport, **more: Tensor) -> None:
         """Add one step's report; nothing is read back from the device."""
@@ -34,19 +34,19 @@ class Averages:
             self._add_errors(report.row_loss[:n].float(), report.targets.d[:n])
 
     def _add_errors(self, error: Tensor, d: Tensor) -> None:
-        if len(self._rows) == 0:
-            self._error, self._rows = torch.zeros(32, device=d.device), torch.zeros(32, device=d.device)
+        if self._error_and_rows is None:
+            self._error_and_rows = torch.zeros(32, 2, device=d.device)
         level = (-torch.log2(d)).round().long().clamp(0, 31)
-        self._error.index_add_(0, level, error)
-        self._rows.index_add_(0, level, torch.ones_like(error))
+        self._error_and_rows.index_add_(0, level, torch.stack([error, torch.ones_like(error)], dim=1))
 
     def take(self) -> dict[str, float]:
         """The means so far, by name; then start anew. ``error_at/d=1_64`` is the bootstrap error at step size 1/64."""
         means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
-        for level, (error, rows) in enumerate(zip(self._error.tolist(), self._rows.tolist(), strict=True)):
-            if rows > 0:
-                means[f"error_at/d=1_{2**level}"] = error / rows
-        self.__init__()  # type: ignore[misc]
+        if self._error_and_rows is not None:
+            for level, (error, rows) in enumerate(self._error_and_rows.tolist()):
+                if rows > 0:
+                    means[f"error_at/d=1_{2**level}"] = error / rows
+        self._sums, self._counts, self._error_and_rows = {}, {}, None
         return means
 
 

@@ -1,0 +1,88 @@
+"""Quality of the digits recipe by sampling budget, over three seeds, beside plain flow matching.
+
+    python benchmarks/digits.py            # six runs of the recipe; prints the README's table
+    python benchmarks/digits.py --write    # and writes it into README.md and benchmarks/results/
+
+A run is `recipes/digits.py` with its own settings but the seed and the objective.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.record import write_result
+from recipes.digits import recipe
+
+ROOT = Path(__file__).parent.parent
+START, END = "<!-- digits table: benchmarks/digits.py writes it -->", "<!-- end of digits table -->"
+
+
+def measure(objective: str, seed: int, folder: Path) -> dict[str, Any]:
+    """One run of the recipe: its seconds in all and its evaluation's rows."""
+    run_dir = folder / f"{objective}-{seed}"
+    start = time.perf_counter()
+    subprocess.run(
+        [sys.executable, str(ROOT / "recipes" / "digits.py"), f"seed={seed}", "--objective", objective]
+        + ["--run-dir", str(run_dir)],
+        check=True, cwd=folder,
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    report = json.loads((run_dir / "evaluation.json").read_text())
+    extra = {key: report[key] for key in ("classifier_held_out_accuracy", "real_against_real")}
+    return {"objective": objective, "seed": seed, "seconds": seconds, **extra, "rows": report["rows"]}
+
+
+def markdown_table(result: dict[str, Any]) -> str:
+    """Seed 0 and the range over all seeds, for both objectives, as Markdown."""
+    lines = [
+        "| steps | shortcut: distance | read correctly | flow matching: distance | read correctly |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+    ]
+    runs: dict[str, list[dict[str, Any]]] = {"shortcut": [], "flow_matching": []}
+    for run in result["rows"]:
+        runs[run["objective"]].append(run)
+    for i, first in enumerate(runs["shortcut"][0]["rows"]):
+        cells = [str(first["steps"])]
+        for of_kind in runs.values():
+            distances, shares = ([run["rows"][i][key] for run in of_kind] for key in ("frechet", "read_correctly"))
+            cells.append(f"{distances[0]:.2f} ({min(distances):.2f} to {max(distances):.2f})")
+            cells.append(f"{shares[0]:.1%} ({min(shares):.1%} to {max(shares):.1%})")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def put_into_readme(table: str) -> None:
+    """Replace what stands between the README's two markers."""
+    path = ROOT / "README.md"
+    text, count = re.subn(f"{START}.*?{END}", f"{START}\n{table}\n{END}", path.read_text(), flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"{path} lacks the markers {START!r} and {END!r}")
+    path.write_text(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--write", action="store_true", help="write README.md and benchmarks/results/")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [measure(kind, seed, Path(folder)) for kind in ("shortcut", "flow_matching") for seed in args.seeds]
+    table = markdown_table({"rows": rows})
+    print(table)
+    if args.write:
+        print(write_result("digits", torch.device("cpu"), recipe().model_dump(mode="json"), rows))
+        put_into_readme(table)
+
+
+if __name__ == "__main__":
+    main()
