@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,11 +32,9 @@ def measure(objective: str, seed: int, folder: Path) -> dict[str, Any]:
     """One run of the recipe: its seconds in all and its evaluation's rows."""
     run_dir = folder / f"{objective}-{seed}"
     start = time.perf_counter()
-    subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / "digits.py"), f"seed={seed}", "--objective", objective]
-        + ["--run-dir", str(run_dir)],
-        check=True, cwd=folder,
-    )  # fmt: skip
+    recipe_file = str(ROOT / "recipes" / "digits.py")
+    options = [f"seed={seed}", "--objective", objective, "--run-dir", str(run_dir)]
+    subprocess.run([sys.executable, recipe_file, *options], check=True, cwd=folder)
     seconds = time.perf_counter() - start
     report = json.loads((run_dir / "evaluation.json").read_text())
     extra = {key: report[key] for key in ("classifier_held_out_accuracy", "real_against_real")}
@@ -77,6 +76,10 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = [measure(kind, seed, Path(folder)) for kind in ("shortcut", "flow_matching") for seed in args.seeds]
+        if args.write:
+            shutil.copy(
+                Path(folder) / f"shortcut-{args.seeds[0]}" / "samples.png", ROOT / "docs" / "digits_samples.png"
+            )
     table = markdown_table({"rows": rows})
     print(table)
     if args.write:

@@ -101,6 +101,8 @@ class RunConfig(BaseModel):
             if chosen != CURRENT and chosen not in self.averages:
                 known = ", ".join([*self.averages, CURRENT])
                 raise ValueError(f"{field} is {chosen!r}; known: {known}")
+        if self.evaluation is not None and self.data.kind != "digits":
+            raise ValueError(f"evaluation measures the digits; with data of kind {self.data.kind!r} it must be null")
         if self.objective.kind == "shortcut":
             self.objective.n_bootstrap(self.training.global_batch_size)
         return self

@@ -65,7 +65,11 @@ def _train_and_evaluate(config: RunConfig, folder: Path, *, resume: bool) -> Non
 
     print(f"run folder: {folder}", flush=True)
     start = time.perf_counter()
-    train(config, folder, resume=resume)
+    try:
+        train(config, folder, resume=resume)
+    except KeyboardInterrupt:
+        print(f"\nstopped; --resume --run-dir {folder} continues from the last checkpoint")
+        raise
     print(f"trained in {time.perf_counter() - start:.0f} s")
     if config.evaluation is not None:
         from shortcutflow.evaluation.pixels import PICTURE_FILE, evaluate_pixels, table

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from shortcutflow import __version__
 from shortcutflow.config import CURRENT, RunConfig
-from shortcutflow.data.stream import ShardStream
+from shortcutflow.data.stream import BatchStream, ShardStream
 from shortcutflow.ema import Average
 from shortcutflow.evaluation.generate import generate, labels_of, noise_of
 from shortcutflow.evaluation.grids import sample_grid, save_picture
@@ -39,7 +39,7 @@ class Parts(NamedTuple):
     network: nn.Module
     averages: dict[str, Average]
     optimizer: torch.optim.AdamW
-    stream: ShardStream
+    stream: BatchStream
 
 
 def train(config: RunConfig, run_dir: Path, *, resume: bool = False) -> None:
@@ -68,7 +68,7 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False) -> None:
     net, target_net = _networks_to_call(config, parts)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16) if settings.precision == "bfloat16" else nullcontext()
     log, means = MetricsLog(run_dir, resume_at=start), Averages()
-    since, bar = time.perf_counter(), _progress_bar(start, settings.steps)
+    last_log, bar = (start, time.perf_counter()), _progress_bar(start, settings.steps)
 
     for step in range(start, settings.steps):
         batch = next(parts.stream)
@@ -92,15 +92,12 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False) -> None:
         means.add(report, grad_norm=grad_norm)
         bar.update()
         if done % settings.log_every == 0 or done == settings.steps:
-            numbers = means.take()
-            now = time.perf_counter()
-            count = (
-                done - start if done - start < settings.log_every else done % settings.log_every or settings.log_every
-            )
-            speed = {"images_per_second": count * settings.global_batch_size / (now - since), "lr": lr}
-            log.numbers(done, numbers | speed | {"images_seen": float(done * settings.global_batch_size)})
+            numbers, now = means.take(), time.perf_counter()
+            numbers["lr"], numbers["images_seen"] = lr, done * settings.global_batch_size
+            numbers["images_per_second"] = (done - last_log[0]) * settings.global_batch_size / (now - last_log[1])
+            log.numbers(done, numbers)
             bar.set_postfix_str(f"loss {numbers['loss']:.3f}", refresh=False)
-            since = now
+            last_log = done, now
         if done == settings.steps or (settings.grid_every and done % settings.grid_every == 0):
             log.picture(done, "samples", _sample_grid(config, parts, run_dir, done))
         if done == settings.steps or (settings.checkpoint_every and done % settings.checkpoint_every == 0):
