@@ -119,6 +119,9 @@ class DiT(nn.Module):
         super().__init__()
         self.shape, self.patch, self.num_classes = tuple(shape), patch, num_classes
         self.finest_steps, self.ignore_step_size = finest_steps, ignore_step_size
+        for name, value in (("width", width), ("depth", depth), ("heads", heads), ("num_classes", num_classes)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if width % heads:
             raise ValueError(f"heads must divide width: width {width}, heads {heads}")
         channels, grid = self._patch_grid()

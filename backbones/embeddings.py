@@ -13,7 +13,7 @@ class SinusoidalEmbedding(nn.Module):
     """A scalar a sample as a vector: cosines and sines of many frequencies, then a two-layer perceptron.
 
     Features (cos, sin)(scale value 10000^(-i/128)), i < 128 (as DiT and the released code). Features and perceptron
-    stay float32 under autocast: bfloat16 cannot tell 127/128 from 1.
+    stay float32 under autocast: bfloat16 cannot tell 511/512 from 1.
 
     Args:
         width: size of the embedding.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -18,7 +19,7 @@ BUILDERS: dict[str, Builder] = {}
 
 
 def register(name: str) -> Callable[[Builder], Builder]:
-    """Decorator that puts a builder under a name.
+    """Decorator that puts a builder under a name; it goes before one of that name in another installed package.
 
     >>> @backbones.register("my_net")
     ... def my_net(*, shape, num_classes=None, finest_steps=128, width=64):
@@ -62,6 +63,10 @@ def create(name: str, **options: Any) -> nn.Module:
         close = difflib.get_close_matches(name, names(), n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"unknown backbone {name!r}; {hint}known: {', '.join(names())}")
+    try:
+        inspect.signature(builder).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"backbone {name!r}: {error}; it takes {inspect.signature(builder)}") from error
     return builder(**options)
 
 

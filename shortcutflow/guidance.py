@@ -8,6 +8,18 @@ from torch import Tensor
 from shortcutflow.types import Network
 
 
+def predict(net: Network, x_t: Tensor, t: Tensor, d: Tensor, y: Tensor | None) -> Tensor:
+    """Ask the network for its velocity and check its shape.
+
+    Raises:
+        ValueError: if it does not have the shape of x_t.
+    """
+    v = net(x_t, t, d, y)
+    if v.shape != x_t.shape:
+        raise ValueError(f"the network must return the shape of x_t, {tuple(x_t.shape)}, it returned {tuple(v.shape)}")
+    return v
+
+
 def drop_condition(y: Tensor, dropped: Tensor, null_y: Tensor | float) -> Tensor:
     """Replace the conditions of dropped rows by the null condition.
 
@@ -58,13 +70,13 @@ def guided_velocity(
         ValueError: if scale is not 1 and there is no condition, or no null_y.
     """
     if scale == 1:
-        return net(x_t, t, d, y)
+        return predict(net, x_t, t, d, y)
     if y is None:
         raise ValueError(f"guidance_scale {scale:g} needs a condition y to guide by; without one it must be 1")
     null = null_like(y, null_y)
     if scale == 0:
-        return net(x_t, t, d, null)
-    both = net(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([d, d]), torch.cat([y, null]))
+        return predict(net, x_t, t, d, null)
+    both = predict(net, torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([d, d]), torch.cat([y, null]))
     with_y, with_null = both.chunk(2)
     return with_null + scale * (with_y - with_null)
 
@@ -92,12 +104,14 @@ def partly_guided_velocity(
         (r, *shape): guided where ``guided`` says so, the plain conditional velocity elsewhere.
     """
     if scale == 1 or at_most == 0:
-        return net(x_t, t, d, y)
+        return predict(net, x_t, t, d, y)
     if y is None:
         raise ValueError(f"guidance_scale {scale:g} needs a condition y to guide by; without one it must be 1")
     head = slice(at_most)
     null = null_like(y[head], null_y)
-    v = net(torch.cat([x_t, x_t[head]]), torch.cat([t, t[head]]), torch.cat([d, d[head]]), torch.cat([y, null]))
+    v = predict(
+        net, torch.cat([x_t, x_t[head]]), torch.cat([t, t[head]]), torch.cat([d, d[head]]), torch.cat([y, null])
+    )
     with_y, with_null = v[: len(x_t)], v[len(x_t) :]
     mask = guided[head].view(-1, *(1,) * (x_t.ndim - 1))
     with_guidance = with_null + scale * (with_y[head] - with_null)

@@ -5,6 +5,7 @@ Nothing here knows a particular backbone: a config names one, and only what is i
 
 from __future__ import annotations
 
+import inspect
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -40,13 +41,14 @@ def build_network(
         known += builders
         if config.name not in builders:
             continue
+        builder = builders[config.name]
+        options = {"shape": shape, "num_classes": num_classes, "finest_steps": finest_steps} | config.options
         try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed_for(seed, "network"))
-                return builders[config.name](
-                    shape=shape, num_classes=num_classes, finest_steps=finest_steps, **config.options
-                )
+            inspect.signature(builder).bind(**options)
         except TypeError as error:
-            raise ValueError(f"backbone {config.name!r} does not take these options: {error}") from error
+            raise ValueError(f"backbone {config.name!r}: {error}; it takes {inspect.signature(builder)}") from error
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_for(seed, "network"))
+            return builder(**options)
     hint = "" if known else "; none is installed, so the package itself is not: pip install -e ."
     raise ValueError(f"unknown backbone {config.name!r}; known: {', '.join(sorted(known))}{hint}")

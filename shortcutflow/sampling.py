@@ -93,7 +93,7 @@ def trajectory(
     for t, state in _walk(net, x_t, y, steps, guidance_scale, null_y, finest_steps, flow_only, progress):
         times.append(t)
         states.append(state)
-    return Trajectory(torch.tensor(times), torch.stack(states))
+    return Trajectory(torch.tensor(times, device=x_t.device), torch.stack(states))
 
 
 def _walk(
@@ -120,8 +120,6 @@ def _walk(
             net, x_t, torch.full((b,), t, device=device), torch.full((b,), told, device=device), y,
             scale=guidance_scale, null_y=null_y,
         )  # fmt: skip
-        if v.shape != x_t.shape:
-            raise ValueError(f"the network must return the shape of x_t, {tuple(x_t.shape)}, not {tuple(v.shape)}")
         x_t = x_t + size * v.to(x_t.dtype)
         # Equal steps are counted, not added up, so that t is i/N to the last bit.
         t = (i + 1) * size if len(set(sizes)) == 1 else t + size

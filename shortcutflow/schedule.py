@@ -20,8 +20,8 @@ def levels_of(finest_steps: int) -> int:
     Raises:
         ValueError: if finest_steps is not a power of two, at least 2.
     """
-    if finest_steps < 2 or finest_steps & (finest_steps - 1):
-        raise ValueError(f"finest_steps must be a power of two, at least 2, got {finest_steps}")
+    if not isinstance(finest_steps, int) or finest_steps < 2 or finest_steps & (finest_steps - 1):
+        raise ValueError(f"finest_steps must be a power of two, at least 2, got {finest_steps!r}")
     return finest_steps.bit_length() - 1
 
 
@@ -68,9 +68,11 @@ def step_sizes(steps: int | Sequence[float], finest_steps: int = 128) -> list[fl
     Raises:
         ValueError: if steps is below 1, or a sequence does not add up to 1 or holds a step that is not positive.
     """
-    if isinstance(steps, bool) or (not isinstance(steps, int) and not isinstance(steps, Sequence)):
+    if isinstance(steps, bool | str | bytes) or not isinstance(steps, int | Sequence):
         raise ValueError(f"steps must be a whole number or a sequence of step sizes, got {steps!r}")
     if not isinstance(steps, int):
+        if not all(isinstance(d, int | float) and not isinstance(d, bool) for d in steps):
+            raise ValueError(f"step sizes must be numbers, got {list(steps)!r}")
         sizes = [float(d) for d in steps]
         if not sizes or not all(d > 0 for d in sizes) or not math.isclose(math.fsum(sizes), 1, abs_tol=1e-6):
             raise ValueError(f"a schedule needs positive step sizes that add up to 1, got {list(steps)!r}")

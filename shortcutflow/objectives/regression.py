@@ -6,7 +6,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Generator, Tensor
 
-from shortcutflow.guidance import drop_condition, require_null
+from shortcutflow.guidance import drop_condition, predict, require_null
 from shortcutflow.path import check_state
 from shortcutflow.types import LossReport, Network, Targets
 
@@ -49,11 +49,7 @@ def regress(net: Network, targets: Targets) -> LossReport:
         ValueError: if the network's output has another shape than x_t.
     """
     check_state(targets.x_t, targets.t)
-    prediction = net(targets.x_t, targets.t, targets.d, targets.y)
-    if prediction.shape != targets.v.shape:
-        raise ValueError(
-            f"the network must return the shape of x_t, {tuple(targets.v.shape)}, it returned {tuple(prediction.shape)}"
-        )
+    prediction = predict(net, targets.x_t, targets.t, targets.d, targets.y)
     row_loss = (prediction.to(targets.v.dtype) - targets.v).square().flatten(1).mean(1)
     loss = row_loss.mean()
     row_loss = row_loss.detach()

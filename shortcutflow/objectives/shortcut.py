@@ -10,6 +10,7 @@ and the rows at d = 1/M follow the flow, s(x_t, t, 1/M) <- x_1 - x_0 (eq. 5, Alg
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -125,7 +126,7 @@ class ShortcutObjective(ObjectiveSettings):
         """
         n = int(batch_size * self.bootstrap_fraction + 1e-6)
         if n == 0 and self.bootstrap_fraction > 0:
-            smallest = -int(-1 // self.bootstrap_fraction)
+            smallest = math.ceil((1 - 1e-6) / self.bootstrap_fraction)
             raise ValueError(
                 f"a batch of {batch_size} holds no bootstrap row at bootstrap_fraction {self.bootstrap_fraction:g}: "
                 f"use at least {smallest} samples, a fraction of at least 1/{batch_size}, or 0 for none"

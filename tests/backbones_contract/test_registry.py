@@ -38,7 +38,8 @@ def test_create_builds_what_the_name_says() -> None:
     net = backbones.create("dit", **TINY, num_classes=7, finest_steps=32)
     assert isinstance(net, DiT)
     assert (net.shape, net.num_classes, net.finest_steps) == ((3, 8, 8), 7, 32)
-    assert (len(net.blocks), net.blocks[0].mixer.heads) == (1, 2)
+    first: Any = net.blocks[0]
+    assert (len(net.blocks), first.mixer.heads) == (1, 2)
     other = backbones.create("dit_s_4", shape=(3, 8, 8), depth=2)
     assert isinstance(other, DiT)
     assert (other.patch, len(other.blocks)) == (4, 2), "a preset's options give way to those of the call"

@@ -19,7 +19,7 @@ def network(seed: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
 
 
-def moved(net: nn.Module, seed: int) -> nn.Module:
+def moved(net: nn.Sequential, seed: int) -> nn.Sequential:
     """The same network after a large step, its buffers moved as well."""
     other = copy.deepcopy(net)
     generator = torch.Generator().manual_seed(seed)

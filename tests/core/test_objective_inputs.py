@@ -62,6 +62,8 @@ def test_number_of_bootstrap_rows_is_rounded_down(every: int) -> None:
     sizes = range(every, 300)
     assert [objective.n_bootstrap(b) for b in sizes] == [b // every for b in sizes]
     assert sf.ShortcutObjective(bootstrap_fraction=0).n_bootstrap(1) == 0
+    # 100 * 0.29 is 28.999... in floating point.
+    assert sf.ShortcutObjective(bootstrap_fraction=0.29).n_bootstrap(100) == 29
 
 
 # ---- data and conditions

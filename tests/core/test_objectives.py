@@ -57,6 +57,7 @@ def test_rows_of_any_shape(objective: Objective, shape: tuple[int, ...], generat
     data = torch.randn(16, *shape, generator=generator)
     report = objective(affine, data, torch.arange(16), generator=generator)
     targets = report.targets
+    assert targets.y is not None
     assert targets.x_t.shape == targets.v.shape == (16, *shape)
     assert targets.t.shape == targets.d.shape == report.row_loss.shape == (16,)
     assert targets.t.dtype == targets.d.dtype == torch.float32

@@ -93,7 +93,16 @@ def test_bootstrap_rows_keep_their_labels(generator: Generator) -> None:
     assert all(call.y is not None and (call.y == 0).all() for call in net.calls)
 
 
-@pytest.mark.parametrize(("switches", "guided"), [({}, 1), ({"bootstrap_every": 2}, 5), ({"bootstrap_every": 16}, 0)])
+@pytest.mark.parametrize(
+    ("switches", "guided"),
+    [
+        ({}, 1),
+        ({"bootstrap_every": 2}, 5),
+        ({"bootstrap_every": 2, "bootstrap_dt_bias": True}, 2),
+        ({"bootstrap_every": 16}, 0),
+    ],
+    ids=str,
+)
 def test_guidance_of_the_finest_rows(switches: dict[str, object], guided: int, generator: Generator) -> None:
     targets, draw, _, net = case(generator, bootstrap_cfg=True, **switches)
     n = targets.n_bootstrap

@@ -161,11 +161,14 @@ def test_no_gradient_and_no_change_of_mode() -> None:
 
 
 def test_samples_keep_the_dtype_of_the_noise() -> None:
-    def half(x_t: Tensor, t: Tensor, d: Tensor, y: Tensor | None, /) -> Tensor:
-        return affine(x_t, t, d, y).bfloat16()
+    """Whether the network answers in a narrower type or in a wider one."""
 
-    assert sf.sample(half, noise_of(5, 3), steps=4).dtype == torch.float32
-    assert sf.sample(half, noise_of(5, 3).double(), steps=4).dtype == torch.float64
+    def answering(dtype: torch.dtype) -> Network:
+        return lambda x_t, t, d, y: affine(x_t, t, d, y).to(dtype)
+
+    for answer in (torch.bfloat16, torch.float32, torch.float64):
+        for noise in (noise_of(5, 3), noise_of(5, 3).double()):
+            assert sf.sample(answering(answer), noise, steps=4).dtype == noise.dtype
 
 
 def test_progress_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,7 +216,7 @@ def test_guidance(y: Tensor, null: Any, scale: float, rows: int, steps: int) -> 
     assert [len(call.x_t) for call in net.calls] == [rows] * steps
     asked = net.calls[0].y
     assert asked is not None
-    expected = {1: y, 0: nulls}.get(scale, torch.cat([y, nulls]))
+    expected = {1.0: y, 0.0: nulls}.get(scale, torch.cat([y, nulls]))
     assert torch.equal(asked, expected)
 
 
