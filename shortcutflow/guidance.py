@@ -16,7 +16,7 @@ def predict(net: Network, x_t: Tensor, t: Tensor, d: Tensor, y: Tensor | None) -
     """
     v = net(x_t, t, d, y)
     if v.shape != x_t.shape:
-        raise ValueError(f"the network must return the shape of x_t, {tuple(x_t.shape)}, it returned {tuple(v.shape)}")
+        raise ValueError(f"the network must return the shape of x_t, {tuple(x_t.shape)}, not {tuple(v.shape)}")
     return v
 
 
