@@ -57,7 +57,7 @@ class Step:
                 self.call, self.data, self.y, target_net=self.target_call, null_y=self.null_y, generator=draws
             )
         report.loss.backward()
-        norm = clip_gradients(self.net, None)
+        norm = clip_gradients(self.optimizer, None)
         if not torch.stack([report.loss.detach(), norm]).isfinite().all():
             raise RuntimeError("the benchmark's loss is not finite")
         self.optimizer.step()

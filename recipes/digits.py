@@ -27,7 +27,7 @@ def recipe() -> RunConfig:
         objective=ShortcutObjective(finest_steps=128, bootstrap_fraction=0.25, condition_dropout=0.1),
         optimizer=OptimizerConfig(lr=4e-3, weight_decay=0.1, warm_up_steps=100, schedule="cosine"),
         averages={"ema": AverageConfig(decay=0.95)},
-        training=TrainingConfig(steps=3000, global_batch_size=64, device="cpu", grid_every=1000),
+        training=TrainingConfig(steps=2500, global_batch_size=64, device="cpu", grid_every=1000),
         evaluation=PixelEvaluation(),
     )
 

@@ -6,7 +6,7 @@ import copy
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 
 
 class AverageConfig(BaseModel):
@@ -42,11 +42,15 @@ class Average:
     def __init__(self, network: nn.Module, config: AverageConfig | None = None) -> None:
         self.config = config or AverageConfig()
         self.network = copy.deepcopy(network).requires_grad_(False).eval()
+        self._mine: list[Tensor] = []
+        self._theirs: list[Tensor] = []
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
         """average = decay average + (1 - decay) weights; buffers are copied."""
-        weight = 1 - self.config.decay_at(step)
-        torch._foreach_lerp_(list(self.network.parameters()), list(network.parameters()), weight)
+        # Walking a network for its parameters takes a millisecond: once, and again if it has got new ones (sharding).
+        if not self._theirs or next(network.parameters()) is not self._theirs[0]:
+            self._mine, self._theirs = list(self.network.parameters()), list(network.parameters())
+        torch._foreach_lerp_(self._mine, self._theirs, 1 - self.config.decay_at(step))
         for mine, theirs in zip(self.network.buffers(), network.buffers(), strict=True):
             mine.copy_(theirs)

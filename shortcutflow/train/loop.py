@@ -79,7 +79,7 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False) -> None:
         with autocast:
             report = objective(net, batch.data, batch.y, target_net=target_net, null_y=null_y, generator=draws)
         report.loss.backward()
-        grad_norm = clip_gradients(parts.network, config.optimizer.max_grad_norm)
+        grad_norm = clip_gradients(parts.optimizer, config.optimizer.max_grad_norm)
 
         if not torch.stack([report.loss.detach(), grad_norm]).isfinite().all():
             raise NonFiniteError(_what_is_not_finite(step, batch, report, grad_norm, run_dir))
@@ -152,10 +152,10 @@ def _networks_to_call(config: RunConfig, parts: Parts) -> tuple[Network, Network
     return torch.compile(parts.network, dynamic=False), torch.compile(target, dynamic=False)
 
 
-def clip_gradients(network: nn.Module, max_norm: float | None) -> Tensor:
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float | None) -> Tensor:
     """The norm of all gradients, before they are scaled down to max_norm, if one is given."""
-    parameters = [p for p in network.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
