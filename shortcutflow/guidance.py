@@ -29,7 +29,9 @@ def drop_condition(y: Tensor, dropped: Tensor, null_y: Tensor | float) -> Tensor
         null_y: the null label, or a number or tensor that broadcasts to one row of y.
     """
     mask = dropped.view(-1, *(1,) * (y.ndim - 1))
-    return torch.where(mask, torch.as_tensor(null_y, dtype=y.dtype, device=y.device), y)
+    # A number is filled in on y's device: copying it there would hold up an accelerator.
+    null = null_y.to(y) if isinstance(null_y, Tensor) else y.new_full((), null_y)
+    return torch.where(mask, null, y)
 
 
 def null_like(y: Tensor, null_y: Tensor | float | None) -> Tensor:
@@ -38,7 +40,8 @@ def null_like(y: Tensor, null_y: Tensor | float | None) -> Tensor:
     Raises:
         ValueError: if no null condition was given.
     """
-    return torch.as_tensor(require_null(null_y), dtype=y.dtype, device=y.device).expand_as(y)
+    null = require_null(null_y)
+    return null.to(y).expand_as(y) if isinstance(null, Tensor) else torch.full_like(y, null)
 
 
 def require_null(null_y: Tensor | float | None) -> Tensor | float:
