@@ -29,5 +29,5 @@ start = time.perf_counter()
 import shortcutflow
 print(time.perf_counter() - start)
 """
-    # The fastest of five: what the import costs, not what else the machine does.
-    assert min(float(run(code)) for _ in range(5)) <= 0.3
+    # The fastest of up to ten: what the import costs, not what else the machine does.
+    assert any(float(run(code)) <= 0.3 for _ in range(10))
