@@ -54,9 +54,9 @@ def farthest(curve: np.ndarray, others: list[np.ndarray]) -> float:
 def test_released_training_curves() -> None:
     """Both losses, in means of 100 steps, lie about as close to the recorded three seeds as these lie to each other.
 
-    One fixed seed, since the bootstrap loss in the middle of training varies more than three recorded seeds show. Of the
-    seeds 0, 1, 2, 10 and 11 the flow loss is inside for all (0.005 to 0.017, limit 0.041); the bootstrap loss is inside
-    for 0, 2 and 11 (0.09, 0.22, 0.09, limit 0.25) and above the recorded curves for 1 and 10 (0.48, 0.29).
+    One fixed seed, since the bootstrap loss in the middle of training varies more than three recorded seeds show. Of
+    the seeds 0, 1, 2, 10 and 11 the flow loss is inside for all (0.005 to 0.017, limit 0.041); the bootstrap loss is
+    inside for 0, 2 and 11 (0.09, 0.22, 0.09, limit 0.25) and above the recorded curves for 1 and 10 (0.48, 0.29).
     """
     z = Recording.open(GOLDEN / "digits_reference.npz")
     curves = train_as_released(z.json("flags"), z.json("arch"), seed=0)
