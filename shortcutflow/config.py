@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import nn
 
 from shortcutflow.data import DataConfig
 from shortcutflow.ema import AverageConfig
-from shortcutflow.network import BackboneConfig
+from shortcutflow.network import BackboneConfig, build_network
 from shortcutflow.objectives import ObjectiveConfig
 from shortcutflow.train.optim import OptimizerConfig
 
@@ -111,6 +112,25 @@ class RunConfig(BaseModel):
     def finest_steps(self) -> int:
         """M of the objective; 128 for one that has none."""
         return getattr(self.objective, "finest_steps", 128)
+
+    def build_network(self) -> nn.Module:
+        """The run's network at step 0, fitting its data and objective."""
+        info = self.data.describe()
+        return build_network(
+            self.backbone,
+            shape=info.shape,
+            num_classes=info.num_classes,
+            finest_steps=self.finest_steps,
+            seed=self.seed,
+        )
+
+    def sampler_options(self) -> dict[str, Any]:
+        """What a sampler of this run's network must know: null_y, finest_steps and flow_only."""
+        return {
+            "null_y": self.data.describe().num_classes,
+            "finest_steps": self.finest_steps,
+            "flow_only": not self.objective.tells_step_size,
+        }
 
     def save(self, run_dir: Path) -> None:
         """Write it into the run's folder, whole or not at all."""

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from shortcutflow.sampling import sample
 from shortcutflow.seeds import generator_for
 from shortcutflow.types import Network
-
-Sampler = Callable[..., Tensor]
 
 
 def noise_of(seed: int, count: int, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:

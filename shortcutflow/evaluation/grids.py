@@ -23,7 +23,7 @@ def sample_grid(rows: Sequence[Tensor], labels: Sequence[str], *, cell: int = 48
 
     n, _, h, w = rows[0].shape
     factor = max(1, cell // max(h, w))
-    h, w, gap, margin = h * factor, w * factor, 2, 0
+    h, w, gap = h * factor, w * factor, 2
     font = ImageFont.load_default(size=14)
     margin = 12 + max(int(font.getlength(label)) for label in labels)
     picture = Image.new("RGB", (margin + n * (w + gap), len(rows) * (h + gap) + gap), "white")

@@ -75,9 +75,8 @@ def evaluate_pixels(run: Run) -> list[Row]:
     for steps in settings.steps:
         start = time.perf_counter()
         images = generate(
-            run.network, noise, labels, steps=steps, guidance_scale=settings.guidance_scale, null_y=run.null_y,
-            finest_steps=config.finest_steps, flow_only=not config.objective.tells_step_size,
-        )  # fmt: skip
+            run.network, noise, labels, steps=steps, guidance_scale=settings.guidance_scale, **config.sampler_options()
+        )
         flat = images.flatten(1).float().cpu().numpy()
         seconds = time.perf_counter() - start
         correct = reader.share_correct(flat, labels.cpu().numpy()) if labels is not None else 0.0

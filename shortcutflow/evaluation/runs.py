@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from shortcutflow.config import CONFIG_FILE, CURRENT, RunConfig
-from shortcutflow.network import build_network
 from shortcutflow.train import checkpoint
 from shortcutflow.train.checkpoint import NETWORK, average_group
 
@@ -33,11 +32,6 @@ class Run:
     step: int
     weights: str
     network: nn.Module
-
-    @property
-    def null_y(self) -> int | None:
-        """The label that stands for no label."""
-        return self.config.data.describe().num_classes
 
 
 def find_run(path: Path) -> Path:
@@ -77,11 +71,7 @@ def load_run(path: Path, *, weights: str | None = None, device: torch.device | s
     newest = checkpoint.latest_in(folder / CHECKPOINTS)
     if newest is None:
         raise FileNotFoundError(f"{folder} has no checkpoint yet")
-    info = config.data.describe()
-    network = build_network(
-        config.backbone, shape=info.shape, num_classes=info.num_classes, finest_steps=config.finest_steps,
-        seed=config.seed,
-    )  # fmt: skip
+    network = config.build_network()
     group = NETWORK if weights == CURRENT else average_group(weights)
     network.load_state_dict(newest.tensors(group))
     return Run(folder, config, newest.step, weights, network.to(device).eval())

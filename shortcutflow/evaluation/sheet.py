@@ -50,12 +50,9 @@ def sample_sheet(
         y, n = torch.tensor(labels, device=device), len(labels)
     noise = noise_of(seed, n, info.shape, device)
     rows = [
-        generate(
-            run.network, noise, y, steps=budget, guidance_scale=guidance_scale, null_y=run.null_y,
-            finest_steps=config.finest_steps, flow_only=not config.objective.tells_step_size,
-        )
+        generate(run.network, noise, y, steps=budget, guidance_scale=guidance_scale, **config.sampler_options())
         for budget in budgets
-    ]  # fmt: skip
+    ]
     return sample_grid(rows, [f"{budget} step{'s' * (budget > 1)}" for budget in budgets])
 
 

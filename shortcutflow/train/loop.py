@@ -20,7 +20,6 @@ from shortcutflow.ema import Average
 from shortcutflow.evaluation.generate import generate, labels_of, noise_of
 from shortcutflow.evaluation.grids import sample_grid, save_picture
 from shortcutflow.evaluation.runs import CHECKPOINTS
-from shortcutflow.network import build_network
 from shortcutflow.seeds import generator_for
 from shortcutflow.train import checkpoint
 from shortcutflow.train.checkpoint import NETWORK, OPTIMIZER, average_group
@@ -132,11 +131,7 @@ def build_parts(config: RunConfig, device: torch.device) -> Parts:
         config.data.prepare(), batch_size=config.training.global_batch_size, seed=config.seed,
         shuffle_buffer=config.data.shuffle_buffer, cache_bytes=config.data.cache_bytes, device=device,
     )  # fmt: skip
-    info = config.data.describe()
-    network = build_network(
-        config.backbone, shape=info.shape, num_classes=info.num_classes, finest_steps=config.finest_steps,
-        seed=config.seed,
-    ).to(device)  # fmt: skip
+    network = config.build_network().to(device)
     averages = {name: Average(network, settings) for name, settings in config.averages.items()}
     return Parts(network, averages, build_optimizer(network.parameters(), config.optimizer), stream)
 
@@ -190,12 +185,9 @@ def _sample_grid(config: RunConfig, parts: Parts, run_dir: Path, step: int) -> A
     was_training = network.training
     network.eval()
     rows = [
-        generate(
-            network, noise, labels, steps=steps, null_y=info.num_classes,
-            finest_steps=config.finest_steps, flow_only=not config.objective.tells_step_size,
-        )
+        generate(network, noise, labels, steps=steps, **config.sampler_options())
         for steps in config.training.grid_steps
-    ]  # fmt: skip
+    ]
     network.train(was_training)
     picture = sample_grid(rows, [f"{steps}" for steps in config.training.grid_steps])
     folder = run_dir / "grids"
