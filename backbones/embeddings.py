@@ -1,12 +1,20 @@
-"""Embeddings of time, step size and position, shared by all backbones."""
+"""Embeddings of time, step size, condition and position, shared by all backbones."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """A context in which operations on the tensor's device keep their precision."""
+    # The meta device knows no autocast.
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 class SinusoidalEmbedding(nn.Module):
@@ -25,16 +33,24 @@ class SinusoidalEmbedding(nn.Module):
 
     def __init__(self, width: int, scale: float = 1.0, features: int = 256) -> None:
         super().__init__()
-        half = features // 2
-        self.register_buffer(
-            "frequencies", scale * torch.exp(-math.log(10000) * torch.arange(half) / half), persistent=False
-        )
+        self.scale = scale
+        self.register_buffer("frequencies", torch.empty(features // 2), persistent=False)
         self.hidden = nn.Linear(features, width)
         self.out = nn.Linear(width, width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the perceptron (standard deviation 0.02) and compute the frequencies."""
+        half = len(self.frequencies)
+        steps = torch.arange(half, device=self.frequencies.device)
+        self.frequencies.copy_(self.scale * torch.exp(-math.log(10000) * steps / half))
+        for linear in (self.hidden, self.out):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
 
     def forward(self, value: Tensor) -> Tensor:
         """(b,) to (b, width)."""
-        with torch.autocast(value.device.type, enabled=False):
+        with without_autocast(value):
             angle = value.float()[:, None] * self.frequencies
             features = torch.cat([angle.cos(), angle.sin()], dim=-1)
             return self.out(F.silu(self.hidden(features.to(self.hidden.weight.dtype))))
@@ -64,3 +80,102 @@ def sincos_positions(width: int, *sizes: int) -> Tensor:
         angle = axis.reshape(-1, 1) * omega
         parts += [angle.sin(), angle.cos()]
     return torch.cat(parts, dim=1).float()
+
+
+class Condition(nn.Module):
+    """The sum of the embeddings of time t, step size d and condition y.
+
+    Everything in here is float32 under autocast. y is a label with ``num_classes``, where label ``num_classes`` is the
+    null condition; or a tensor with ``condition_shape``, where zeros are the null condition; or None with neither.
+
+    Args:
+        width: size of the embedding.
+        num_classes: number of labels.
+        condition_shape: shape of one sample's condition tensor.
+        finest_steps: M; step sizes at or below 1/M are one and the same.
+        time_scale: factor on t, see :class:`SinusoidalEmbedding`.
+        ignore_step_size: embed d = 1 whatever d is, as the released code does for its baselines.
+
+    Raises:
+        ValueError: if both kinds of condition are asked for, or at a call if y does not fit or t or d lie outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        num_classes: int | None = None,
+        condition_shape: Sequence[int] | None = None,
+        finest_steps: int = 128,
+        time_scale: float = 1000.0,
+        ignore_step_size: bool = False,
+    ) -> None:
+        super().__init__()
+        if num_classes is not None and condition_shape is not None:
+            raise ValueError(f"give num_classes ({num_classes}) or condition_shape ({condition_shape}), not both")
+        if num_classes is not None and num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        self.num_classes = num_classes
+        self.condition_shape = None if condition_shape is None else tuple(condition_shape)
+        self.finest_steps, self.ignore_step_size = finest_steps, ignore_step_size
+        self.time = SinusoidalEmbedding(width, scale=time_scale)
+        self.step = SinusoidalEmbedding(width)
+        self.label = nn.Embedding(num_classes + 1, width) if num_classes is not None else None
+        self.given: nn.Sequential | None = None
+        if self.condition_shape is not None:
+            size = math.prod(self.condition_shape)
+            self.given = nn.Sequential(nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Labels from a normal distribution of standard deviation 0.02, as the perceptrons of t and d."""
+        self.time.reset_parameters()
+        self.step.reset_parameters()
+        if self.label is not None:
+            nn.init.normal_(self.label.weight, std=0.02)
+        if self.given is not None:
+            for layer in self.given:
+                if isinstance(layer, nn.Linear):
+                    layer.reset_parameters()
+
+    def forward(self, t: Tensor, d: Tensor, y: Tensor | None) -> Tensor:
+        """t, d (b,) and y (b,) int64 or (b, *condition_shape) or None, to (b, width)."""
+        self._check(t, d, y)
+        level = torch.zeros_like(t) if self.ignore_step_size else step_level(d, self.finest_steps)
+        c = self.time(t) + self.step(level)
+        if self.label is not None:
+            labels = torch.full_like(t, self.label.num_embeddings - 1, dtype=torch.int64) if y is None else y
+            c = c + self.label(labels)
+        if self.given is not None:
+            size = self.given[0].in_features
+            flat = t.new_zeros(len(t), size) if y is None else y.flatten(1)
+            with without_autocast(t):
+                c = c + self.given(flat.to(self.given[0].weight.dtype))
+        return c
+
+    def _check(self, t: Tensor, d: Tensor, y: Tensor | None) -> None:
+        b = len(t)
+        if y is not None:
+            self._check_condition(y, b)
+        # Reading values is free on a CPU; an accelerator would have to be waited for, a traced tensor has none.
+        if t.device.type != "cpu" or type(t) is not Tensor or torch.compiler.is_compiling() or b == 0:
+            return
+        labels = y if self.label is not None else None
+        for name, value, highest in (("t", t, 1), ("d", d, 1), ("y", labels, self.num_classes or 0)):
+            if value is not None and not (value.min() >= 0 and value.max() <= highest):
+                raise ValueError(
+                    f"{name} must lie in [0, {highest}], got {value.min().item():g} to {value.max().item():g}"
+                )
+
+    def _check_condition(self, y: Tensor, b: int) -> None:
+        if self.label is not None:
+            if y.shape != (b,) or y.is_floating_point():
+                raise ValueError(f"y must be whole numbers of shape ({b},), got {y.dtype} {tuple(y.shape)}")
+        elif self.condition_shape is not None:
+            if y.shape != (b, *self.condition_shape) or not y.is_floating_point():
+                expected = ", ".join(map(str, (b, *self.condition_shape)))
+                raise ValueError(f"y must be floats of shape ({expected}), got {y.dtype} {tuple(y.shape)}")
+        else:
+            raise ValueError(
+                "this network was built without a condition (num_classes=None, condition_shape=None): y must be None"
+            )

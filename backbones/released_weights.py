@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 _LINEAR = {
-    "TimestepEmbedder_0/Dense_0": "time_embedding.hidden",
-    "TimestepEmbedder_0/Dense_1": "time_embedding.out",
-    "TimestepEmbedder_1/Dense_0": "step_embedding.hidden",
-    "TimestepEmbedder_1/Dense_1": "step_embedding.out",
+    "TimestepEmbedder_0/Dense_0": "condition.time.hidden",
+    "TimestepEmbedder_0/Dense_1": "condition.time.out",
+    "TimestepEmbedder_1/Dense_0": "condition.step.hidden",
+    "TimestepEmbedder_1/Dense_1": "condition.step.out",
     "FinalLayer_0/Dense_0": "head.modulation",
     "FinalLayer_0/Dense_1": "head.out",
     "PatchEmbed_0/Conv_0": "patch_embedding",
@@ -27,7 +27,7 @@ _BLOCK_LINEAR = {
     "MlpBlock_0/Dense_0": "mlp.0",
     "MlpBlock_0/Dense_1": "mlp.2",
 }
-_TABLE = {"LabelEmbedder_0/Embed_0/embedding": "label_embedding.weight", "Embed_0/embedding": "log_variances"}
+_TABLE = {"LabelEmbedder_0/Embed_0/embedding": "condition.label.weight", "Embed_0/embedding": "log_variances"}
 _QKV = ("Dense_2", "Dense_1", "Dense_3")
 
 

@@ -37,7 +37,7 @@ def tiny_linear(*, shape: tuple[int, ...], num_classes: int | None = None, fines
 def test_create_builds_what_the_name_says() -> None:
     net = backbones.create("dit", **TINY, num_classes=7, finest_steps=32)
     assert isinstance(net, DiT)
-    assert (net.shape, net.num_classes, net.finest_steps) == ((3, 8, 8), 7, 32)
+    assert (net.shape, net.condition.num_classes, net.condition.finest_steps) == ((3, 8, 8), 7, 32)
     first: Any = net.blocks[0]
     assert (len(net.blocks), first.mixer.heads) == (1, 2)
     other = backbones.create("dit_s_4", shape=(3, 8, 8), depth=2)

@@ -41,8 +41,8 @@ def test_activations(forward_file: Path, device: torch.device) -> None:
     seen: dict[str, torch.Tensor] = {}
     named: dict[str, nn.Module] = {
         "patch_embed": net.patch_embedding,
-        "time_embed": net.time_embedding,
-        "dt_embed": net.step_embedding,
+        "time_embed": net.condition.time,
+        "dt_embed": net.condition.step,
         "final_layer": net.head,
     }
     named |= {f"dit_block_{i}": block for i, block in enumerate(net.blocks)}
@@ -65,7 +65,7 @@ def test_bfloat16(forward_file: Path, device: torch.device) -> None:
     z = Recording.open(forward_file)
     net = build(z.json("config"), z.params()).to(device)
     conditions = []
-    net.time_embedding.register_forward_hook(lambda _m, _i, out: conditions.append(out.dtype))
+    net.condition.time.register_forward_hook(lambda _m, _i, out: conditions.append(out.dtype))
     with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16):
         out = net(*recorded_call(z, device)).float().cpu()
     error = (out - z.images("bf16/out")).abs().max()
@@ -79,9 +79,9 @@ def test_bfloat16(forward_file: Path, device: torch.device) -> None:
     [
         ("1/sqrt(head size)", lambda net: [setattr(b.mixer, "scale", None) for b in net.blocks]),
         ("exact gelu", lambda net: [b.mlp.__setitem__(1, nn.GELU()) for b in net.blocks]),
-        ("t scaled", lambda net: net.time_embedding.frequencies.mul_(1000)),
+        ("t scaled", lambda net: net.condition.time.frequencies.mul_(1000)),
         ("rows before columns", lambda net: net.positions.copy_(net.positions.roll(net.positions.shape[1] // 2, 1))),
-        ("step size ignored", lambda net: setattr(net, "ignore_step_size", True)),
+        ("step size ignored", lambda net: setattr(net.condition, "ignore_step_size", True)),
     ],
 )
 def test_negative_control(name: str, break_it, device: torch.device) -> None:

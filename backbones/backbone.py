@@ -1,0 +1,135 @@
+"""What all networks of this package have in common, besides being called as net(x_t, t, d, y)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from backbones.embeddings import Condition
+
+
+class Backbone(nn.Module):
+    """A network s(x_t, t, d, y) for images (channels, height, width) or sequences (length, channels).
+
+    An image has the size the network was built for; a sequence may have another length at each call.
+
+    A large network is built without memory and filled where it will live::
+
+        with torch.device("meta"):
+            net = backbones.create("dit_xl_2", shape=(4, 32, 32))
+        net.to_empty(device="cuda").reset_parameters()
+
+    Args:
+        shape: shape of one sample.
+
+    Attributes:
+        gradient_checkpointing: run each unit of :meth:`shard_plan` again in the backward pass instead of keeping what
+            is in it: less memory, for a third more time. May be set at any time.
+
+    Raises:
+        ValueError: if shape is neither an image's nor a sequence's.
+    """
+
+    condition: Condition
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        if len(self.shape) not in (2, 3) or min(self.shape) < 1:
+            raise ValueError(f"shape must be (channels, height, width) or (length, channels), got {self.shape}")
+        self.gradient_checkpointing = False
+
+    @property
+    def is_image(self) -> bool:
+        """Whether samples are (channels, height, width)."""
+        return len(self.shape) == 3
+
+    @property
+    def channels(self) -> int:
+        """Channels of a sample."""
+        return self.shape[0] if self.is_image else self.shape[1]
+
+    def reset_parameters(self) -> None:
+        """Fill every parameter and buffer anew, also after ``to_empty``."""
+        raise NotImplementedError
+
+    def shard_plan(self) -> list[nn.Module]:
+        """The repeated parts, in the order they run: units for FSDP's ``fully_shard``, compilation and checkpoints."""
+        raise NotImplementedError
+
+    def run(self, unit: nn.Module, *inputs: Tensor) -> Any:
+        """Call one unit of the shard plan, keeping its inside for the backward pass or not."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            # Nothing in a unit is random, so there is no state of a generator to bring back.
+            return checkpoint(unit, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return unit(*inputs)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile each unit of the shard plan in place, with options of ``torch.compile``.
+
+        Equal units share one compilation, so this takes a fraction of the time of compiling the network whole; the
+        names of parameters stay as they are.
+        """
+        import torch._dynamo.config  # loaded here: it takes a second
+
+        units = self.shard_plan()
+        # The versions of a class's forward for units of different sizes count as recompilations of one function.
+        limits: Any = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 4 * len(units))
+        for unit in units:
+            unit.compile(**{"dynamic": False, "fullgraph": True} | options)
+
+    @torch.no_grad()
+    def flops(self, shape: Sequence[int] | None = None) -> int:
+        """Floating-point operations of one forward pass of one sample: products and, for scans, their recurrence.
+
+        Args:
+            shape: of the sample; None is the shape the network was built for.
+        """
+        # Loaded here: they take a second.
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.utils.flop_counter import FlopCounterMode
+
+        # Fake tensors have shapes and no numbers, so this takes no memory and works for a network on "meta" too.
+        with FakeTensorMode(allow_non_fake_inputs=False):
+            tensors = {
+                name: torch.empty(tensor.shape, dtype=tensor.dtype)
+                for name, tensor in [*self.named_parameters(), *self.named_buffers()]
+            }
+            x_t, t = torch.empty(1, *(shape or self.shape)), torch.empty(1)
+            formulas = {torch.ops.aten.mkldnn_rnn_layer: _recurrent_flops}
+            # Attention as two products, which the counter knows; it has no formula for the CPU's fused kernel.
+            math_attention = sdpa_kernel(SDPBackend.MATH)
+            with math_attention, FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+                functional_call(self, tensors, (x_t, t, t, None))
+        return counter.get_total_flops()
+
+    def check_inputs(self, x_t: Tensor, t: Tensor, d: Tensor) -> None:
+        """Raise ValueError unless x_t is a batch of samples of this network, with a time and a step size for each."""
+        expected: tuple[int | str, ...] = self.shape if self.is_image else ("length", self.channels)
+        fits = x_t.ndim == len(self.shape) + 1 and all(
+            wanted in (size, "length") for size, wanted in zip(x_t.shape[1:], expected, strict=True)
+        )
+        if not fits:
+            raise ValueError(f"x_t must have shape (batch, {', '.join(map(str, expected))}), got {tuple(x_t.shape)}")
+        if t.shape != (len(x_t),) or d.shape != (len(x_t),):
+            raise ValueError(f"t and d must have shape ({len(x_t)},), got {tuple(t.shape)} and {tuple(d.shape)}")
+
+
+def _recurrent_flops(x: Sequence[int], input_weight: Sequence[int], hidden_weight: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of oneDNN's recurrent layer, one direction: x (n, b, width), weights (gates, width) and (gates, hidden)."""
+    return 2 * x[0] * x[1] * (math.prod(input_weight) + math.prod(hidden_weight))
+
+
+def require_positive(**options: int | None) -> None:
+    """Raise ValueError naming the option that is below 1."""
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")

@@ -1,0 +1,215 @@
+"""The skeleton of every token model: patches -> blocks -> patches, modulated by the embedding of t, d and y.
+
+A block is a token mixer and a perceptron, each behind a modulated norm and gated onto the residual stream (adaptive
+layer norm, "adaLN-zero": Peebles & Xie, arXiv 2212.09748). DiT is this skeleton with attention; an LSTM or a state
+space model is this skeleton with another mixer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from backbones.backbone import Backbone, require_positive
+from backbones.embeddings import Condition, sincos_positions
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LN(x) (1 + scale) + shift, with x (b, n, w) and shift, scale (b, 1, w); the norm has no weights, eps 1e-6."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+
+class Block(nn.Module):
+    """A token mixer, then a perceptron; each normalised, modulated by the condition, and gated onto the residual.
+
+    Args:
+        width: channels of a token.
+        mixer: maps tokens (b, n, width) to the same; has ``reset_parameters``.
+        mlp_ratio: hidden size of the perceptron over the width.
+        zero_modulation: start every block as the identity.
+    """
+
+    def __init__(self, width: int, mixer: nn.Module, mlp_ratio: float = 4.0, zero_modulation: bool = True) -> None:
+        super().__init__()
+        self.zero_modulation = zero_modulation
+        self.modulation = nn.Linear(width, 6 * width)
+        self.mixer = mixer
+        self.mlp = nn.Sequential(
+            nn.Linear(width, int(width * mlp_ratio)),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(int(width * mlp_ratio), width),
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform perceptron, zero biases, and the mixer's own start."""
+        xavier(self.modulation, *self.mlp)
+        if self.zero_modulation:
+            nn.init.zeros_(self.modulation.weight)
+        reset: Any = self.mixer.reset_parameters
+        reset()
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x: tokens (b, n, width); c: SiLU of the condition (b, width)."""
+        shift_mixer, scale_mixer, gate_mixer, shift_mlp, scale_mlp, gate_mlp = (
+            self.modulation(c).unsqueeze(1).chunk(6, dim=-1)
+        )
+        x = torch.addcmul(x, gate_mixer, self.mixer(modulated_norm(x, shift_mixer, scale_mixer)))
+        return torch.addcmul(x, gate_mlp, self.mlp(modulated_norm(x, shift_mlp, scale_mlp)))
+
+
+class Head(nn.Module):
+    """The last modulated norm and the projection to the values of a patch; starts at zero."""
+
+    def __init__(self, width: int, out_width: int) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, out_width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """All zero."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """(b, n, width) to (b, n, out_width)."""
+        shift, scale = self.modulation(c).unsqueeze(1).chunk(2, dim=-1)
+        return self.out(modulated_norm(x, shift, scale))
+
+
+class TokenNetwork(Backbone):
+    """Patches of an image or a sequence through a stack of conditioned blocks.
+
+    Args:
+        block: makes one block; called as block(x, c) with tokens (b, n, width) and SiLU of the condition (b, width).
+        shape, num_classes, condition_shape, finest_steps: as for every backbone; see :class:`Condition`.
+        width, depth: size of the stack.
+        patch: side of a patch; must divide height and width, or the length. None is 2 for images, 1 for sequences.
+        time_scale, ignore_step_size: see :class:`Condition`.
+
+    Raises:
+        ValueError: if sizes do not divide, or at a call if x_t, t, d or y do not fit.
+    """
+
+    positions: Tensor
+
+    def __init__(
+        self,
+        block: Callable[[], nn.Module],
+        *,
+        shape: Sequence[int],
+        num_classes: int | None,
+        condition_shape: Sequence[int] | None,
+        finest_steps: int,
+        width: int,
+        depth: int,
+        patch: int | None,
+        time_scale: float = 1000.0,
+        ignore_step_size: bool = False,
+    ) -> None:
+        super().__init__(shape)
+        require_positive(width=width, depth=depth)
+        self.width = width
+        self.patch = patch if patch is not None else 2 if self.is_image else 1
+        self._check_patch(self.shape[1:] if self.is_image else self.shape[:1])
+        values = self.channels * self.patch ** (len(self.shape) - 1)
+        self.patch_embedding = nn.Linear(values, width)
+        self.register_buffer("positions", self._positions(), persistent=False)
+        self.condition = Condition(
+            width, num_classes=num_classes, condition_shape=condition_shape, finest_steps=finest_steps,
+            time_scale=time_scale, ignore_step_size=ignore_step_size,
+        )  # fmt: skip
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
+        self.head = Head(width, values)
+        xavier(self.patch_embedding)
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform weights, zero biases; blocks that start as the identity and a head that starts at zero."""
+        xavier(self.patch_embedding)
+        self.positions.copy_(self._positions())
+        for module in (self.condition, *self.blocks, self.head):
+            reset: Any = module.reset_parameters
+            reset()
+
+    def shard_plan(self) -> list[nn.Module]:
+        """The blocks."""
+        return list(self.blocks)
+
+    def forward(self, x_t: Tensor, t: Tensor, d: Tensor, y: Tensor | None = None) -> Tensor:
+        """The average velocity over [t, t + d].
+
+        Args:
+            x_t: (b, *shape); a sequence may have any length that the patch divides.
+            t, d: (b,) in [0, 1].
+            y: labels (b,) int64, or the condition tensor (b, *condition_shape); None is the null condition.
+
+        Returns:
+            The shape of x_t, in x_t's dtype or autocast's.
+        """
+        self.check_inputs(x_t, t, d)
+        c = F.silu(self.condition(t, d, y))
+        x = self._to_tokens(x_t)
+        x = self.patch_embedding(x) + self._positions_of(x).to(x_t.dtype)
+        for block in self.blocks:
+            x = self.run(block, x, c)
+        return self._from_tokens(self.head(x, c))
+
+    def _to_tokens(self, x: Tensor) -> Tensor:
+        if self.is_image:
+            return rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch, q=self.patch)
+        self._check_patch(x.shape[1:2])
+        return rearrange(x, "b (n p) c -> b n (p c)", p=self.patch)
+
+    def _from_tokens(self, x: Tensor) -> Tensor:
+        if self.is_image:
+            h = self.shape[1] // self.patch
+            return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=h, p=self.patch, q=self.patch)
+        return rearrange(x, "b n (p c) -> b (n p) c", p=self.patch)
+
+    def _positions(self) -> Tensor:
+        grid = self.shape[1:] if self.is_image else self.shape[:1]
+        return sincos_positions(self.width, *(size // self.patch for size in grid))
+
+    def _positions_of(self, tokens: Tensor) -> Tensor:
+        n = tokens.shape[1]
+        if n <= len(self.positions):
+            return self.positions[:n]
+        return sincos_positions(self.width, n).to(tokens.device)
+
+    def _check_patch(self, sizes: Sequence[int]) -> None:
+        if self.patch < 1 or any(size % self.patch or size < 1 for size in sizes):
+            raise ValueError(f"patch must divide the sizes {tuple(sizes)}, got {self.patch}; 1 always does")
+
+
+def xavier(*modules: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases of those that are linear layers."""
+    for module in modules:
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+SIZES: dict[str, dict[str, int]] = {
+    "s": {"width": 384, "depth": 12, "heads": 6},
+    "b": {"width": 768, "depth": 12, "heads": 12},
+    "l": {"width": 1024, "depth": 24, "heads": 16},
+    "xl": {"width": 1152, "depth": 28, "heads": 16},
+}
+"""The sizes of the DiT paper."""
+
+
+def presets(family: str, network: Callable[..., nn.Module], sizes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Names of a family: ``family`` with every size free, ``family_size``, and ``family_size_patch``."""
+    found: dict[str, Any] = {family: network}
+    for size, options in sizes.items():
+        found[f"{family}_{size}"] = partial(network, **options)
+        for patch in (2, 4, 8):
+            found[f"{family}_{size}_{patch}"] = partial(network, patch=patch, **options)
+    return found
