@@ -12,9 +12,10 @@ from backbones import dit as _dit
 from backbones import lstm as _lstm
 from backbones import transformer as _transformer
 from backbones import unet as _unet
+from backbones.adapt import Adapted, adapt
 from backbones.registry import BUILDERS, create, names, register
 
 for _family in (_dit, _lstm, _transformer, _unet):
     BUILDERS.update(_family.PRESETS)
 
-__all__ = ["BUILDERS", "create", "names", "register"]
+__all__ = ["BUILDERS", "Adapted", "adapt", "create", "names", "register"]

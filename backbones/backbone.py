@@ -87,18 +87,19 @@ class Backbone(nn.Module):
             unit.compile(**{"dynamic": False, "fullgraph": True} | options)
 
     @torch.no_grad()
-    def flops(self, shape: Sequence[int] | None = None) -> int:
+    def flops(self, shape: Sequence[int] | None = None, y: Tensor | None = None) -> int:
         """Floating-point operations of one forward pass of one sample: products and, for scans, their recurrence.
 
         Args:
             shape: of the sample; None is the shape the network was built for.
+            y: its condition (1, ...), for a network that does not take None.
         """
         # Loaded here: they take a second.
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.utils.flop_counter import FlopCounterMode
 
         # Fake tensors have shapes and no numbers, so this takes no memory and works for a network on "meta" too.
-        with FakeTensorMode(allow_non_fake_inputs=False):
+        with FakeTensorMode() as fake:
             tensors = {
                 name: torch.empty(tensor.shape, dtype=tensor.dtype)
                 for name, tensor in [*self.named_parameters(), *self.named_buffers()]
@@ -108,7 +109,7 @@ class Backbone(nn.Module):
             # Attention as two products, which the counter knows; it has no formula for the CPU's fused kernel.
             math_attention = sdpa_kernel(SDPBackend.MATH)
             with math_attention, FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-                functional_call(self, tensors, (x_t, t, t, None))
+                functional_call(self, tensors, (x_t, t, t, None if y is None else fake.from_tensor(y)))
         return counter.get_total_flops()
 
     def check_inputs(self, x_t: Tensor, t: Tensor, d: Tensor) -> None:

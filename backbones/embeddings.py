@@ -95,6 +95,7 @@ class Condition(nn.Module):
         finest_steps: M; step sizes at or below 1/M are one and the same.
         time_scale: factor on t, see :class:`SinusoidalEmbedding`.
         ignore_step_size: embed d = 1 whatever d is, as the released code does for its baselines.
+        embeds_time: False for a network that embeds t elsewhere.
 
     Raises:
         ValueError: if both kinds of condition are asked for, or at a call if y does not fit or t or d lie outside [0, 1].
@@ -109,6 +110,7 @@ class Condition(nn.Module):
         finest_steps: int = 128,
         time_scale: float = 1000.0,
         ignore_step_size: bool = False,
+        embeds_time: bool = True,
     ) -> None:
         super().__init__()
         if num_classes is not None and condition_shape is not None:
@@ -118,7 +120,7 @@ class Condition(nn.Module):
         self.num_classes = num_classes
         self.condition_shape = None if condition_shape is None else tuple(condition_shape)
         self.finest_steps, self.ignore_step_size = finest_steps, ignore_step_size
-        self.time = SinusoidalEmbedding(width, scale=time_scale)
+        self.time = SinusoidalEmbedding(width, scale=time_scale) if embeds_time else None
         self.step = SinusoidalEmbedding(width)
         self.label = nn.Embedding(num_classes + 1, width) if num_classes is not None else None
         self.given: nn.Sequential | None = None
@@ -129,7 +131,8 @@ class Condition(nn.Module):
 
     def reset_parameters(self) -> None:
         """Labels from a normal distribution of standard deviation 0.02, as the perceptrons of t and d."""
-        self.time.reset_parameters()
+        if self.time is not None:
+            self.time.reset_parameters()
         self.step.reset_parameters()
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=0.02)
@@ -142,7 +145,9 @@ class Condition(nn.Module):
         """t, d (b,) and y (b,) int64 or (b, *condition_shape) or None, to (b, width)."""
         self._check(t, d, y)
         level = torch.zeros_like(t) if self.ignore_step_size else step_level(d, self.finest_steps)
-        c = self.time(t) + self.step(level)
+        c = self.step(level)
+        if self.time is not None:
+            c = self.time(t) + c
         if self.label is not None:
             labels = torch.full_like(t, self.label.num_embeddings - 1, dtype=torch.int64) if y is None else y
             c = c + self.label(labels)
