@@ -169,7 +169,7 @@ def _positional_call(network: nn.Module, embed: tuple[str, ...]) -> Call:
     takes = sum(p.kind in kinds for p in inspect.signature(network.forward).parameters.values())
     given = 1 if "t" in embed else 2
     if takes < given:
-        raise ValueError(f'the network takes x alone: embed=("t", "d") gives it the time, or call= says how to call it')
+        raise ValueError('the network takes x alone: embed=("t", "d") gives it the time, or call= says how to call it')
     takes_y = "y" not in embed and takes > given
 
     def call(net: nn.Module, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:

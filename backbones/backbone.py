@@ -124,7 +124,9 @@ class Backbone(nn.Module):
             raise ValueError(f"t and d must have shape ({len(x_t)},), got {tuple(t.shape)} and {tuple(d.shape)}")
 
 
-def _recurrent_flops(x: Sequence[int], input_weight: Sequence[int], hidden_weight: Sequence[int], *_: Any, **__: Any) -> int:
+def _recurrent_flops(
+    x: Sequence[int], input_weight: Sequence[int], hidden_weight: Sequence[int], *_: Any, **__: Any
+) -> int:
     """Of oneDNN's recurrent layer, one direction: x (n, b, width), weights (gates, width) and (gates, hidden)."""
     return 2 * x[0] * x[1] * (math.prod(input_weight) + math.prod(hidden_weight))
 

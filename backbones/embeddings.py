@@ -98,7 +98,7 @@ class Condition(nn.Module):
         embeds_time: False for a network that embeds t elsewhere.
 
     Raises:
-        ValueError: if both kinds of condition are asked for, or at a call if y does not fit or t or d lie outside [0, 1].
+        ValueError: if both kinds of condition are asked for, or at a call if y does not fit or t or d are not in [0, 1].
     """
 
     def __init__(
@@ -125,8 +125,8 @@ class Condition(nn.Module):
         self.label = nn.Embedding(num_classes + 1, width) if num_classes is not None else None
         self.given: nn.Sequential | None = None
         if self.condition_shape is not None:
-            size = math.prod(self.condition_shape)
-            self.given = nn.Sequential(nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width))
+            layers = nn.Linear(math.prod(self.condition_shape), width), nn.SiLU(), nn.Linear(width, width)
+            self.given = nn.Sequential(*layers)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -152,10 +152,9 @@ class Condition(nn.Module):
             labels = torch.full_like(t, self.label.num_embeddings - 1, dtype=torch.int64) if y is None else y
             c = c + self.label(labels)
         if self.given is not None:
-            size = self.given[0].in_features
-            flat = t.new_zeros(len(t), size) if y is None else y.flatten(1)
+            given = torch.zeros(len(t), math.prod(self.condition_shape or ()), device=t.device) if y is None else y
             with without_autocast(t):
-                c = c + self.given(flat.to(self.given[0].weight.dtype))
+                c = c + self.given(given.flatten(1).to(c.dtype))
         return c
 
     def _check(self, t: Tensor, d: Tensor, y: Tensor | None) -> None:

@@ -100,4 +100,4 @@ _SIZES: Mapping[str, Mapping[str, Any]] = {
     size: {"width": SIZES[size]["width"], "depth": SIZES[size]["depth"]} for size in ("s", "b")
 }
 PRESETS = presets("lstm", LSTM, _SIZES)
-"""``lstm`` with every size free; ``lstm_{s,b}`` with the widths and depths of DiT, ``lstm_{s,b}_{2,4,8}`` with a patch."""
+"""``lstm`` with every size free; ``lstm_{s,b}`` as wide and deep as DiT's, ``lstm_{s,b}_{2,4,8}`` with a patch."""

@@ -1,8 +1,8 @@
 """A recurrent layer that ``torch.compile`` takes as one piece.
 
 The compiler refuses ``nn.LSTM``, and its decomposition unrolls every token. Behind an operator of its own the layer
-runs as it does in eager mode (cuDNN or oneDNN), without a break in the graph; its backward pass runs the layer's forward
-again, since what the kernels keep for themselves cannot cross the operator's border.
+runs as it does in eager mode (cuDNN or oneDNN), without a break in the graph; its backward pass runs the layer once
+more, since what the kernels keep for themselves cannot cross the operator's border.
 """
 
 from __future__ import annotations

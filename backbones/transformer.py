@@ -98,9 +98,8 @@ class Transformer(TokenNetwork):
             shape=shape, num_classes=num_classes, condition_shape=condition_shape, finest_steps=finest_steps,
             width=width, depth=depth, patch=patch,
         )  # fmt: skip
-        for block in self.blocks:
-            block.reset_parameters()
+        self.reset_parameters()
 
 
 PRESETS = presets("transformer", Transformer, {size: SIZES[size] for size in ("s", "b")})
-"""``transformer`` with every size free; ``transformer_{s,b}`` sized as DiT, ``transformer_{s,b}_{2,4,8}`` with a patch."""
+"""``transformer`` with every size free; ``transformer_{s,b}`` as DiT's, ``transformer_{s,b}_{2,4,8}`` with a patch."""

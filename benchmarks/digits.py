@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import write_result
+from benchmarks.record import put_into_readme, write_result
 from recipes.digits import recipe
 
 ROOT = Path(__file__).parent.parent
@@ -60,15 +59,6 @@ def markdown_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def put_into_readme(table: str) -> None:
-    """Replace what stands between the README's two markers."""
-    path = ROOT / "README.md"
-    text, count = re.subn(f"{START}.*?{END}", f"{START}\n{table}\n{END}", path.read_text(), flags=re.DOTALL)
-    if count != 1:
-        raise ValueError(f"{path} lacks the markers {START!r} and {END!r}")
-    path.write_text(text)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -84,7 +74,7 @@ def main() -> None:
     print(table)
     if args.write:
         print(write_result("digits", torch.device("cpu"), recipe().model_dump(mode="json"), rows))
-        put_into_readme(table)
+        put_into_readme(START, table, END)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +53,33 @@ def write_result(name: str, device: torch.device, config: dict[str, Any], rows: 
     path = RESULTS / f"{name}_{device.type}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     return path
+
+
+def put_into_readme(start: str, table: str, end: str) -> None:
+    """Replace what stands between two markers of the README."""
+    path = RESULTS.parent.parent / "README.md"
+    text, count = re.subn(
+        f"{re.escape(start)}.*?{re.escape(end)}",
+        lambda _: f"{start}\n{table}\n{end}",
+        path.read_text(),
+        flags=re.DOTALL,
+    )
+    if count != 1:
+        raise ValueError(f"{path} lacks the markers {start!r} and {end!r}")
+    path.write_text(text)
+
+
+def seconds_in_turn(
+    runs: Mapping[str, Callable[[], None]], rounds: int, device: torch.device, warm_up: int = 2
+) -> dict[str, list[float]]:
+    """Wall seconds of each of several functions, called in turn so that all of them meet the same disturbances."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(warm_up + rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if i >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -67,6 +67,38 @@ class PixelEvaluation(BaseModel):
     samples: int = Field(default=2000, ge=2)
     guidance_scale: float = Field(default=1.0, ge=0)
 
+    def smoke(self) -> PixelEvaluation:
+        """The same with hardly any samples."""
+        return self.model_copy(update={"samples": 20, "steps": (1, 4)})
+
+
+class PolicyEvaluation(BaseModel):
+    """How a policy does in Push-T's environment when training ends.
+
+    Args:
+        steps: the sampling budgets of a decision.
+        episodes: how many, from starting positions that no demonstration had.
+        executed: actions carried out before the next decision.
+        max_steps: actions after which an episode ends unsolved.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["policy"] = "policy"
+    steps: tuple[Annotated[int, Field(ge=1)], ...] = (1, 4, 128)
+    episodes: int = Field(default=100, ge=1)
+    executed: int = Field(default=8, ge=1)
+    max_steps: int = Field(default=300, ge=1)
+
+    def smoke(self) -> PolicyEvaluation:
+        """The same with two short episodes."""
+        return self.model_copy(update={"episodes": 2, "max_steps": 16, "steps": (1, 4)})
+
+
+EvaluationConfig = Annotated[PixelEvaluation | PolicyEvaluation, Field(discriminator="kind")]
+MEASURED = {"pixels": "digits", "policy": "pusht"}
+"""Which data each kind of evaluation is for."""
+
 
 class RunConfig(BaseModel):
     """One training run.
@@ -93,7 +125,7 @@ class RunConfig(BaseModel):
     target_weights: str = "ema"
     sample_weights: str = "ema"
     training: TrainingConfig
-    evaluation: PixelEvaluation | None = None
+    evaluation: EvaluationConfig | None = None
 
     @model_validator(mode="after")
     def _parts_fit(self) -> RunConfig:
@@ -102,8 +134,11 @@ class RunConfig(BaseModel):
             if chosen != CURRENT and chosen not in self.averages:
                 known = ", ".join([*self.averages, CURRENT])
                 raise ValueError(f"{field} is {chosen!r}; known: {known}")
-        if self.evaluation is not None and self.data.kind != "digits":
-            raise ValueError(f"evaluation measures the digits; with data of kind {self.data.kind!r} it must be null")
+        if self.evaluation is not None and self.data.kind != MEASURED[self.evaluation.kind]:
+            raise ValueError(
+                f"evaluation of kind {self.evaluation.kind!r} measures data of kind "
+                f"{MEASURED[self.evaluation.kind]!r}; with {self.data.kind!r} it must be null"
+            )
         if self.objective.kind == "shortcut":
             self.objective.n_bootstrap(self.training.global_batch_size)
         return self
@@ -120,6 +155,7 @@ class RunConfig(BaseModel):
             self.backbone,
             shape=info.shape,
             num_classes=info.num_classes,
+            condition_shape=info.condition_shape,
             finest_steps=self.finest_steps,
             seed=self.seed,
         )
@@ -127,7 +163,7 @@ class RunConfig(BaseModel):
     def sampler_options(self) -> dict[str, Any]:
         """What a sampler of this run's network must know: null_y, finest_steps and flow_only."""
         return {
-            "null_y": self.data.describe().num_classes,
+            "null_y": self.data.describe().null_y,
             "finest_steps": self.finest_steps,
             "flow_only": not self.objective.tells_step_size,
         }
@@ -210,9 +246,17 @@ def _unknown(path: str, field: str, here: dict[str, Any], sections: list[str]) -
 
 def _change_kind(values: dict[str, Any], section: str, kind: str) -> None:
     """Keep what the new kind of a section also has."""
-    union = get_args(RunConfig.model_fields[section].annotation)
-    kinds: dict[str, type[BaseModel]] = {model.model_fields["kind"].default: model for model in union}
+    models = _models_in(RunConfig.model_fields[section].annotation)
+    kinds = {model.model_fields["kind"].default: model for model in models}
     if kind not in kinds:
         raise ValueError(f"{section}.kind is {kind!r}; known: {', '.join(sorted(kinds))}")
     kept = {name: value for name, value in values[section].items() if name in kinds[kind].model_fields}
     values[section] = kept | {"kind": kind}
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models of a union, however it is nested."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shortcutflow.config import CONFIG_FILE, RunConfig, with_overrides
-from shortcutflow.evaluation.runs import find_run, load_run
+from shortcutflow.evaluation.runs import PICTURE_FILE, find_run, load_run
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,20 @@ def _train_and_evaluate(config: RunConfig, folder: Path, *, resume: bool) -> Non
         raise
     print(f"trained in {time.perf_counter() - start:.0f} s")
     if config.evaluation is not None:
-        from shortcutflow.evaluation.pixels import PICTURE_FILE, evaluate_pixels, table
+        print(f"\n{config.objective.kind}, weights: {config.sample_weights}\n{_evaluate(config, folder)}\n", flush=True)
+        if (folder / PICTURE_FILE).exists():
+            print(f"picture: {folder / PICTURE_FILE}")
 
-        rows = evaluate_pixels(load_run(folder))
-        print(f"\n{config.objective.kind}, weights: {config.sample_weights}\n{table(rows)}\n")
-        print(f"picture: {folder / PICTURE_FILE}")
+
+def _evaluate(config: RunConfig, folder: Path) -> str:
+    """Measure as the config says; gives the table."""
+    if config.evaluation is not None and config.evaluation.kind == "policy":
+        from shortcutflow.evaluation import policy
+
+        return policy.table(policy.evaluate_policy(load_run(folder)))
+    from shortcutflow.evaluation import pixels
+
+    return pixels.table(pixels.evaluate_pixels(load_run(folder)))
 
 
 def smoke(config: RunConfig) -> RunConfig:
@@ -84,7 +93,5 @@ def smoke(config: RunConfig) -> RunConfig:
     training = config.training.model_copy(
         update={"steps": 4, "global_batch_size": min(8, config.training.global_batch_size), "log_every": 1}
     )
-    evaluation = config.evaluation
-    if evaluation is not None:
-        evaluation = evaluation.model_copy(update={"samples": 20, "steps": (1, 4)})
+    evaluation = config.evaluation.smoke() if config.evaluation is not None else None
     return config.model_copy(update={"training": training, "evaluation": evaluation})

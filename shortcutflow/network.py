@@ -28,7 +28,13 @@ class BackboneConfig(BaseModel):
 
 
 def build_network(
-    config: BackboneConfig, *, shape: tuple[int, ...], num_classes: int | None, finest_steps: int, seed: int
+    config: BackboneConfig,
+    *,
+    shape: tuple[int, ...],
+    num_classes: int | None,
+    condition_shape: tuple[int, ...] | None = None,
+    finest_steps: int,
+    seed: int,
 ) -> nn.Module:
     """Build the named network, its initial weights a function of the seed.
 
@@ -42,7 +48,10 @@ def build_network(
         if config.name not in builders:
             continue
         builder = builders[config.name]
-        options = {"shape": shape, "num_classes": num_classes, "finest_steps": finest_steps} | config.options
+        options = {"shape": shape, "num_classes": num_classes, "finest_steps": finest_steps}
+        # Only what is conditioned on tensors has to know of them.
+        options |= {"condition_shape": condition_shape} if condition_shape is not None else {}
+        options |= config.options
         try:
             inspect.signature(builder).bind(**options)
         except TypeError as error:

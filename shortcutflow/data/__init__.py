@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from shortcutflow.data.digits import DigitsData
+from shortcutflow.data.pusht import PushTData
 from shortcutflow.data.source import ShardsData
 
-DataConfig = Annotated[DigitsData | ShardsData, Field(discriminator="kind")]
+DataConfig = Annotated[DigitsData | PushTData | ShardsData, Field(discriminator="kind")]

@@ -33,7 +33,7 @@ class DigitsData(DataSettings):
 
     def describe(self) -> DataInfo:
         """One channel of 8x8 pixels, ten classes."""
-        return DataInfo(shape=(1, 8, 8), num_classes=10, samples=1797)
+        return DataInfo(shape=(1, 8, 8), num_classes=10)
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -32,8 +33,10 @@ class Manifest(BaseModel):
     """What the shards of a folder hold.
 
     Attributes:
-        shape: of one sample, (channels, height, width).
+        shape: of one sample, (channels, height, width) or (length, channels).
+        values: "uint8" for images of 256 levels, stored as PNG; "float32" for anything else, stored as it is.
         num_classes: labels are 0 ... num_classes - 1; None for no labels.
+        condition_shape: shape of the float32 tensor each sample is conditioned on; None for none.
         class_names: their names, in order.
         preprocessing: what was done to the raw data, in words.
         shards: in order.
@@ -42,8 +45,10 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int = 1
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...] = Field(min_length=2, max_length=3)
+    values: Literal["uint8", "float32"] = "uint8"
     num_classes: int | None
+    condition_shape: tuple[int, ...] | None = None
     class_names: tuple[str, ...] = ()
     preprocessing: str
     shards: tuple[ShardEntry, ...]

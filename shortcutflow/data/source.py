@@ -11,11 +11,27 @@ from shortcutflow.data.manifest import Manifest
 
 
 class DataInfo(NamedTuple):
-    """What a network must fit: the shape of a sample, the number of labels (or None), the number of samples."""
+    """What a network must fit.
+
+    Attributes:
+        shape: of a sample.
+        num_classes: number of labels, or None.
+        condition_shape: of the tensor a sample is conditioned on, or None.
+    """
 
     shape: tuple[int, ...]
     num_classes: int | None
-    samples: int
+    condition_shape: tuple[int, ...] | None = None
+
+    @property
+    def is_picture(self) -> bool:
+        """Whether samples can be drawn and looked at without more than labels."""
+        return len(self.shape) == 3 and self.condition_shape is None
+
+    @property
+    def null_y(self) -> float | None:
+        """The null condition: the label after the last, zeros for a tensor, None without conditions."""
+        return 0.0 if self.condition_shape is not None else self.num_classes
 
 
 class DataSettings(BaseModel):
@@ -40,4 +56,4 @@ class ShardsData(DataSettings):
     def describe(self) -> DataInfo:
         """Read from its manifest."""
         manifest = Manifest.read(self.folder)
-        return DataInfo(manifest.shape, manifest.num_classes, manifest.samples)
+        return DataInfo(manifest.shape, manifest.num_classes, manifest.condition_shape)

@@ -6,6 +6,7 @@ run on over the end of an epoch, so each sample is seen exactly once an epoch an
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -50,7 +51,7 @@ def shuffled(items: Iterable[Item], buffer_size: int, rng: random.Random) -> Ite
 
 
 class ShardStream:
-    """Batches of images in [-1, 1] from a folder of shards.
+    """Batches from a folder of shards: images in [-1, 1], other data as it was stored.
 
     Args:
         folder: holds shards and ``manifest.json``.
@@ -77,9 +78,7 @@ class ShardStream:
         self.folder, self.batch_size, self.seed, self.device = folder, batch_size, seed, device
         self.manifest = Manifest.read(folder)
         self.shuffle_buffer = shuffle_buffer
-        self._cache: dict[str, list[Sample]] | None = (
-            {} if self.manifest.samples * int(np.prod(self.manifest.shape)) <= cache_bytes else None
-        )
+        self._cache: dict[str, list[Sample]] | None = {} if self._bytes() <= cache_bytes else None
         self._samples_seen = 0
         self._samples = self._endless(0)
 
@@ -89,13 +88,16 @@ class ShardStream:
     def __next__(self) -> Batch:
         samples = list(islice(self._samples, self.batch_size))
         self._samples_seen += len(samples)
-        pixels = torch.from_numpy(np.stack([sample.pixels for sample in samples]))
-        labels = None
+        data = torch.from_numpy(np.stack([sample.data for sample in samples])).to(self.device)
+        if self.manifest.values == "uint8":
+            # Bytes travel to the device, floats are made there.
+            data = data.float() / 127.5 - 1
+        y = None
         if self.manifest.num_classes is not None:
-            labels = torch.tensor([sample.label for sample in samples], device=self.device)
-        # Bytes travel to the device, floats are made there.
-        data = pixels.to(self.device).float() / 127.5 - 1
-        return Batch(data, labels, tuple(sample.key for sample in samples))
+            y = torch.tensor([sample.y for sample in samples], device=self.device)
+        elif self.manifest.condition_shape is not None:
+            y = torch.from_numpy(np.stack([np.asarray(sample.y) for sample in samples])).to(self.device)
+        return Batch(data, y, tuple(sample.key for sample in samples))
 
     def state_dict(self) -> dict[str, int]:
         """The position: samples handed out so far."""
@@ -105,6 +107,11 @@ class ShardStream:
         """Go to a position; the next batch is the one that would have come."""
         self._samples_seen = state["samples_seen"]
         self._samples = self._endless(self._samples_seen)
+
+    def _bytes(self) -> int:
+        """Of all decoded samples."""
+        values = math.prod(self.manifest.shape) * (1 if self.manifest.values == "uint8" else 4)
+        return self.manifest.samples * (values + 4 * math.prod(self.manifest.condition_shape or (0,)))
 
     def _endless(self, position: int) -> Iterator[Sample]:
         epoch, place = divmod(position, self.manifest.samples)

@@ -14,14 +14,12 @@ import numpy as np
 import torch
 
 import shortcutflow
+from shortcutflow.config import PixelEvaluation
 from shortcutflow.data.digits import load_digits
 from shortcutflow.evaluation.frechet import frechet_distance
 from shortcutflow.evaluation.generate import generate, labels_of, noise_of
 from shortcutflow.evaluation.grids import sample_grid, save_picture
-from shortcutflow.evaluation.runs import Run
-
-REPORT_FILE = "evaluation.json"
-PICTURE_FILE = "samples.png"
+from shortcutflow.evaluation.runs import PICTURE_FILE, REPORT_FILE, Run
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,8 @@ def evaluate_pixels(run: Run) -> list[Row]:
         ValueError: if the run has no evaluation.
     """
     settings, config = run.config.evaluation, run.config
-    if settings is None:
-        raise ValueError(f"the config of run {run.folder} has no evaluation: nothing to measure")
+    if not isinstance(settings, PixelEvaluation):
+        raise ValueError(f"the config of run {run.folder} has no evaluation of pixels")
     real = load_digits()[0].reshape(1797, -1)
     reader = DigitReader()
     device = next(run.network.parameters()).device

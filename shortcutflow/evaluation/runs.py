@@ -13,6 +13,8 @@ from shortcutflow.train import checkpoint
 from shortcutflow.train.checkpoint import NETWORK, average_group
 
 CHECKPOINTS = "checkpoints"
+REPORT_FILE = "evaluation.json"
+PICTURE_FILE = "samples.png"
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,12 @@ def sample_sheet(
         guidance_scale: of the sampler.
 
     Raises:
-        ValueError: for a budget below 1, labels out of range or of a run without any, or labels and count together.
+        ValueError: for a run of no pictures, a budget below 1, labels out of range or of a run without any, or labels
+            and count together.
     """
     info, config = run.config.data.describe(), run.config
+    if not info.is_picture:
+        raise ValueError(f"run {run.folder} makes no pictures: its samples have shape {info.shape}")
     if not all(budget >= 1 for budget in budgets):
         raise ValueError(f"steps must be at least 1, got {', '.join(map(str, budgets))}")
     if labels is not None and count is not None:

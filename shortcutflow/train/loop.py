@@ -63,7 +63,7 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     config.save(run_dir)
     start = _restore(parts, run_dir) if resume else 0
-    settings, objective, null_y = config.training, config.objective, config.data.describe().num_classes
+    settings, objective, info = config.training, config.objective, config.data.describe()
     net, target_net = _networks_to_call(config, parts)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16) if settings.precision == "bfloat16" else nullcontext()
     log, means = MetricsLog(run_dir, resume_at=start), Averages()
@@ -76,7 +76,7 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False) -> None:
 
         draws = generator_for(config.seed, "objective", step=step, device=device)
         with autocast:
-            report = objective(net, batch.data, batch.y, target_net=target_net, null_y=null_y, generator=draws)
+            report = objective(net, batch.data, batch.y, target_net=target_net, null_y=info.null_y, generator=draws)
         report.loss.backward()
         grad_norm = clip_gradients(parts.optimizer, config.optimizer.max_grad_norm)
 
@@ -97,7 +97,7 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False) -> None:
             log.numbers(done, numbers)
             bar.set_postfix_str(f"loss {numbers['loss']:.3f}", refresh=False)
             last_log = done, now
-        if done == settings.steps or (settings.grid_every and done % settings.grid_every == 0):
+        if info.is_picture and (done == settings.steps or (settings.grid_every and done % settings.grid_every == 0)):
             log.picture(done, "samples", _sample_grid(config, parts, run_dir, done))
         if done == settings.steps or (settings.checkpoint_every and done % settings.checkpoint_every == 0):
             _save(config, parts, run_dir, done)

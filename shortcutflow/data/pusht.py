@@ -1,0 +1,131 @@
+"""Push-T: demonstrations of a scripted expert in the real environment, as pairs of what was seen and what was done.
+
+A sample is a trajectory of the next 16 actions (target positions of the pusher), conditioned on the last two states:
+what a diffusion policy is trained on (Chi et al., arXiv 2303.04137).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+from tqdm import tqdm
+
+from shortcutflow.data.manifest import MANIFEST, Manifest
+from shortcutflow.data.pusht_expert import Demonstration, demonstrate
+from shortcutflow.data.shards import Sample, write_shards
+from shortcutflow.data.source import DataInfo, DataSettings
+
+TABLE = 512.0
+"""Side of the table: positions and actions lie in [0, 512]."""
+
+NEAR = 100.0
+"""Unit of distances between pusher and block, and of actions."""
+
+FEATURES = 8
+"""Numbers that describe a state to the policy."""
+
+
+class PushTData(DataSettings):
+    """Demonstrations of Push-T, gathered and written as shards into ``folder`` the first time they are needed."""
+
+    kind: Literal["pusht"] = "pusht"
+    folder: Path = Path("data/pusht")
+    demonstrations: int = Field(default=600, ge=1, description="successful episodes; failed ones are dropped")
+    horizon: int = Field(default=16, ge=1, description="actions a trajectory")
+    observed: int = Field(default=2, ge=1, description="states it is conditioned on, the present one last")
+
+    def prepare(self) -> Path:
+        """Gather demonstrations unless they are there; gives their folder.
+
+        Raises:
+            ImportError: if gym-pusht is not installed.
+            ValueError: if the folder holds trajectories of another kind.
+        """
+        if not (self.folder / MANIFEST).is_file():
+            unfinished = self.folder.with_name(f"{self.folder.name}.unfinished-{os.getpid()}")
+            write_demonstrations(unfinished, self)
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
+            unfinished.replace(self.folder)
+        found, info = Manifest.read(self.folder), self.describe()
+        if (found.shape, found.condition_shape, found.preprocessing) != (
+            info.shape, info.condition_shape, self._preprocessing()
+        ):  # fmt: skip
+            raise ValueError(
+                f"{self.folder} holds other demonstrations ({found.preprocessing}) than asked for "
+                f"({self._preprocessing()}); name another data.folder or remove it"
+            )
+        return self.folder
+
+    def describe(self) -> DataInfo:
+        """Trajectories (horizon, 2), conditioned on (observed, 8); no labels."""
+        return DataInfo((self.horizon, 2), None, (self.observed, FEATURES))
+
+    def _preprocessing(self) -> str:
+        return (
+            f"{self.demonstrations} successful demonstrations of the scripted expert, seeds from 0; {self.horizon} "
+            f"actions after {self.observed} states"
+        )
+
+
+def features(states: np.ndarray) -> np.ndarray:
+    """What the policy sees of states (..., 5), as (..., 8) of order 1.
+
+    Pusher x, y and block x, y on the table, cosine and sine of the block's angle, and the pusher in the block's frame,
+    where the same contact is always the same two numbers.
+    """
+    pusher, block, angle = states[..., :2], states[..., 2:4], states[..., 4]
+    cos, sin = np.cos(angle), np.sin(angle)
+    dx, dy = np.moveaxis(pusher - block, -1, 0) / NEAR
+    turned = np.stack([cos, sin, cos * dx + sin * dy, cos * dy - sin * dx], axis=-1)
+    return np.concatenate([states[..., :4] / (TABLE / 2) - 1, turned], axis=-1).astype(np.float32)
+
+
+def scaled_actions(actions: np.ndarray, pusher: np.ndarray) -> np.ndarray:
+    """Target positions (..., 2) on the table as seen from the pusher's present place (..., 2), of order 1."""
+    return ((actions - pusher) / NEAR).astype(np.float32)
+
+
+def actions_of(scaled: np.ndarray, pusher: np.ndarray) -> np.ndarray:
+    """The way back, kept on the table: the environment itself does not keep the pusher there."""
+    return np.clip(scaled * NEAR + pusher, 0, TABLE)
+
+
+def write_demonstrations(folder: Path, settings: PushTData) -> None:
+    """Gather successful demonstrations from seeds 0, 1, ... and write each step of each as a sample."""
+
+    def samples() -> Iterator[Sample]:
+        for seed, demonstration in successful(settings.demonstrations):
+            yield from windows(demonstration, settings.horizon, settings.observed, f"episode{seed:05d}")
+
+    write_shards(samples(), folder, samples_per_shard=4096, preprocessing=settings._preprocessing())
+
+
+def successful(count: int) -> Iterator[tuple[int, Demonstration]]:
+    """The first so many successful episodes, with their seeds, in the order of the seeds."""
+    seeds = itertools.count()
+    for done in tqdm(range(count), desc="demonstrations", unit="episode", mininterval=10):
+        for seed in seeds:
+            demonstration = demonstrate(seed)
+            if demonstration.success:
+                yield seed, demonstration
+                break
+            if seed > 20 * count + 100:
+                raise RuntimeError(f"the expert succeeded {done} times in {seed} episodes; {count} were asked for")
+
+
+def windows(demonstration: Demonstration, horizon: int, observed: int, name: str) -> Iterator[Sample]:
+    """One sample a step: the coming actions, and the states up to now; the ends are repeated where there is no more."""
+    states, seen, actions = demonstration.states, features(demonstration.states), demonstration.actions
+    last = len(actions) - 1
+    for i in range(len(actions)):
+        past = np.arange(i - observed + 1, i + 1).clip(min=0)
+        coming = np.arange(i, i + horizon).clip(max=last)
+        yield Sample(scaled_actions(actions[coming], states[i, :2]), seen[past], f"{name}-{i:03d}")
