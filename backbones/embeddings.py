@@ -98,7 +98,7 @@ class Condition(nn.Module):
         embeds_time: False for a network that embeds t elsewhere.
 
     Raises:
-        ValueError: if both kinds of condition are asked for, or at a call if y does not fit or t or d are not in [0, 1].
+        ValueError: if both kinds of condition are asked for, or at a call if y does not fit or t or d leave [0, 1].
     """
 
     def __init__(

@@ -10,7 +10,7 @@ from backbones.tokens import SIZES, Block, TokenNetwork, presets
 
 
 class Mamba(TokenNetwork):
-    """A state space shortcut model s(x_t, t, d, y) for images (channels, height, width) or sequences (length, channels).
+    """A state space model s(x_t, t, d, y) for images (channels, height, width) or sequences (length, channels).
 
     Each block is Mamba's mixer over the tokens (an image's in rows) and a perceptron, conditioned like DiT's. Its time
     grows with the number of tokens, attention's with the square.

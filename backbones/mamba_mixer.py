@@ -1,7 +1,7 @@
 """Mamba: a selective state space in place of attention (Gu & Dao, arXiv 2312.00752).
 
-:class:`MambaMixer` is the mixer. Its parameters have the names, shapes and meaning of ``mamba_ssm.modules.mamba_simple``'s
-``Mamba``, so that either loads the other's state dict.
+The parameters of :class:`MambaMixer` have the names, shapes and meaning of those of ``Mamba`` in mamba-ssm's
+``modules.mamba_simple``, so that either loads the other's state dict.
 """
 
 from __future__ import annotations

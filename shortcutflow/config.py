@@ -31,6 +31,8 @@ class TrainingConfig(BaseModel):
         global_batch_size: samples an optimizer step, over all processes.
         precision: "bfloat16" runs the network under autocast; weights, t and d stay float32.
         compile: run the network through torch.compile.
+        gradient_checkpointing: run parts of the network again in the backward pass instead of keeping their insides;
+            less memory, a third more time.
         device: "auto" is a GPU if there is one.
         log_every, grid_every, checkpoint_every: in steps; 0 never (the last step is always saved).
         keep_checkpoints: older ones are deleted.
@@ -43,6 +45,7 @@ class TrainingConfig(BaseModel):
     global_batch_size: int = Field(ge=1)
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
+    gradient_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: int = Field(default=50, ge=1)
     grid_every: int = Field(default=0, ge=0)

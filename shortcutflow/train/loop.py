@@ -132,6 +132,10 @@ def build_parts(config: RunConfig, device: torch.device) -> Parts:
         shuffle_buffer=config.data.shuffle_buffer, cache_bytes=config.data.cache_bytes, device=device,
     )  # fmt: skip
     network = config.build_network().to(device)
+    if config.training.gradient_checkpointing:
+        if not hasattr(network, "gradient_checkpointing"):
+            raise ValueError(f"backbone {config.backbone.name!r} has no gradient checkpointing")
+        network.gradient_checkpointing = True
     averages = {name: Average(network, settings) for name, settings in config.averages.items()}
     return Parts(network, averages, build_optimizer(network.parameters(), config.optimizer), stream)
 

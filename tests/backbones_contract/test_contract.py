@@ -16,14 +16,40 @@ import torch
 from torch import Tensor, nn
 
 import backbones
-from tests.backbones_contract.cases import CLASSES, TINY, Case, cases
+from tests.backbones_contract.cases import (
+    CASES,
+    CLASSES,
+    CONDITION,
+    IMAGE,
+    SEQUENCE,
+    TINY,
+    Case,
+    cases,
+    every_case,
+    every_case_with_tensor_condition,
+    family_of,
+)
 
-every_case = pytest.mark.parametrize("case", list(cases()), ids=str)
 Net = Callable[..., Tensor]
 
 
-def test_every_family_is_in_the_table() -> None:
-    assert {name.split("_")[0] for name in backbones.BUILDERS} == TINY.keys()
+def test_every_family_has_its_cases() -> None:
+    own = {family_of(name) for name in backbones.BUILDERS}
+    assert own <= TINY.keys()
+    assert {case.family for case in CASES} == {family_of(name) for name in backbones.names()}
+
+
+def test_a_network_of_another_package_gets_its_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a row, for images and for sequences; or for those alone that its builder takes."""
+    assert [case.shape for case in CASES if case.name == "thirdparty_conv"] == [IMAGE, SEQUENCE]
+
+    def for_images(*, shape: tuple[int, ...], **options: Any) -> nn.Module:
+        if len(shape) != 3:
+            raise ValueError("images only")
+        return nn.Identity()
+
+    monkeypatch.setitem(backbones.BUILDERS, "other_net", for_images)
+    assert [case.shape for case in cases() if case.name == "other_net"] == [IMAGE]
 
 
 # ---- outputs
@@ -123,37 +149,85 @@ def test_no_condition_is_the_null_label(case: Case) -> None:
 def test_network_without_labels(case: Case) -> None:
     net, (x_t, t, d, y) = case.awake(num_classes=None), case.inputs()
     assert net(x_t, t, d, None).shape == x_t.shape
-    with pytest.raises(ValueError, match=r"num_classes=None.*\): y must be None"):
+    assert torch.equal(net(x_t, t, d), net(x_t, t, d, None))
+    with pytest.raises(ValueError, match=r"y must be None"):
         net(x_t, t, d, y)
+
+
+def tensor_conditions(batch: int = 4) -> Tensor:
+    return torch.randn(batch, *CONDITION, generator=torch.Generator().manual_seed(1))
+
+
+def null_is_zeros(net: Net, case: Case) -> bool:
+    """Whether no condition is the condition of zeros, by argument and by default."""
+    x_t, t, d, _ = case.inputs()
+    zeros = net(x_t, t, d, torch.zeros(4, *CONDITION))
+    return torch.equal(net(x_t, t, d, None), zeros) and torch.equal(net(x_t, t, d), zeros)
+
+
+@every_case_with_tensor_condition
+@torch.no_grad()
+def test_conditions_that_are_tensors(case: Case) -> None:
+    net, (x_t, t, d, _) = case.awake(num_classes=None, condition_shape=CONDITION), case.inputs()
+    y = tensor_conditions()
+    before = net(x_t, t, d, y)
+    assert before.shape == x_t.shape
+    for i in range(y[0].numel()):
+        changed = y.clone()
+        changed.flatten(1)[:, i] += 1
+        difference = (net(x_t, t, d, changed) - before).flatten(1).abs().mean(1)
+        assert (difference / before.std() > 1e-3).all(), f"number {i} of the condition has no effect"
+    # To a sample, its own condition only.
+    changed = torch.cat([y[:1] + 1, y[1:]])
+    torch.testing.assert_close(net(x_t, t, d, changed)[1:], before[1:], atol=1e-4, rtol=1e-4)
+    assert null_is_zeros(net, case)
+    ones = torch.ones_like(y)
+    assert not null_is_zeros(lambda x_t, t, d, y=None: net(x_t, t, d, ones if y is None else y), case)
+
+
+@every_case_with_tensor_condition
+def test_tensor_conditions_that_are_refused(case: Case) -> None:
+    net, (x_t, t, d, labels) = case.build(num_classes=None, condition_shape=CONDITION), case.inputs()
+    y = tensor_conditions()
+    net(x_t, t, d, y)
+    for wrong in (y[:3], y.flatten(1), y.mT, y[..., None], y.long(), labels):
+        with pytest.raises(ValueError, match=r"y must be floats of shape \(4, 2, 3\)") as raised:
+            net(x_t, t, d, wrong)
+        assert str(tuple(wrong.shape)) in str(raised.value)
+        assert str(wrong.dtype) in str(raised.value)
+
+
+@every_case_with_tensor_condition
+def test_labels_and_tensors_are_not_mixed(case: Case) -> None:
+    with pytest.raises(ValueError, match=r"num_classes \(5\) or condition_shape \(\(2, 3\)\), not both"):
+        case.build(condition_shape=CONDITION)
 
 
 # ---- parameters
 
 
-def without_gradient(net: nn.Module, case: Case) -> list[str]:
+def without_gradient(net: nn.Module, inputs: tuple[Any, ...]) -> list[str]:
     """Names of parameters that ask for a gradient and get none, or zero."""
     net.zero_grad()
-    net(*case.inputs()).square().mean().backward()
+    net(*inputs).square().mean().backward()
     learnt = {name: p.grad for name, p in net.named_parameters() if p.requires_grad}
     return [name for name, grad in learnt.items() if grad is None or not grad.any() or not grad.isfinite().all()]
-
-
-class Unconditional(Case):
-    """A case whose condition is None."""
-
-    def inputs(self, batch: int = 4, seed: int = 0) -> Any:
-        return *super().inputs(batch, seed)[:3], None
 
 
 @every_case
 @pytest.mark.parametrize("num_classes", [CLASSES, None])
 def test_every_parameter_gets_a_gradient(case: Case, num_classes: int | None) -> None:
-    net = case.awake(num_classes=num_classes).train()
-    if num_classes is None:
-        case = Unconditional(case.name, case.shape, case.options)
-    assert without_gradient(net, case) == []
+    net, (x_t, t, d, y) = case.awake(num_classes=num_classes).train(), case.inputs()
+    inputs = (x_t, t, d, None if num_classes is None else y)
+    assert without_gradient(net, inputs) == []
     net.unused = nn.Parameter(torch.ones(3))
-    assert without_gradient(net, case) == ["unused"]
+    assert without_gradient(net, inputs) == ["unused"]
+
+
+@every_case_with_tensor_condition
+def test_every_parameter_gets_a_gradient_by_a_tensor_condition(case: Case) -> None:
+    net = case.awake(num_classes=None, condition_shape=CONDITION).train()
+    assert without_gradient(net, (*case.inputs()[:3], tensor_conditions())) == []
 
 
 @every_case
@@ -213,44 +287,3 @@ def test_autocast_keeps_time_and_step_size_in_float32(case: Case, name: str) -> 
         return net(x_t, t.bfloat16(), d.bfloat16(), y)
 
     assert not told_apart(rounding, case, name, *PAIRS[-1])
-
-
-# ---- errors
-
-
-def replaced(case: Case, **changed: Any) -> tuple[Any, ...]:
-    given = dict(zip(("x_t", "t", "d", "y"), case.inputs(), strict=True))
-    return tuple((given | changed).values())
-
-
-OUT_OF_RANGE = [
-    ({"t": torch.full((4,), 1.5)}, r"t must lie in \[0, 1\], got 1\.5 to 1\.5"),
-    ({"t": torch.tensor([0, 0.5, 0.5, -0.25])}, r"t must lie in \[0, 1\], got -0\.25 to 0\.5"),
-    ({"t": torch.full((4,), float("nan"))}, r"t must lie in \[0, 1\], got nan"),
-    ({"d": torch.full((4,), 7.0)}, r"d must lie in \[0, 1\], got 7 to 7"),
-    ({"d": torch.full((4,), -0.5)}, r"d must lie in \[0, 1\], got -0\.5"),
-    ({"y": torch.tensor([0, 1, 2, CLASSES + 1])}, rf"y must lie in \[0, {CLASSES}\], got 0 to {CLASSES + 1}"),
-    ({"y": torch.tensor([0, 1, 2, -1])}, rf"y must lie in \[0, {CLASSES}\], got -1 to 2"),
-    ({"y": torch.zeros(4)}, r"y must be whole numbers of shape \(4,\), got torch.float32"),
-    ({"y": torch.zeros(3).long()}, r"y must be whole numbers of shape \(4,\), got torch.int64 \(3,\)"),
-    ({"t": torch.tensor(0.5)}, r"t and d must have shape \(4,\), got \(\) and \(4,\)"),
-    ({"d": torch.zeros(4, 1)}, r"t and d must have shape \(4,\), got \(4,\) and \(4, 1\)"),
-]
-
-
-@every_case
-@pytest.mark.parametrize(("changed", "message"), OUT_OF_RANGE, ids=[message[:24] for _, message in OUT_OF_RANGE])
-def test_input_that_is_refused(case: Case, changed: dict[str, Tensor], message: str) -> None:
-    net = case.build()
-    net(*case.inputs())
-    with pytest.raises(ValueError, match=message):
-        net(*replaced(case, **changed))
-
-
-@every_case
-def test_x_t_of_another_shape_is_refused(case: Case) -> None:
-    net, x_t = case.build(), case.inputs()[0]
-    for wrong in (torch.cat([x_t, x_t], dim=1), torch.cat([x_t, x_t], dim=-1), x_t.flatten(1)):
-        with pytest.raises(ValueError, match=r"x_t must have shape \(batch, ") as raised:
-            net(*replaced(case, x_t=wrong))
-        assert str(tuple(wrong.shape)) in str(raised.value)

@@ -1,0 +1,141 @@
+"""Push-T: the expert in the real environment, its demonstrations as samples, and a policy's way through an episode."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from recipes.policy_sequences import recipe
+from shortcutflow.config import PolicyEvaluation
+from shortcutflow.data import pusht
+from shortcutflow.data.manifest import Manifest
+from shortcutflow.data.pusht import PushTData, actions_of, features, scaled_actions, windows
+from shortcutflow.data.pusht_expert import Demonstration, Expert, demonstrate
+from shortcutflow.data.stream import ShardStream
+from shortcutflow.evaluation import policy
+from shortcutflow.evaluation.policy import FIRST_SEED, SOLVED, Episode, evaluate_policy, table
+from shortcutflow.evaluation.runs import Run
+from shortcutflow.launch import Options, run_recipe
+
+
+@pytest.fixture(scope="module")
+def episodes() -> list[Demonstration]:
+    return [demonstrate(seed) for seed in range(3)]
+
+
+def test_the_expert_solves_episodes_it_was_not_tuned_on() -> None:
+    assert [demonstrate(seed).success for seed in range(5000, 5006)] == [True] * 6
+
+
+def test_demonstrations_are_a_function_of_the_seed(episodes: list[Demonstration]) -> None:
+    again = demonstrate(0)
+    assert np.array_equal(again.states, episodes[0].states)
+    assert np.array_equal(again.actions, episodes[0].actions)
+    undisturbed = demonstrate(0, disturbance=0)
+    assert not np.array_equal(undisturbed.actions[:20], again.actions[:20])
+
+
+def test_windows_are_what_was_seen_and_what_followed(episodes: list[Demonstration]) -> None:
+    episode = episodes[1]
+    samples = list(windows(episode, horizon=4, observed=2, name="e"))
+    assert len(samples) == len(episode.actions)
+    for i in (0, 7, len(samples) - 1):
+        sample = samples[i]
+        assert sample.data.shape == (4, 2)
+        coming = episode.actions[[min(i + k, len(samples) - 1) for k in range(4)]]
+        np.testing.assert_allclose(actions_of(sample.data, episode.states[i, :2]), coming, atol=1e-3)
+        assert isinstance(sample.y, np.ndarray)
+        np.testing.assert_array_equal(sample.y, features(episode.states[[max(i - 1, 0), i]]))
+
+
+def test_features_do_not_jump_where_the_angle_wraps() -> None:
+    below, above = np.array([100.0, 200, 300, 250, 2 * np.pi - 1e-6]), np.array([100.0, 200, 300, 250, 1e-6])
+    np.testing.assert_allclose(features(below), features(above), atol=1e-4)
+    assert features(below).shape == (pusht.FEATURES,)
+
+
+def test_the_pusher_is_seen_in_the_blocks_frame() -> None:
+    """Turning and moving table, block and pusher together changes where they are, not how they lie to each other."""
+    state = np.array([300.0, 210, 280, 260, 0.3])
+    turn, move = 0.8, np.array([10.0, -20])
+    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    moved = np.concatenate([rotation @ state[:2] + move, rotation @ state[2:4] + move, [state[4] + turn]])
+    np.testing.assert_allclose(features(state)[6:], features(moved)[6:], atol=1e-5)
+    assert not np.allclose(features(state)[:6], features(moved)[:6], atol=1e-2)
+
+
+def test_actions_stay_on_the_table() -> None:
+    pusher = np.array([500.0, 10.0])
+    assert np.array_equal(actions_of(np.array([9.0, -9.0]), pusher), [512, 0])
+    target = np.array([450.0, 60.0])
+    np.testing.assert_allclose(actions_of(scaled_actions(target, pusher), pusher), target, atol=1e-3)
+
+
+def test_prepare_once_and_refuse_other_settings(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = PushTData(folder=tmp_path / "pusht", demonstrations=2)
+    folder = data.prepare()
+    written = (folder / "manifest.json").stat().st_mtime_ns
+    assert data.prepare() == folder
+    assert (folder / "manifest.json").stat().st_mtime_ns == written
+    manifest, info = Manifest.read(folder), data.describe()
+    assert (manifest.shape, manifest.condition_shape) == (info.shape, info.condition_shape) == ((16, 2), (2, 8))
+    batch = next(ShardStream(folder, batch_size=32, seed=0))
+    assert batch.data.abs().max() < 6
+    with pytest.raises(ValueError, match=r"holds other demonstrations \(2 successful .* than asked for \(3 successful"):
+        PushTData(folder=tmp_path / "pusht", demonstrations=3).prepare()
+
+
+def run_of(network: torch.nn.Module, folder: Path, **evaluation: int) -> Run:
+    settings = PolicyEvaluation(steps=(1,), **evaluation)
+    return Run(folder, recipe().model_copy(update={"evaluation": settings}), 1, "ema", network)
+
+
+class Still(torch.nn.Module):
+    """A policy whose one-step sample is to stay: the target is where the pusher is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x_t: Tensor, t: Tensor, d: Tensor, y: Tensor | None) -> Tensor:
+        return -x_t
+
+
+def test_a_policy_that_does_nothing_scores_what_the_start_covers(tmp_path: Path) -> None:
+    (row,) = evaluate_policy(run_of(Still(), tmp_path, episodes=4, max_steps=16))
+    assert row.score < 0.6
+    assert (row.solved, row.length) == (0, 16)
+    report = json.loads((tmp_path / "evaluation.json").read_text())
+    assert report["rows"][0]["score"] == row.score
+    assert f"{row.score:.3f}" in table([row])
+
+
+def test_the_expert_through_the_same_episodes_solves_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The roll-out itself loses nothing: deciding each action by the expert scores 1."""
+    experts: dict[int, Expert] = {}
+
+    def by_expert(run: Run, running: list[Episode], steps: int, decision: int) -> np.ndarray:
+        return np.stack([experts.setdefault(e.seed, Expert())(e.states[-1])[None] for e in running])
+
+    monkeypatch.setattr(policy, "decide", by_expert)
+    (row,) = evaluate_policy(run_of(Still(), tmp_path, episodes=3, executed=1))
+    assert (row.score, row.solved) == (1, 1)
+    assert sorted(experts) == [FIRST_SEED, FIRST_SEED + 1, FIRST_SEED + 2]
+    assert 0.5 < SOLVED <= 0.95
+
+
+def test_recipe_at_smoke_size_trains_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ["data.demonstrations=2", "backbone.options.width=8", "evaluation.episodes=1", "training.device=cpu"]
+    folder = run_recipe(recipe(), small, Options(run_dir=tmp_path / "run", smoke=True))
+    assert folder is not None
+    rows = json.loads((folder / "evaluation.json").read_text())["rows"]
+    assert [row["steps"] for row in rows] == [1, 4]
+    assert not (folder / "samples.png").exists()
+    run_recipe(recipe(), ["training.steps=6"], Options(run_dir=folder, resume=True))
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir())[-1].endswith("6")
