@@ -7,7 +7,7 @@ import math
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbones.backbone import require_positive
+from backbones.embeddings import require_positive
 
 
 class Attention(nn.Module):

@@ -100,11 +100,13 @@ class Backbone(nn.Module):
 
         # Fake tensors have shapes and no numbers, so this takes no memory and works for a network on "meta" too.
         with FakeTensorMode() as fake:
+            # On "cpu" and in float32 whatever the network is in: the count is the same.
             tensors = {
-                name: torch.empty(tensor.shape, dtype=tensor.dtype)
+                name: torch.empty(tensor.shape, dtype=torch.float32 if tensor.is_floating_point() else tensor.dtype,
+                                  device="cpu")
                 for name, tensor in [*self.named_parameters(), *self.named_buffers()]
-            }
-            x_t, t = torch.empty(1, *(shape or self.shape)), torch.empty(1)
+            }  # fmt: skip
+            x_t, t = torch.empty(1, *(shape or self.shape), device="cpu"), torch.empty(1, device="cpu")
             formulas = {torch.ops.aten.mkldnn_rnn_layer: _recurrent_flops}
             # Attention as two products, which the counter knows; it has no formula for the CPU's fused kernel.
             math_attention = sdpa_kernel(SDPBackend.MATH)
@@ -129,10 +131,3 @@ def _recurrent_flops(
 ) -> int:
     """Of oneDNN's recurrent layer, one direction: x (n, b, width), weights (gates, width) and (gates, hidden)."""
     return 2 * x[0] * x[1] * (math.prod(input_weight) + math.prod(hidden_weight))
-
-
-def require_positive(**options: int | None) -> None:
-    """Raise ValueError naming the option that is below 1."""
-    for name, value in options.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")

@@ -11,6 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def require_positive(**options: int | None) -> None:
+    """Raise ValueError naming the option that is below 1."""
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """A context in which operations on the tensor's device keep their precision."""
     # The meta device knows no autocast.
@@ -115,8 +122,7 @@ class Condition(nn.Module):
         super().__init__()
         if num_classes is not None and condition_shape is not None:
             raise ValueError(f"give num_classes ({num_classes}) or condition_shape ({condition_shape}), not both")
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        require_positive(num_classes=num_classes, finest_steps=finest_steps)
         self.num_classes = num_classes
         self.condition_shape = None if condition_shape is None else tuple(condition_shape)
         self.finest_steps, self.ignore_step_size = finest_steps, ignore_step_size

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from backbones.backbone import require_positive
+from backbones.embeddings import require_positive
 from backbones.recurrence import recurrent_layer, run_layer
 from backbones.tokens import SIZES, Block, TokenNetwork, presets
 
@@ -34,7 +34,7 @@ class Recurrent(nn.Module):
         if cell not in GATES:
             raise ValueError(f"cell must be one of {', '.join(map(repr, GATES))}, got {cell!r}")
         if not causal and width % 2:
-            raise ValueError(f"width must be even for two directions, got {width}; causal=True takes any")
+            raise ValueError(f"width must be even for two directions, got {width}")
         self.cell, self.causal, self.hidden = cell, causal, width if causal else width // 2
         gates = GATES[cell] * self.hidden
         # Not an nn.LSTM, which the compiler refuses to look at; names and shapes are its.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from backbones.embeddings import require_positive
 from backbones.selective_scan import selective_scan
 
 KERNELS = ("auto", "mamba-ssm", "torch")
@@ -121,6 +122,7 @@ class MambaMixer(Direction):
     ) -> None:  # fmt: skip
         if kernels not in KERNELS:
             raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, got {kernels!r}")
+        require_positive(width=width, state=state, conv=conv, expand=expand, dt_rank=dt_rank)
         inner = expand * width
         sizes = (inner, state, conv, math.ceil(width / 16) if dt_rank is None else dt_rank)
         super().__init__(*sizes)

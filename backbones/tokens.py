@@ -16,8 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbones.backbone import Backbone, require_positive
-from backbones.embeddings import Condition, sincos_positions
+from backbones.backbone import Backbone
+from backbones.embeddings import Condition, require_positive, sincos_positions
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

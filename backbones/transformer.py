@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backbones.backbone import require_positive
+from backbones.embeddings import require_positive
 from backbones.tokens import SIZES, TokenNetwork, presets
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbones.attention import Attention
-from backbones.backbone import Backbone, require_positive
-from backbones.embeddings import Condition
+from backbones.backbone import Backbone
+from backbones.embeddings import Condition, require_positive
 
 CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
 

@@ -131,7 +131,7 @@ def build_parts(config: RunConfig, device: torch.device) -> Parts:
         config.data.prepare(), batch_size=config.training.global_batch_size, seed=config.seed,
         shuffle_buffer=config.data.shuffle_buffer, cache_bytes=config.data.cache_bytes, device=device,
     )  # fmt: skip
-    network = config.build_network().to(device)
+    network: Any = config.build_network().to(device)
     if config.training.gradient_checkpointing:
         if not hasattr(network, "gradient_checkpointing"):
             raise ValueError(f"backbone {config.backbone.name!r} has no gradient checkpointing")

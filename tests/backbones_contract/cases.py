@@ -47,7 +47,7 @@ BOTH_CONVENTIONS = ({"released": False}, {"released": True})
 TINY: dict[str, Tiny] = {
     "dit": Tiny(TOKENS | {"heads": 2}, BOTH_CONVENTIONS, BOTH_CONVENTIONS),
     "lstm": Tiny(TOKENS, ({}, {"cell": "gru"}), ({}, {"cell": "gru"}, {"causal": True})),
-    "mamba": Tiny(TOKENS),
+    "mamba": Tiny(TOKENS | {"state": 4}, sequences=({}, {"bidirectional": False})),
     "transformer": Tiny(TOKENS | {"heads": 2}, requires="x_transformers"),
     "unet": Tiny(LEVELS | {"attention_levels": (1,), "head_width": 8}),
     "unet1d": Tiny(LEVELS, images=()),

@@ -49,6 +49,8 @@ MILLIONS = {
     "dit_xl_2": 676.44,
     "lstm_s_2": 36.66,
     "lstm_b_2": 145.28,
+    "mamba_s_2": 38.52,
+    "mamba_b_2": 150.78,
     "transformer_s_2": 29.53,
     "transformer_b_2": 116.86,
     "unet_cifar": 39.28,
@@ -85,7 +87,7 @@ def test_dit_has_nearly_the_sizes_of_its_paper(size: str, millions: int) -> None
 
 @pytest.mark.parametrize(
     ("family", "sizes"),
-    [("dit", ("s", "b", "l", "xl")), ("lstm", ("s", "b")), ("transformer", ("s", "b"))],
+    [("dit", ("s", "b", "l", "xl")), ("lstm", ("s", "b")), ("mamba", ("s", "b")), ("transformer", ("s", "b"))],
 )
 def test_names_say_size_and_patch(family: str, sizes: tuple[str, ...]) -> None:
     with_patch = [f"{family}_{size}_{patch}" for size in sizes for patch in (2, 4, 8)]
