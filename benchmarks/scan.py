@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from backbones.attention import Attention
 from backbones.mamba_mixer import MambaMixer
 from backbones.selective_scan import selective_scan
-from benchmarks.record import device_name, write_result
+from benchmarks.record import device_name, seconds_in_turn, write_result
 
 STATE = 16
 
@@ -52,22 +51,6 @@ def scan_run(batch: int, tokens: int, inner: int, device: torch.device) -> Calla
     return run
 
 
-def milliseconds(runs: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Each run once a repeat, in turn, after one to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if repeat:
-                times[name].append((time.perf_counter() - start) * 1000)
-    return times
-
-
 def rows_of(tokens: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Attention, mixer and scan at one length; the batch shrinks where the tokens together would be too many."""
     device = torch.device(args.device)
@@ -80,7 +63,8 @@ def rows_of(tokens: int, args: argparse.Namespace) -> list[dict[str, Any]]:
         "mamba": mixer_run(mamba, x, args.bfloat16),
         "scan": scan_run(batch, tokens, 2 * args.width, device),
     }
-    times = milliseconds(runs, args.repeats, device)
+    seconds = seconds_in_turn(runs, args.repeats, device, warm_up=1)
+    times = {name: [1000 * each for each in of_run] for name, of_run in seconds.items()}
     return [
         {
             "name": name, "tokens": tokens, "batch": batch, "ms_min": min(t), "ms_median": statistics.median(t),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -32,3 +33,31 @@ def test_train_step_of_a_dit() -> None:
     # Two more forwards on k of the rows, where training costs three: a sixth more at k = 1/4, a twelfth at 1/8.
     assert abs(tflop[1] / tflop[0] - (1 + 2 / 4 / 3)) < 0.01
     assert abs(tflop[3] / tflop[0] - (1 + 2 / 8 / 3)) < 0.01
+
+
+def test_scan_beside_attention() -> None:
+    out = run("benchmarks/scan.py", "--tokens", "16", "48", "--width", "24", "--heads", "2", "--repeats", "1")
+    rows = re.findall(r"(attention|mamba|scan): tokens (\d+), .* times_attention ([\d.]+)", out)
+    assert [(name, tokens) for name, tokens, _ in rows] == [
+        (name, tokens) for tokens in ("16", "48") for name in ("attention", "mamba", "scan")
+    ]
+    assert all(float(ratio) == 1 for name, _, ratio in rows if name == "attention")
+
+
+def test_skeleton_beside_a_bare_stack() -> None:
+    out = run("benchmarks/skeleton.py", "--backbone", "dit_s_8", "--batch", "1", "--rounds", "1", "--device", "cpu")
+    assert len(re.findall(r"forward(?: and backward)?, (?:bare stack|dit_s_8): fastest [\d.]+ ms", out)) == 4
+
+
+def test_skeleton_is_no_slower_than_a_bare_stack() -> None:
+    """As committed: within 5 % forward and backward."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "skeleton_cpu.json").read_text())["rows"]
+    assert all(row["min_over_bare"] <= 1.05 for row in rows)
+
+
+def test_scan_costs_at_most_three_times_attention_at_256_tokens() -> None:
+    """As committed."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "scan_cpu.json").read_text())["rows"]
+    ratios = {(row["name"], row["tokens"]): row["times_attention"] for row in rows}
+    assert ratios["mamba", 256] <= 3
+    assert {tokens for _, tokens in ratios} == {64, 256, 1024, 4096}

@@ -48,7 +48,7 @@ def test_windows_are_what_was_seen_and_what_followed(episodes: list[Demonstratio
         sample = samples[i]
         assert sample.data.shape == (4, 2)
         coming = episode.actions[[min(i + k, len(samples) - 1) for k in range(4)]]
-        np.testing.assert_allclose(actions_of(sample.data, episode.states[i, :2]), coming, atol=1e-3)
+        np.testing.assert_allclose(actions_of(sample.data, episode.states[i]), coming, atol=1e-3)
         assert isinstance(sample.y, np.ndarray)
         np.testing.assert_array_equal(sample.y, features(episode.states[[max(i - 1, 0), i]]))
 
@@ -59,21 +59,29 @@ def test_features_do_not_jump_where_the_angle_wraps() -> None:
     assert features(below).shape == (pusht.FEATURES,)
 
 
-def test_the_pusher_is_seen_in_the_blocks_frame() -> None:
+def test_pusher_and_actions_are_seen_in_the_blocks_frame() -> None:
     """Turning and moving table, block and pusher together changes where they are, not how they lie to each other."""
-    state = np.array([300.0, 210, 280, 260, 0.3])
+    state, target = np.array([300.0, 210, 280, 260, 0.3]), np.array([250.0, 240])
     turn, move = 0.8, np.array([10.0, -20])
     rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     moved = np.concatenate([rotation @ state[:2] + move, rotation @ state[2:4] + move, [state[4] + turn]])
-    np.testing.assert_allclose(features(state)[6:], features(moved)[6:], atol=1e-5)
-    assert not np.allclose(features(state)[:6], features(moved)[:6], atol=1e-2)
+    np.testing.assert_allclose(features(state)[:2], features(moved)[:2], atol=1e-5)
+    assert not np.allclose(features(state)[2:4], features(moved)[2:4], atol=1e-2), "the goal stays where it is"
+    np.testing.assert_allclose(
+        scaled_actions(target, state), scaled_actions(rotation @ target + move, moved), atol=1e-5
+    )
+
+
+def test_at_the_goal_nothing_is_left_to_do() -> None:
+    at_goal = np.array([10.0, 20, 256, 256, np.pi / 4])
+    np.testing.assert_allclose(features(at_goal)[2:9], [0, 0, 1, 0, 0, 0, 0], atol=1e-6)
 
 
 def test_actions_stay_on_the_table() -> None:
-    pusher = np.array([500.0, 10.0])
-    assert np.array_equal(actions_of(np.array([9.0, -9.0]), pusher), [512, 0])
+    state = np.array([300.0, 210, 500, 10, 0])
+    assert np.array_equal(actions_of(np.array([9.0, -9.0]), state), [512, 0])
     target = np.array([450.0, 60.0])
-    np.testing.assert_allclose(actions_of(scaled_actions(target, pusher), pusher), target, atol=1e-3)
+    np.testing.assert_allclose(actions_of(scaled_actions(target, state), state), target, atol=1e-3)
 
 
 def test_prepare_once_and_refuse_other_settings(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -83,7 +91,7 @@ def test_prepare_once_and_refuse_other_settings(tmp_path: Path, capfd: pytest.Ca
     assert data.prepare() == folder
     assert (folder / "manifest.json").stat().st_mtime_ns == written
     manifest, info = Manifest.read(folder), data.describe()
-    assert (manifest.shape, manifest.condition_shape) == (info.shape, info.condition_shape) == ((16, 2), (2, 8))
+    assert (manifest.shape, manifest.condition_shape) == (info.shape, info.condition_shape) == ((16, 2), (2, 13))
     batch = next(ShardStream(folder, batch_size=32, seed=0))
     assert batch.data.abs().max() < 6
     with pytest.raises(ValueError, match=r"holds other demonstrations \(2 successful .* than asked for \(3 successful"):

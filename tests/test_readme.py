@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from benchmarks.digits import markdown_table
+from benchmarks import digits, families
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -37,6 +38,8 @@ def test_paths_exist(path: str) -> None:
     assert (ROOT / path).exists(), path
 
 
-def test_table_is_the_measured_one() -> None:
-    result = json.loads((ROOT / "benchmarks" / "results" / "digits_cpu.json").read_text())
-    assert markdown_table(result) in README
+@pytest.mark.parametrize("benchmark", [digits, families], ids=["digits", "families"])
+def test_table_is_the_measured_one(benchmark: ModuleType) -> None:
+    name = benchmark.__name__.rpartition(".")[2]
+    result = json.loads((ROOT / "benchmarks" / "results" / f"{name}_cpu.json").read_text())
+    assert benchmark.markdown_table(result) in README

@@ -23,12 +23,15 @@ from shortcutflow.data.shards import Sample, write_shards
 from shortcutflow.data.source import DataInfo, DataSettings
 
 TABLE = 512.0
-"""Side of the table: positions and actions lie in [0, 512]."""
+"""Side of the table in pixels: positions lie in [0, 512]."""
 
 NEAR = 100.0
-"""Unit of distances between pusher and block, and of actions."""
+"""Unit of distances in the block's frame."""
 
-FEATURES = 8
+GOAL = np.array([256.0, 256.0, np.pi / 4])
+"""Where the block has to be: x, y, angle."""
+
+FEATURES = 13
 """Numbers that describe a state to the policy."""
 
 
@@ -65,7 +68,7 @@ class PushTData(DataSettings):
         return self.folder
 
     def describe(self) -> DataInfo:
-        """Trajectories (horizon, 2), conditioned on (observed, 8); no labels."""
+        """Trajectories (horizon, 2), conditioned on (observed, 13); no labels."""
         return DataInfo((self.horizon, 2), None, (self.observed, FEATURES))
 
     def _preprocessing(self) -> str:
@@ -76,26 +79,36 @@ class PushTData(DataSettings):
 
 
 def features(states: np.ndarray) -> np.ndarray:
-    """What the policy sees of states (..., 5), as (..., 8) of order 1.
+    """What the policy sees of states (..., 5), as (..., 13) of order 1.
 
-    Pusher x, y and block x, y on the table, cosine and sine of the block's angle, and the pusher in the block's frame,
-    where the same contact is always the same two numbers.
+    Pusher and goal in the block's frame, where the same push is always the same numbers; the goal once more with small
+    errors magnified, since the last pixels decide; and where pusher and block are on the table, for its walls.
     """
     pusher, block, angle = states[..., :2], states[..., 2:4], states[..., 4]
-    cos, sin = np.cos(angle), np.sin(angle)
-    dx, dy = np.moveaxis(pusher - block, -1, 0) / NEAR
-    turned = np.stack([cos, sin, cos * dx + sin * dy, cos * dy - sin * dx], axis=-1)
-    return np.concatenate([states[..., :4] / (TABLE / 2) - 1, turned], axis=-1).astype(np.float32)
+    to_goal, turn = _turned(GOAL[:2] - block, -angle), GOAL[2] - angle
+    turn = np.arctan2(np.sin(turn), np.cos(turn))[..., None]
+    parts = [
+        _turned(pusher - block, -angle) / NEAR, to_goal / NEAR, np.cos(turn), np.sin(turn),
+        np.arcsinh(to_goal / 5) / 2, np.arcsinh(turn * 20) / 2,
+        states[..., :4] / (TABLE / 2) - 1,
+    ]  # fmt: skip
+    return np.concatenate(parts, axis=-1).astype(np.float32)
 
 
-def scaled_actions(actions: np.ndarray, pusher: np.ndarray) -> np.ndarray:
-    """Target positions (..., 2) on the table as seen from the pusher's present place (..., 2), of order 1."""
-    return ((actions - pusher) / NEAR).astype(np.float32)
+def scaled_actions(actions: np.ndarray, state: np.ndarray) -> np.ndarray:
+    """Target positions (..., 2) on the table as seen from the block in a state (..., 5), of order 1."""
+    return (_turned(actions - state[..., 2:4], -state[..., 4]) / NEAR).astype(np.float32)
 
 
-def actions_of(scaled: np.ndarray, pusher: np.ndarray) -> np.ndarray:
+def actions_of(scaled: np.ndarray, state: np.ndarray) -> np.ndarray:
     """The way back, kept on the table: the environment itself does not keep the pusher there."""
-    return np.clip(scaled * NEAR + pusher, 0, TABLE)
+    return np.clip(_turned(scaled * NEAR, state[..., 4]) + state[..., 2:4], 0, TABLE)
+
+
+def _turned(vectors: np.ndarray, angle: np.ndarray) -> np.ndarray:
+    """Vectors (..., 2) turned by angles (...)."""
+    cos, sin, x, y = np.cos(angle), np.sin(angle), vectors[..., 0], vectors[..., 1]
+    return np.stack([cos * x - sin * y, sin * x + cos * y], axis=-1)
 
 
 def write_demonstrations(folder: Path, settings: PushTData) -> None:
@@ -128,4 +141,4 @@ def windows(demonstration: Demonstration, horizon: int, observed: int, name: str
     for i in range(len(actions)):
         past = np.arange(i - observed + 1, i + 1).clip(min=0)
         coming = np.arange(i, i + horizon).clip(max=last)
-        yield Sample(scaled_actions(actions[coming], states[i, :2]), seen[past], f"{name}-{i:03d}")
+        yield Sample(scaled_actions(actions[coming], states[i]), seen[past], f"{name}-{i:03d}")

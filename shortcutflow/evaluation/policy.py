@@ -122,8 +122,8 @@ def decide(run: Run, episodes: list[Episode], steps: int, decision: int) -> np.n
     seen = torch.from_numpy(np.stack([features(np.stack(episode.states)) for episode in episodes])).to(device)
     noise = torch.stack([_noise(run, episode, decision) for episode in episodes]).to(device)
     sampled = generate(run.network, noise, seen, steps=steps, **run.config.sampler_options())
-    pusher = np.stack([episode.states[-1][:2] for episode in episodes])
-    return actions_of(sampled.cpu().numpy(), pusher[:, None])
+    now = np.stack([episode.states[-1] for episode in episodes])
+    return actions_of(sampled.cpu().numpy(), now[:, None])
 
 
 def _noise(run: Run, episode: Episode, decision: int) -> Tensor:
