@@ -30,8 +30,8 @@ NODES = np.array([-85 - 70j, 85 - 70j, -85 + 10j, 85 + 10j, -40 + 100j, 40 + 100
 WALLS = (8.0, 503.0)  # where the block can be
 REACH = (3.0, 509.0)  # where the pusher's centre may go
 
-FREE_LEAD, PUSH_LEAD = 50.0, 25.0  # how far ahead of the pusher its target lies; it moves 0.4 of that a step
-FREE_SPEED, PUSH_SPEED, SWITCH = 18.0, 8.0, 5.0  # pixels a step, and steps lost in each change of contact
+FREE_LEAD, PUSH_LEAD = 50.0, 17.5  # how far ahead of the pusher its target lies; it moves 0.4 of that a step
+FREE_SPEED, PUSH_SPEED, SWITCH = 18.0, 6.0, 5.0  # pixels a step, and steps lost in each change of contact
 DISTANCES = np.array([1, 2, 3.5, 5.5, 8, 12, 17, 23, 30, 38, 48, 60, 75, 92, 112, 135, 160, 190, 225, 265, 310])
 
 
@@ -267,6 +267,9 @@ def make_env() -> Any:
 def demonstrate(seed: int, max_steps: int = 300, disturbance: float = 4.0) -> Demonstration:
     """Let the expert play the episode that the environment starts from ``seed``, until success or ``max_steps``.
 
+    The push that succeeds is carried to its end, which is nearer to the goal than 95 % coverage: who imitates it aims
+    at the goal itself.
+
     What is carried out is the expert's action plus a slowly changing disturbance (standard deviation of its increments
     in pixels), what is recorded is the action: so demonstrations show the way back from small mistakes, which a policy
     will make (Laskey et al., arXiv 1703.09327).
@@ -277,10 +280,14 @@ def demonstrate(seed: int, max_steps: int = 300, disturbance: float = 4.0) -> De
     actions: list[np.ndarray] = []
     coverage: list[float] = []
     rng, push = np.random.default_rng(seed), np.zeros(2)
-    while not success and len(actions) < max_steps:
-        actions.append(expert(state))
+    while len(actions) < max_steps:
+        action = expert(state)
+        if success and not expert.pushing:
+            break
+        actions.append(action)
         push = 0.7 * push + rng.normal(scale=disturbance, size=2)
-        state, _, success, _, info = env.step(np.clip(actions[-1] + push, *REACH).astype(np.float32))
+        state, _, reached, _, info = env.step(np.clip(action + push, *REACH).astype(np.float32))
+        success = success or reached
         states.append(state)
         coverage.append(info["coverage"])
     env.close()
