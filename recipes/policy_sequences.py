@@ -25,11 +25,11 @@ def recipe() -> RunConfig:
     return RunConfig(
         name="policy_sequences",
         data=PushTData(),
-        backbone=BackboneConfig(name="unet1d_policy", options={"width": 48, "stages": 1}),
+        backbone=BackboneConfig(name="unet1d_policy", options={"width": 32, "stages": 1}),
         objective=ShortcutObjective(finest_steps=128, bootstrap_fraction=0.25),
-        optimizer=OptimizerConfig(lr=1e-3, weight_decay=1e-3, warm_up_steps=200, schedule="cosine"),
+        optimizer=OptimizerConfig(lr=2e-3, weight_decay=1e-3, warm_up_steps=200, schedule="cosine"),
         averages={"ema": AverageConfig(decay=0.99)},
-        training=TrainingConfig(steps=6000, global_batch_size=256, device="auto"),
+        training=TrainingConfig(steps=3500, global_batch_size=128, device="auto"),
         evaluation=PolicyEvaluation(),
     )
 

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import digits, families
+from benchmarks import digits, families, policy
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -38,7 +38,7 @@ def test_paths_exist(path: str) -> None:
     assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("benchmark", [digits, families], ids=["digits", "families"])
+@pytest.mark.parametrize("benchmark", [digits, families, policy], ids=["digits", "families", "policy"])
 def test_table_is_the_measured_one(benchmark: ModuleType) -> None:
     name = benchmark.__name__.rpartition(".")[2]
     result = json.loads((ROOT / "benchmarks" / "results" / f"{name}_cpu.json").read_text())

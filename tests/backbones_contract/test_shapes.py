@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.backbones_contract.cases import TINY, Case, every_case, every_odd_size, every_sequence
+from tests.backbones_contract.cases import TINY, Case, cases, every_case, every_odd_size, every_sequence
 
 Net = Callable[..., Tensor]
 
@@ -104,3 +104,11 @@ def test_x_t_of_another_shape_is_refused(case: Case) -> None:
         with pytest.raises(ValueError, match=r"x_t must be|x_t must have shape \(batch, ") as raised:
             net(x, *rest)
         assert str(tuple(x.shape)) in str(raised.value)
+
+
+def test_channels_last_gives_the_same() -> None:
+    case = next(case for case in cases() if case.family == "unet" and case.is_image)
+    net, (x_t, *rest) = case.awake(), case.inputs()
+    usual = net(x_t, *rest)
+    net.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(net(x_t.to(memory_format=torch.channels_last), *rest), usual, atol=1e-4, rtol=1e-4)
