@@ -30,8 +30,9 @@ START, END = "<!-- policy table: benchmarks/policy.py writes it -->", "<!-- end 
 def measured(run_dir: Path) -> dict[str, Any]:
     """What a finished run's folder says."""
     report, config = json.loads((run_dir / "evaluation.json").read_text()), RunConfig.load(run_dir)
+    settings = config.model_dump(mode="json", exclude={"data": {"folder"}})
     return {
-        "objective": config.objective.kind, "seed": config.seed, "config": config.model_dump(mode="json"),
+        "objective": config.objective.kind, "seed": config.seed, "config": settings,
         "protocol": report["protocol"], "rows": report["rows"],
     }  # fmt: skip
 

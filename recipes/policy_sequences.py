@@ -8,7 +8,9 @@ episodes, gathered at the first run, are the demonstrations. The policy is a sho
 positions, conditioned on the last two states; 8 are executed, then it decides again. At the end 100 episodes from
 unseen starting positions are run with decisions of 1, 4 and 128 network calls.
 
-The paper's Push-T (human demonstrations, images): diffusion policy with 100 steps 0.95, shortcut policy with one 0.87.
+Gathering takes two minutes, training six on two CPU cores. Score (mean of the largest coverage over 0.95, at most 1) of
+one run, seed 0: 0.67 with one network call a decision, 0.86 with 4, 0.92 with 128; solved 3 %, 15 % and 21 %. The paper
+reports 0.95 for a diffusion policy with 100 steps and 0.87 for one shortcut step, on other demonstrations.
 """
 
 from shortcutflow.cli import launch
