@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from shortcutflow.data.manifest import MANIFEST
 from shortcutflow.data.shards import Sample, write_shards
-from shortcutflow.data.source import DataInfo, DataSettings
+from shortcutflow.data.source import DataInfo, DataSettings, written_once
 
 
 class DigitsData(DataSettings):
@@ -23,13 +20,7 @@ class DigitsData(DataSettings):
 
     def prepare(self) -> Path:
         """Write the shards unless they are there; gives their folder."""
-        if not (self.folder / MANIFEST).is_file():
-            unfinished = self.folder.with_name(f"{self.folder.name}.unfinished-{os.getpid()}")
-            write_digits(unfinished)
-            if self.folder.exists():
-                shutil.rmtree(self.folder)
-            unfinished.replace(self.folder)
-        return self.folder
+        return written_once(self.folder, write_digits)
 
     def describe(self) -> DataInfo:
         """One channel of 8x8 pixels, ten classes."""

@@ -7,8 +7,6 @@ what a diffusion policy is trained on (Chi et al., arXiv 2303.04137).
 from __future__ import annotations
 
 import itertools
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -17,10 +15,10 @@ import numpy as np
 from pydantic import Field
 from tqdm import tqdm
 
-from shortcutflow.data.manifest import MANIFEST, Manifest
+from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.pusht_expert import Demonstration, demonstrate
 from shortcutflow.data.shards import Sample, write_shards
-from shortcutflow.data.source import DataInfo, DataSettings
+from shortcutflow.data.source import DataInfo, DataSettings, written_once
 
 TABLE = 512.0
 """Side of the table in pixels: positions lie in [0, 512]."""
@@ -51,12 +49,7 @@ class PushTData(DataSettings):
             ImportError: if gym-pusht is not installed.
             ValueError: if the folder holds trajectories of another kind.
         """
-        if not (self.folder / MANIFEST).is_file():
-            unfinished = self.folder.with_name(f"{self.folder.name}.unfinished-{os.getpid()}")
-            write_demonstrations(unfinished, self)
-            if self.folder.exists():
-                shutil.rmtree(self.folder)
-            unfinished.replace(self.folder)
+        written_once(self.folder, lambda folder: write_demonstrations(folder, self))
         found, info = Manifest.read(self.folder), self.describe()
         if (found.shape, found.condition_shape, found.preprocessing) != (
             info.shape, info.condition_shape, self._preprocessing()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from shortcutflow.data.manifest import Manifest
+from shortcutflow.data.manifest import MANIFEST, Manifest
 
 
 class DataInfo(NamedTuple):
@@ -41,6 +44,26 @@ class DataSettings(BaseModel):
 
     shuffle_buffer: int = Field(default=4096, ge=1, description="samples shuffled among each other")
     cache_bytes: int = Field(default=256 * 2**20, ge=0, description="keep data sets up to this size decoded in memory")
+
+
+def written_once(folder: Path, write: Callable[[Path], object]) -> Path:
+    """The folder of shards, written by ``write`` (given a folder beside it) unless it is complete already.
+
+    Several processes may ask at once: the first to finish is taken, and nobody's complete folder is touched.
+    """
+    if (folder / MANIFEST).is_file():
+        return folder
+    unfinished = folder.with_name(f"{folder.name}.unfinished-{os.getpid()}")
+    write(unfinished)
+    if folder.exists() and not (folder / MANIFEST).is_file():
+        shutil.rmtree(folder)
+    try:
+        unfinished.replace(folder)
+    except OSError:
+        if not (folder / MANIFEST).is_file():
+            raise
+        shutil.rmtree(unfinished)
+    return folder
 
 
 class ShardsData(DataSettings):

@@ -13,6 +13,7 @@ import torch
 from shortcutflow.data.digits import DigitsData, load_digits, write_digits
 from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.shards import Sample, write_shards
+from shortcutflow.data.source import written_once
 from shortcutflow.data.stream import ShardStream
 
 
@@ -112,3 +113,21 @@ def test_prepare_writes_once(tmp_path: Path) -> None:
     manifest.unlink()  # an interrupted preparation has no manifest, and is made anew
     assert (data.prepare() / "manifest.json").is_file()
     assert [p.name for p in tmp_path.iterdir()] == ["digits"]
+
+
+def test_several_processes_may_prepare_at_once(tmp_path: Path) -> None:
+    """Who comes second finds the first one's folder complete, and leaves it and nothing of its own."""
+    folder = tmp_path / "digits"
+
+    def while_another_finishes(unfinished: Path) -> None:
+        write_numbers(unfinished)
+        write_numbers(folder)
+
+    assert written_once(folder, while_another_finishes) == folder
+    assert [path.name for path in tmp_path.iterdir()] == ["digits"]
+    before = (folder / "manifest.json").stat().st_mtime_ns
+    assert written_once(folder, lambda _: pytest.fail("it is there already")) == folder
+    assert (folder / "manifest.json").stat().st_mtime_ns == before
+    (folder / "manifest.json").unlink()  # as an interrupted writer leaves it
+    written_once(folder, write_numbers)
+    assert Manifest.read(folder).samples > 0
