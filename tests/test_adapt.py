@@ -217,7 +217,7 @@ def test_time_and_step_size_stay_float32_under_autocast() -> None:
             r"of part '0' cannot be told .* features=",
         ),
     ],
-    ids=str,
+    ids=["no such part", "no d", "no classes", "no y", "x alone", "no channels"],
 )
 def test_what_cannot_be_adapted(network: Callable[[], nn.Module], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
