@@ -52,11 +52,12 @@ def farthest(curve: np.ndarray, others: list[np.ndarray]) -> float:
 
 
 def test_released_training_curves() -> None:
-    """Both losses, in means of 100 steps, lie about as close to the recorded three seeds as these lie to each other.
+    """Losses and bootstrap velocities, in means of 100 steps, beside three recorded runs.
 
-    One fixed seed, since the bootstrap loss in the middle of training varies more than three recorded seeds show. Of
-    the seeds 0, 1, 2, 10 and 11 the flow loss is inside for all (0.005 to 0.017, limit 0.041); the bootstrap loss is
-    inside for 0, 2 and 11 (0.09, 0.22, 0.09, limit 0.25) and above the recorded curves for 1 and 10 (0.48, 0.29).
+    The flow loss and the size of bootstrap targets must lie about as close to the recorded runs as these lie to each
+    other. The bootstrap loss in the middle of training depends on the initial draw more than three runs show: six draws
+    gave distances of 0.09, 0.09, 0.22, 0.29, 0.40 and 0.48, so its limit is only that of their range. Targets from the
+    current weights, the control, are noticed by the size of bootstrap targets.
     """
     z = Recording.open(GOLDEN / "digits_reference.npz")
     curves = train_as_released(z.json("flags"), z.json("arch"), seed=0)
@@ -67,12 +68,11 @@ def test_released_training_curves() -> None:
         seeds = [np.array(run[name]) for run in recorded]
         spread = [farthest(seed, [other for other in seeds if other is not seed]) for seed in seeds]
         # Twice, because the distance to a mean of three is compared with distances to means of two.
-        assert farthest(curve, seeds) <= 2 * max(spread), (name, farthest(curve, seeds), spread)
-    no_average = [run["mean100"] for run in runs.values() if run["steps"] == 2000 and run["bootstrap_ema"] == 0]
-    seeds = [np.array(run["loss_bootstrap"]) for run in recorded]
-    wrong = np.array(no_average[0]["loss_bootstrap"])
-    spread = [farthest(seed, [other for other in seeds if other is not seed]) for seed in seeds]
-    assert farthest(wrong, seeds) > 2 * max(spread), "targets from the current weights would be noticed"
+        limit = 0.5 if name == "loss_bootstrap" else 2 * max(spread)
+        assert farthest(curve, seeds) <= limit, (name, farthest(curve, seeds), spread)
+        if name == "v_magnitude_bootstrap":
+            no_average = [r["mean100"] for r in runs.values() if r["steps"] == 2000 and r["bootstrap_ema"] == 0]
+            assert all(farthest(np.array(wrong[name]), seeds) > 5 * limit for wrong in no_average)
 
 
 @pytest.mark.slow
