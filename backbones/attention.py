@@ -10,6 +10,13 @@ from torch.nn import functional as F
 from backbones.embeddings import require_positive
 
 
+def require_heads(width: int, heads: int) -> None:
+    """Raise ValueError unless the heads divide the width."""
+    require_positive(width=width, heads=heads)
+    if width % heads:
+        raise ValueError(f"heads must divide width: width {width}, heads {heads}")
+
+
 class Attention(nn.Module):
     """Multi-head self-attention.
 
@@ -24,9 +31,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, scale: float | None = None) -> None:
         super().__init__()
-        require_positive(width=width, heads=heads)
-        if width % heads:
-            raise ValueError(f"heads must divide width: width {width}, heads {heads}")
+        require_heads(width, heads)
         self.heads, self.scale = heads, scale
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)

@@ -21,7 +21,7 @@ def run_layer(x: Tensor, weights: list[Tensor], mode: str, bidirectional: bool) 
     return torch.gru(x, state, weights, True, 1, 0.0, True, bidirectional, True)[0]
 
 
-@torch.library.custom_op("shortcutflow::recurrent_layer", mutates_args=())
+@torch.library.custom_op("backbones::recurrent_layer", mutates_args=())
 def recurrent_layer(x: Tensor, weights: list[Tensor], mode: str, bidirectional: bool) -> Tensor:
     """One LSTM or GRU layer from a zero state.
 
@@ -51,7 +51,7 @@ def _autograd_inside_an_operator() -> Any:
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
-@torch.library.custom_op("shortcutflow::recurrent_layer_backward", mutates_args=())
+@torch.library.custom_op("backbones::recurrent_layer_backward", mutates_args=())
 def _backward_op(grad: Tensor, x: Tensor, weights: list[Tensor], mode: str, bidirectional: bool) -> list[Tensor]:
     with _autograd_inside_an_operator(), torch.enable_grad():
         inputs = [tensor.detach().requires_grad_() for tensor in (x, *weights)]

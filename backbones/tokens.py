@@ -193,7 +193,8 @@ def xavier(*modules: nn.Module) -> None:
     for module in modules:
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 SIZES: dict[str, dict[str, int]] = {

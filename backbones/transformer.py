@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backbones.embeddings import require_positive
-from backbones.tokens import SIZES, TokenNetwork, presets
+from backbones.attention import require_heads
+from backbones.tokens import SIZES, TokenNetwork, presets, xavier
 
 
 class XBlock(nn.Module):
@@ -26,9 +26,7 @@ class XBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        require_positive(width=width, heads=heads)
-        if width % heads:
-            raise ValueError(f"heads must divide width: width {width}, heads {heads}")
+        require_heads(width, heads)
         try:
             # Takes 3 seconds to load, so only a transformer pays for it.
             from x_transformers import Encoder
@@ -50,10 +48,8 @@ class XBlock(nn.Module):
                 nn.init.zeros_(module.weight)
                 if module.bias is not None:
                     nn.init.constant_(module.bias, -2.0)
-            elif isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            else:
+                xavier(module)
         inv_freq: Any = self.layer.rotary_pos_emb.inv_freq
         half = torch.arange(len(inv_freq), device=inv_freq.device) / len(inv_freq)
         inv_freq.copy_(10000.0**-half)

@@ -93,7 +93,7 @@ def train(family: str, seed: int, folder: Path, threads: int) -> dict[str, Any]:
         f"training.steps={steps_of(family)}", f"evaluation.steps={list(BUDGETS)}",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    out = subprocess.run(command, check=True, cwd=folder, env=environment, capture_output=True, text=True).stdout
+    out = subprocess.run(command, check=True, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True).stdout
     seconds = float(out.split("trained in ")[1].split()[0])
     print(f"{family}, seed {seed}: {out[out.index('steps   Fr') :].split('picture')[0].rstrip()}", flush=True)
     rows = json.loads((run_dir / "evaluation.json").read_text())["rows"]

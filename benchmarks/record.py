@@ -55,6 +55,13 @@ def write_result(name: str, device: torch.device, config: dict[str, Any], rows: 
     return path
 
 
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """A line a row: its name and its numbers."""
+    for row in rows:
+        numbers = ", ".join(f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, int | float))
+        print(f"  {row['name']}: {numbers}")
+
+
 def put_into_readme(start: str, table: str, end: str) -> None:
     """Replace what stands between two markers of the README."""
     path = RESULTS.parent.parent / "README.md"

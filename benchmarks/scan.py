@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from backbones.attention import Attention
 from backbones.mamba_mixer import MambaMixer
 from backbones.selective_scan import selective_scan
-from benchmarks.record import device_name, seconds_in_turn, write_result
+from benchmarks.record import device_name, print_rows, seconds_in_turn, write_result
 
 STATE = 16
 
@@ -92,9 +92,7 @@ def main() -> None:
     device = torch.device(args.device)
     print(f"scan on {device_name(device)}, torch {torch.__version__}")
     rows = [row for tokens in args.tokens for row in rows_of(tokens, args)]
-    for r in rows:
-        numbers = ", ".join(f"{k} {v:.4g}" for k, v in r.items() if isinstance(v, int | float))
-        print(f"  {r['name']}: {numbers}")
+    print_rows(rows)
     if args.write:
         config = {k: v for k, v in vars(args).items() if k not in ("write", "device")} | {"state": STATE}
         print(write_result("scan", device, config, rows))

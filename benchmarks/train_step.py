@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import backbones
 import shortcutflow as sf
-from benchmarks.record import device_name, peak_flops, write_result
+from benchmarks.record import device_name, peak_flops, print_rows, write_result
 from shortcutflow.seeds import generator_for
 from shortcutflow.train.loop import clip_gradients
 from shortcutflow.train.optim import OptimizerConfig, build_optimizer
@@ -183,9 +183,7 @@ def main() -> None:
     device = torch.device(args.device if args.case == "dit" else "cpu")
     config, rows = dit(args) if args.case == "dit" else digits(args)
     print(f"{args.case} on {device_name(device)}, torch {torch.__version__}")
-    for r in rows:
-        numbers = ", ".join(f"{k} {v:.4g}" for k, v in r.items() if isinstance(v, int | float))
-        print(f"  {r['name']}: {numbers}")
+    print_rows(rows)
     if args.write:
         print(write_result(f"train_step_{args.backbone if args.case == 'dit' else args.case}", device, config, rows))
 

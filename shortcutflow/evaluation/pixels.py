@@ -6,20 +6,17 @@ noise of the right variance is neither.
 
 from __future__ import annotations
 
-import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-import shortcutflow
 from shortcutflow.config import PixelEvaluation
 from shortcutflow.data.digits import load_digits
 from shortcutflow.evaluation.frechet import frechet_distance
 from shortcutflow.evaluation.generate import generate, labels_of, noise_of
 from shortcutflow.evaluation.grids import sample_grid, save_picture
-from shortcutflow.evaluation.runs import PICTURE_FILE, REPORT_FILE, Run
+from shortcutflow.evaluation.runs import PICTURE_FILE, Run, write_report
 
 
 @dataclass(frozen=True)
@@ -83,24 +80,11 @@ def evaluate_pixels(run: Run) -> list[Row]:
     save_picture(
         sample_grid(pictures, [f"{s} step{'s' * (s > 1)}" for s in settings.steps]), str(run.folder / PICTURE_FILE)
     )
-    _write_report(run, rows, reader)
+    write_report(
+        run, rows=rows, classifier_held_out_accuracy=reader.accuracy, real_against_real=real_against_real(),
+        protocol="Fréchet distance between Gaussian fits of the 64 pixels, samples against all 1,797 real digits",
+    )  # fmt: skip
     return rows
-
-
-def _write_report(run: Run, rows: list[Row], reader: DigitReader) -> None:
-    settings = run.config.evaluation
-    report = {
-        "protocol": "Fréchet distance between Gaussian fits of the 64 pixels, samples against all 1,797 real digits",
-        "settings": settings.model_dump() if settings else None,
-        "weights": run.weights,
-        "step": run.step,
-        "seed": run.config.seed,
-        "classifier_held_out_accuracy": reader.accuracy,
-        "real_against_real": real_against_real(),
-        "rows": [asdict(row) for row in rows],
-        "versions": {"shortcutflow": shortcutflow.__version__, "torch": torch.__version__},
-    }
-    (run.folder / REPORT_FILE).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
 def real_against_real(count: int = 256) -> float:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import time
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import shortcutflow
 from shortcutflow.config import PolicyEvaluation
 from shortcutflow.data.pusht import actions_of, features
 from shortcutflow.data.pusht_expert import make_env
 from shortcutflow.evaluation.generate import generate
-from shortcutflow.evaluation.runs import REPORT_FILE, Run
+from shortcutflow.evaluation.runs import Run, write_report
 from shortcutflow.seeds import generator_for
 
 FIRST_SEED = 1_000_000
@@ -81,17 +78,11 @@ def evaluate_policy(run: Run) -> list[PolicyRow]:
     if not isinstance(settings, PolicyEvaluation):
         raise ValueError(f"the config of run {run.folder} has no evaluation of a policy")
     rows = [roll_out(run, settings, steps) for steps in settings.steps]
-    report: dict[str, Any] = {
-        "protocol": f"gym-pusht, {settings.episodes} episodes of unseen starting positions, seeds from {FIRST_SEED}; "
-        f"{settings.executed} actions executed a decision; score: mean of the largest coverage / 0.95, at most 1",
-        "settings": settings.model_dump(),
-        "weights": run.weights,
-        "step": run.step,
-        "seed": run.config.seed,
-        "rows": [asdict(row) for row in rows],
-        "versions": {"shortcutflow": shortcutflow.__version__, "torch": torch.__version__},
-    }
-    (run.folder / REPORT_FILE).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    protocol = (
+        f"gym-pusht, {settings.episodes} episodes of unseen starting positions, seeds from {FIRST_SEED}; "
+        f"{settings.executed} actions executed a decision; score: mean of the largest coverage / 0.95, at most 1"
+    )
+    write_report(run, protocol=protocol, rows=rows)
     return rows
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+import shortcutflow
 from shortcutflow.config import CONFIG_FILE, CURRENT, RunConfig
 from shortcutflow.train import checkpoint
 from shortcutflow.train.checkpoint import NETWORK, average_group
@@ -34,6 +38,29 @@ class Run:
     step: int
     weights: str
     network: nn.Module
+
+
+def write_report(run: Run, *, protocol: str, rows: Sequence[Any], **measured: object) -> None:
+    """Write what was measured into the run's folder, with what is needed to repeat it.
+
+    Args:
+        run: what was measured.
+        protocol: how, in words.
+        rows: a dataclass a sampling budget.
+        measured: further findings.
+    """
+    settings = run.config.evaluation
+    report = {
+        "protocol": protocol,
+        "settings": settings.model_dump() if settings else None,
+        "weights": run.weights,
+        "step": run.step,
+        "seed": run.config.seed,
+        **measured,
+        "rows": [asdict(row) for row in rows],
+        "versions": {"shortcutflow": shortcutflow.__version__, "torch": torch.__version__},
+    }
+    (run.folder / REPORT_FILE).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
 def find_run(path: Path) -> Path:

@@ -14,18 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-import backbones
 from backbones.backbone import Backbone
-from tests.backbones_contract.cases import Case, cases
-
-
-def first_cases() -> dict[str, Case]:
-    """One case of each family of this package."""
-    chosen: dict[str, Case] = {}
-    for case in cases():
-        if case.name in backbones.BUILDERS:
-            chosen.setdefault(case.name, case)
-    return chosen
+from tests.backbones_contract.cases import FIRST
 
 
 def shard(net: Backbone) -> Backbone:
@@ -41,7 +31,8 @@ def worker(rank: int, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
     problems = []
-    for name, case in first_cases().items():
+    for case in FIRST:
+        name = case.family
         whole = case.awake()
         expected = whole(*case.inputs())
         with torch.device("meta"):
@@ -77,6 +68,6 @@ def test_sharded_equals_whole(tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(worker, (port, str(tmp_path)), nprocs=2)
-    assert len(first_cases()) >= 6
+    assert len(FIRST) >= 6
     for rank in (0, 1):
         assert (tmp_path / f"{rank}.txt").read_text() == ""
