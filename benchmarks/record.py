@@ -17,22 +17,12 @@ import shortcutflow
 
 RESULTS = Path(__file__).parent / "results"
 
-PEAK_BFLOAT16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-"""Dense bfloat16 FLOP/s by part of the device's name, from the makers' data sheets."""
-
 
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the CPU's architecture and the threads torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU {platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Dense bfloat16 FLOP/s of a known GPU, else None."""
-    if device.type != "cuda":
-        return None
-    return next((peak for part, peak in PEAK_BFLOAT16.items() if part in device_name(device)), None)
 
 
 def write_result(name: str, device: torch.device, config: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
@@ -62,9 +52,9 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         print(f"  {row['name']}: {numbers}")
 
 
-def put_into_readme(start: str, table: str, end: str) -> None:
-    """Replace what stands between two markers of the README."""
-    path = RESULTS.parent.parent / "README.md"
+def put_into_readme(start: str, table: str, end: str, page: str = "README.md") -> None:
+    """Replace what stands between two markers of the README, or of another page."""
+    path = RESULTS.parent.parent / page
     text, count = re.subn(
         f"{re.escape(start)}.*?{re.escape(end)}",
         lambda _: f"{start}\n{table}\n{end}",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from shortcutflow.config import RunConfig
+from shortcutflow.data.autoencoder import DEFAULT_VAE
 from shortcutflow.launch import Options, run_recipe
 
 RECIPE_GROUP = "shortcutflow.recipes"
@@ -56,7 +58,9 @@ def sample_command(
     out: Annotated[Path, typer.Option(help="The picture to write (PNG).")] = Path("samples.png"),
     seed: Annotated[int, typer.Option(help="Of the noise; every budget starts from the same.")] = 0,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0,
-    weights: Annotated[str | None, typer.Option(help="An average's name, or 'current'. [default: the run's]")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="An average's name, 'current', or a .safetensors file. [default: the run's]")
+    ] = None,
 ) -> None:
     """Sample a run at several budgets into one picture."""
     from shortcutflow.evaluation.grids import save_picture
@@ -73,6 +77,79 @@ def sample_command(
     )
     save_picture(picture, str(out))
     print(f"{out}: {loaded.folder} at step {loaded.step}, weights {loaded.weights}")
+
+
+@app.command("prepare")
+def prepare_command(
+    source: Annotated[Path, typer.Argument(help="Pictures: a folder, zip, tar, parquet files or shards.")],
+    folder: Annotated[Path, typer.Argument(help="For the shards; the same command continues after a stop.")],
+    size: Annotated[int, typer.Option(help="Side of the square pictures, in pixels.")],
+    crop: Annotated[str, typer.Option(help="released, adm, stretch or none.")] = "released",
+    format: Annotated[
+        str | None, typer.Option(help="png, jpg or webp. [default: png up to 64 pixels, jpg above]")
+    ] = None,
+    quality: Annotated[int, typer.Option(help="Of jpg and webp, 1 to 100.")] = 95,
+    no_labels: Annotated[bool, typer.Option("--no-labels", help="Drop the classes.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the order.")] = 0,
+    samples_per_shard: Annotated[int, typer.Option(help="Pictures a shard.")] = 4096,
+    workers: Annotated[int | None, typer.Option(help="Processes. [default: all cores]")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first picture that cannot be used.")] = False,
+    latents: Annotated[bool, typer.Option("--latents", help="Encode them; under torchrun on several GPUs.")] = False,
+    vae: Annotated[str | None, typer.Option(help=f"With --latents: hub id or folder. [default: {DEFAULT_VAE}]")] = None,
+    device: Annotated[str | None, typer.Option(help="With --latents. [default: a GPU if there is one]")] = None,
+    mirror: Annotated[bool, typer.Option(help="With --latents: keep those of mirror images too.")] = True,
+) -> None:
+    """Write raw pictures, or with --latents their latents, as shards that training streams from."""
+    from shortcutflow.data.latents import prepare_latents
+    from shortcutflow.data.prepare import prepare, summary
+
+    if latents and (format is not None or quality != 95):
+        raise ValueError("--latents stores numbers: --format and --quality are for pictures")
+    if not latents and (vae is not None or device is not None or not mirror):
+        raise ValueError("--vae, --device and --no-mirror go with --latents")
+    # Crop and format are words here; what they may be is checked where they are used.
+    shared: dict[str, Any] = {
+        "size": size, "crop": crop, "labels": not no_labels, "seed": seed, "samples_per_shard": samples_per_shard,
+        "workers": workers, "strict": strict,
+    }  # fmt: skip
+    try:
+        if latents:
+            manifest = prepare_latents(source, folder, vae=vae or DEFAULT_VAE, device=device, mirror=mirror, **shared)
+        else:
+            pictures: dict[str, Any] = {"format": format, "quality": quality}
+            manifest = prepare(source, folder, **pictures, **shared)
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command continues in {folder}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if os.environ.get("RANK", "0") == "0":
+        print(summary(manifest, folder))
+
+
+@app.command("average")
+def average_command(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or a folder of runs (the newest is taken).")],
+    sigma_rel: Annotated[float, typer.Option(help="Width of the average, as a share of training.")],
+    out: Annotated[Path, typer.Option(help="The file to write (.safetensors).")],
+    step: Annotated[int | None, typer.Option(help="Up to this step. [default: the last snapshot]")] = None,
+) -> None:
+    """Make an average of any width from the snapshots of a run's power-function averages; sample it with --weights."""
+    from safetensors.torch import save_file
+
+    from shortcutflow.evaluation.runs import find_run
+    from shortcutflow.posthoc import find_snapshots, posthoc_average
+
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out must name a .safetensors file, got {out}")
+    folder = find_run(run)
+    snapshots = find_snapshots(folder)
+    if not snapshots:
+        raise FileNotFoundError(
+            f'{folder} holds no snapshots: train with averages.NAME=\'{{"sigma_rel":0.05,"snapshot_every":1000}}\''
+        )
+    step = snapshots[-1].step if step is None else step
+    tensors = posthoc_average(snapshots, sigma_rel=sigma_rel, step=step)
+    save_file(tensors, out, metadata={"sigma_rel": str(sigma_rel), "step": str(step)})
+    print(f"{out}: width {sigma_rel:g} at step {step}, of {folder}")
 
 
 @app.command("show-config")

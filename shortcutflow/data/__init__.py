@@ -5,7 +5,8 @@ from typing import Annotated
 from pydantic import Field
 
 from shortcutflow.data.digits import DigitsData
+from shortcutflow.data.imagefolder import ImageFolderData
 from shortcutflow.data.pusht import PushTData
 from shortcutflow.data.source import ShardsData
 
-DataConfig = Annotated[DigitsData | PushTData | ShardsData, Field(discriminator="kind")]
+DataConfig = Annotated[DigitsData | ImageFolderData | PushTData | ShardsData, Field(discriminator="kind")]

@@ -2,56 +2,117 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 MANIFEST = "manifest.json"
+VERSION = 2
+LARGEST_MANIFEST = 256 * 2**20
+MOST_SAMPLES = 2**22
+"""In one shard; the order of an epoch is computed from what a manifest says, so it must not say anything."""
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 
 
 class ShardEntry(BaseModel):
-    """One shard: its file name in the folder, samples, bytes and SHA-256."""
+    """One shard: its file name in the folder, samples, bytes and SHA-256, and the SHA-256 of its index."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    samples: int = Field(ge=1)
-    bytes: int = Field(ge=1)
-    sha256: str
+    samples: int = Field(ge=1, le=MOST_SAMPLES)
+    bytes: int = Field(ge=1, lt=2**63)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    index_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
     @field_validator("name")
     @classmethod
     def _plain_name(cls, value: str) -> str:
-        # A name from a file must not reach outside its folder, nor look like one of webdataset's "pipe:" commands.
-        if Path(value).name != value or ":" in value or value.startswith("."):
-            raise ValueError(f"a shard must be a plain file name, got {value!r}")
+        # A name from a file must not reach outside its folder, nor mean anything to a shell.
+        if not _PLAIN_NAME.fullmatch(value) or not value.endswith(".tar"):
+            raise ValueError(f"a shard must be a plain file name ending in .tar, got {value!r}")
         return value
+
+    @property
+    def index_name(self) -> str:
+        """The file beside it that says where in it each sample lies."""
+        return self.name.removesuffix(".tar") + ".index"
+
+
+class LatentsInfo(BaseModel):
+    """How latents were made.
+
+    Attributes:
+        vae: name of the autoencoder, a hub id or a folder's name.
+        sha256: of its weights.
+        scaling_factor, shift_factor: a latent is (posterior sample - shift_factor) * scaling_factor.
+        mirrored: whether the moments of the mirror image are there too.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vae: str
+    sha256: str
+    scaling_factor: float = Field(gt=0, allow_inf_nan=False)
+    shift_factor: float = Field(default=0.0, allow_inf_nan=False)
+    mirrored: bool
 
 
 class Manifest(BaseModel):
     """What the shards of a folder hold.
 
     Attributes:
-        shape: of one sample, (channels, height, width) or (length, channels).
-        values: "uint8" for images of 256 levels, stored as PNG; "float32" for anything else, stored as it is.
+        version: of this format.
+        shape: of one sample as training sees it, (channels, height, width) or (length, channels).
+        values: "uint8" for images, "float32" for anything else stored as it is, "moments" for float16 means and
+            log-variances (2 channels, height, width) of latents.
+        format: how a sample's values are stored.
+        latents: of moments: how they were made.
         num_classes: labels are 0 ... num_classes - 1; None for no labels.
         condition_shape: shape of the float32 tensor each sample is conditioned on; None for none.
         class_names: their names, in order.
         preprocessing: what was done to the raw data, in words.
+        settings: the same as the options of the command that did it.
         shards: in order.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: int = 1
+    version: int = VERSION
     shape: tuple[int, ...] = Field(min_length=2, max_length=3)
-    values: Literal["uint8", "float32"] = "uint8"
-    num_classes: int | None
+    values: Literal["uint8", "float32", "moments"] = "uint8"
+    format: Literal["png", "jpg", "webp", "npy"] = "png"
+    latents: LatentsInfo | None = None
+    num_classes: int | None = Field(default=None, ge=1)
     condition_shape: tuple[int, ...] | None = None
     class_names: tuple[str, ...] = ()
     preprocessing: str
-    shards: tuple[ShardEntry, ...]
+    settings: dict[str, JsonValue] = {}
+    shards: tuple[ShardEntry, ...] = Field(min_length=1)
+
+    @field_validator("version")
+    @classmethod
+    def _this_version(cls, value: int) -> int:
+        if value != VERSION:
+            raise ValueError(f"it is of version {value}, this library reads version {VERSION}: prepare the data again")
+        return value
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Manifest:
+        if (self.values == "uint8") == (self.format == "npy"):
+            raise ValueError(f"values {self.values!r} are not stored as {self.format!r}")
+        if (self.values == "moments") != (self.latents is not None):
+            raise ValueError("moments, and nothing else, come with a record of their autoencoder ('latents')")
+        if min(self.shape) < 1 or min(self.condition_shape or (1,)) < 1:
+            raise ValueError(f"shapes must be positive, got {self.shape} and {self.condition_shape}")
+        if self.values == "uint8" and (len(self.shape) != 3 or self.shape[0] not in (1, 3)):
+            raise ValueError(f"images have 1 or 3 channels, height and width, got {self.shape}")
+        if len({shard.name for shard in self.shards}) != len(self.shards):
+            raise ValueError("two shards have the same name")
+        return self
 
     @property
     def samples(self) -> int:
@@ -59,28 +120,37 @@ class Manifest(BaseModel):
         return sum(shard.samples for shard in self.shards)
 
     def write(self, folder: Path) -> None:
-        """Write it into the folder; last, after the shards."""
-        (folder / MANIFEST).write_text(self.model_dump_json(indent=2) + "\n")
+        """Write it into the folder, whole or not at all; last, after the shards."""
+        unfinished = folder / f".{MANIFEST}.{os.getpid()}"
+        unfinished.write_text(self.model_dump_json(indent=2) + "\n")
+        unfinished.replace(folder / MANIFEST)
+
+    @classmethod
+    def parse(cls, content: bytes, where: str) -> Manifest:
+        """From the content of a ``manifest.json``.
+
+        Raises:
+            ValueError: if it is not one, naming ``where`` it came from.
+        """
+        try:
+            return cls.model_validate_json(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            said = first["msg"].removeprefix("Value error, ")
+            raise ValueError(f"{where} is not a valid manifest: {place + ': ' if place else ''}{said}") from error
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Read it and check that every shard is there in its full size.
+        """Read the one of a folder.
 
         Raises:
-            FileNotFoundError: without a manifest, or with a shard missing.
-            ValueError: if the manifest does not parse or a shard has another size.
+            FileNotFoundError: without a manifest.
+            ValueError: if the manifest does not parse.
         """
         path = folder / MANIFEST
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no {MANIFEST}: it is not a folder of prepared shards")
-        try:
-            manifest = cls.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            raise ValueError(f"{path} is not a valid manifest: {error.errors()[0]['msg']}") from error
-        for shard in manifest.shards:
-            file = folder / shard.name
-            if not file.is_file():
-                raise FileNotFoundError(f"shard {file} is missing, {path} lists it")
-            if (size := file.stat().st_size) != shard.bytes:
-                raise ValueError(f"shard {file} has {size} bytes, {path} says {shard.bytes}: it is damaged or cut off")
-        return manifest
+        if path.stat().st_size > LARGEST_MANIFEST:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes, at most {LARGEST_MANIFEST} are read")
+        return cls.parse(path.read_bytes(), str(path))

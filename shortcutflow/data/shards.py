@@ -1,35 +1,81 @@
-"""Writing samples as webdataset shards and reading them back, one by one.
+"""Writing webdataset shards, each with an index that says where in it every sample lies.
 
-A sample is an image (``.png``) or an array (``.npy``) and, if it is conditioned, its class (``.cls``) or a tensor
-(``.y.npy``). Reading takes these kinds of member and no other; nothing in a shard is ever unpickled.
+A shard is a plain tar that webdataset reads: ``KEY.jpg`` and ``KEY.cls`` for an image and its class, ``KEY.npy`` for
+an array, ``KEY.y.npy`` for the tensor it is conditioned on. Moments of latents lie many to a member, which costs less
+for whoever reads the tar. The index makes each sample readable by itself (:mod:`shortcutflow.data.reader`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import math
+import os
+import re
+import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
+from shortcutflow.data.index import Extent, IndexBuilder, read_index, write_index
 from shortcutflow.data.manifest import Manifest, ShardEntry
 
-MEMBERS = ("png", "npy", "cls", "y.npy")
-LARGEST_MEMBER = 64 * 2**20
-"""Bytes that one member may have; more is refused before it is decoded."""
+_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
+
+
+class Stored(NamedTuple):
+    """One encoded sample.
+
+    Attributes:
+        key: base name of its members, of letters, digits, "_" and "-".
+        content: the encoded image or array.
+        extension: how: "png", "jpg", "webp" or "npy".
+        label: its class, or None.
+        condition: the float32 tensor it is conditioned on, or None.
+        name: where it came from, for messages; the key if empty.
+    """
+
+    key: str
+    content: bytes
+    extension: str
+    label: int | None = None
+    condition: np.ndarray | None = None
+    name: str = ""
+
+
+class StoredPack(NamedTuple):
+    """Samples that lie in one member.
+
+    Attributes:
+        key: base name of the member.
+        arrays: (n, copies, ...), float16; a copy is a variant of a sample (its mirror image).
+        labels: of each sample, or None.
+        names: where each came from.
+    """
+
+    key: str
+    arrays: np.ndarray
+    labels: tuple[int, ...] | None
+    names: tuple[str, ...]
+
+
+class Skipped(NamedTuple):
+    """A source item that gave no sample, and why."""
+
+    name: str
+    reason: str
+
+
+class WrittenShard(NamedTuple):
+    """A shard's entry for the manifest (None if every item was skipped) and what was skipped."""
+
+    entry: ShardEntry | None
+    skipped: tuple[Skipped, ...]
 
 
 class Sample(NamedTuple):
-    """One decoded sample.
-
-    Attributes:
-        data: pixels (channels, height, width) uint8, or any shape of float32.
-        y: its label, its condition tensor (float32), or None.
-        key: its name.
-    """
+    """One sample in memory: data (uint8 pixels or float32), a label, a condition tensor or None, and its name."""
 
     data: np.ndarray
     y: int | np.ndarray | None
@@ -45,7 +91,7 @@ def write_shards(
     class_names: tuple[str, ...] = (),
     preprocessing: str,
 ) -> Manifest:
-    """Write samples as ``shard-000000.tar``, ... and a manifest.
+    """Write samples from memory as ``shard-000000.tar``, ... and a manifest; images as PNG.
 
     The manifest is written last and each shard is renamed into place when complete, so an interrupted call leaves no
     folder that looks finished.
@@ -55,16 +101,24 @@ def write_shards(
     first: Sample | None = None
     for i, chunk in enumerate(_chunks(samples, samples_per_shard)):
         first = first or chunk[0]
-        entries.append(_write_shard(chunk, folder / f"shard-{i:06d}.tar"))
+        written = write_shard(folder / shard_name(i), (_encode(sample) for sample in chunk))
+        assert written.entry is not None
+        entries.append(written.entry)
     if first is None:
         raise ValueError("there are no samples to write")
+    is_image = first.data.dtype == np.uint8
     manifest = Manifest(
-        shape=first.data.shape, values=first.data.dtype.name, num_classes=num_classes,
-        condition_shape=first.y.shape if isinstance(first.y, np.ndarray) else None,
+        shape=first.data.shape, values="uint8" if is_image else "float32", format="png" if is_image else "npy",
+        num_classes=num_classes, condition_shape=first.y.shape if isinstance(first.y, np.ndarray) else None,
         class_names=class_names, preprocessing=preprocessing, shards=tuple(entries),
     )  # fmt: skip
     manifest.write(folder)
     return manifest
+
+
+def shard_name(number: int) -> str:
+    """The file name of a shard."""
+    return f"shard-{number:06d}.tar"
 
 
 def _chunks(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
@@ -78,102 +132,134 @@ def _chunks(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
         yield chunk
 
 
-def _write_shard(samples: list[Sample], path: Path) -> ShardEntry:
-    from webdataset import TarWriter
+def write_shard(path: Path, samples: Iterable[Stored | StoredPack | Skipped]) -> WrittenShard:
+    """Write one shard and its index; the same samples give the same bytes.
 
-    buffer = io.BytesIO()
-    # Fixed times and owners: the same samples give the same bytes.
-    with TarWriter(buffer, mtime=0.0, user="shortcutflow", group="shortcutflow") as tar:
-        for sample in samples:
-            tar.write({"__key__": sample.key} | _encode(sample))
-    content = buffer.getvalue()
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
-    digest = hashlib.sha256(content).hexdigest()
-    return ShardEntry(name=path.name, samples=len(samples), bytes=len(content), sha256=digest)
-
-
-def read_shard(path: Path, entry: ShardEntry) -> Iterator[dict[str, Any]]:
-    """The undecoded members of each sample of a shard.
+    The tar is renamed into place when it is whole and on the disk, then the index: a shard with an index is complete.
 
     Raises:
-        ValueError: if it holds another number of samples than its manifest says.
+        ValueError: for a key that could not be a member's name, naming it.
     """
-    from webdataset import WebDataset
-
-    count = 0
-    # The path is given as a file, never as a URL that webdataset would hand to a shell.
-    dataset = WebDataset(f"file:{path.resolve()}", shardshuffle=False, select_files=_wanted, empty_check=False)
-    for raw in dataset:
-        count += 1
-        yield raw
-    if count != entry.samples:
-        raise ValueError(f"shard {path} gave {count} samples, its manifest says {entry.samples}: it is damaged")
-
-
-def _wanted(name: str) -> bool:
-    return name.rpartition("/")[2].partition(".")[2] in MEMBERS
-
-
-def _encode(sample: Sample) -> dict[str, bytes]:
-    members = {"png": _encode_png(sample.data)} if sample.data.dtype == np.uint8 else {"npy": _encode_npy(sample.data)}
-    if isinstance(sample.y, np.ndarray):
-        members["y.npy"] = _encode_npy(sample.y)
-    elif sample.y is not None:
-        members["cls"] = str(sample.y).encode()
-    return members
-
-
-def decode(raw: dict[str, Any], manifest: Manifest) -> Sample:
-    """Turn members into a sample.
-
-    Raises:
-        ValueError: naming sample and shard, if a member is missing, too large or not what the manifest says.
-    """
-    key, where = raw["__key__"], f"sample {raw['__key__']!r} of {raw.get('__url__', 'a shard')}"
-
-    def content(member: str) -> bytes:
-        if member not in raw:
-            raise ValueError(f"{where} has no .{member}")
-        if len(raw[member]) > LARGEST_MEMBER:
-            raise ValueError(f"{where}: its .{member} has {len(raw[member])} bytes, at most {LARGEST_MEMBER} are read")
-        return raw[member]
-
-    if manifest.values == "uint8":
-        data = _decode_png(content("png"), manifest.shape, where)
-    else:
-        data = _decode_npy(content("npy"), manifest.shape, f"{where}: its .npy")
-    if manifest.condition_shape is not None:
-        return Sample(data, _decode_npy(content("y.npy"), manifest.condition_shape, f"{where}: its .y.npy"), key)
-    if manifest.num_classes is None:
-        return Sample(data, None, key)
-    text = content("cls").decode("ascii", errors="replace").strip()
-    if not text.isdigit() or int(text) >= manifest.num_classes:
-        raise ValueError(f"{where}: its label is {text[:20]!r}, not a number from 0 to {manifest.num_classes - 1}")
-    return Sample(data, int(text), key)
-
-
-def _encode_npy(array: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    np.save(out, np.ascontiguousarray(array, dtype="<f4"), allow_pickle=False)
-    return out.getvalue()
-
-
-def _decode_npy(content: bytes, shape: tuple[int, ...], what: str) -> np.ndarray:
-    file = io.BytesIO(content)
+    unfinished = path.with_name(f".{path.stem}.unfinished-{os.getpid()}")
+    skipped: list[Skipped] = []
+    index = IndexBuilder()
     try:
-        # The header is read first: what it promises is not trusted with memory.
-        np.lib.format.read_magic(file)
-        found, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{what} is not a readable NumPy array: {error}") from error
-    if found != shape or dtype != np.dtype("<f4") or fortran:
-        raise ValueError(f"{what} is {dtype} {found}, the manifest says float32 {shape}")
-    values = content[file.tell() :]
-    if len(values) != dtype.itemsize * math.prod(shape):
-        raise ValueError(f"{what} has {len(values)} bytes of numbers, {dtype.itemsize * math.prod(shape)} are due")
-    return np.frombuffer(values, dtype).reshape(shape)
+        with unfinished.open("wb") as file:
+            shard = _HashedFile(file)
+            with tarfile.open(
+                fileobj=shard,  # type: ignore[call-overload]
+                mode="w|",
+                format=tarfile.USTAR_FORMAT,
+                bufsize=2**20,
+            ) as tar:
+                for sample in samples:
+                    if isinstance(sample, Skipped):
+                        skipped.append(sample)
+                    elif isinstance(sample, StoredPack):
+                        _add_pack(tar, index, sample)
+                    else:
+                        _add_sample(tar, index, sample)
+            file.flush()
+            os.fsync(file.fileno())
+        entry = None
+        if index.samples:
+            unfinished.replace(path)
+            entry = ShardEntry(
+                name=path.name, samples=index.samples, bytes=shard.size, sha256=shard.digest(), index_sha256="0" * 64
+            )
+        digest = write_index(path.with_suffix(".index"), index, entry, [tuple(item) for item in skipped])
+    finally:
+        unfinished.unlink(missing_ok=True)
+    if entry is not None:
+        entry = entry.model_copy(update={"index_sha256": digest})
+    return WrittenShard(entry, tuple(skipped))
+
+
+def written_shard(path: Path) -> WrittenShard | None:
+    """A shard that was written completely before; None if it was not. It is not read through."""
+    index_path = path.with_suffix(".index")
+    if not index_path.is_file():
+        return None
+    index = read_index(index_path)
+    skipped = tuple(Skipped(name, reason) for name, reason in index.skipped)
+    if index.entry is None:
+        return WrittenShard(None, skipped)
+    if not path.is_file() or path.stat().st_size != index.entry.bytes:
+        return None
+    return WrittenShard(index.entry, skipped)
+
+
+class _HashedFile:
+    """A file to write to that knows the SHA-256 and size of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._hash, self.size = file, hashlib.sha256(), 0
+
+    def write(self, content: bytes) -> int:
+        self._hash.update(content)
+        self.size += len(content)
+        return self._file.write(content)
+
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> int:
+    """Append a member; gives the place of its content in the shard."""
+    info = tarfile.TarInfo(name)  # time 0 and owner root: the same samples give the same bytes
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+    return tar.offset - -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+def _add_sample(tar: tarfile.TarFile, index: IndexBuilder, sample: Stored) -> None:
+    key = _checked_key(sample.key)
+    place = _add_member(tar, f"{key}.{sample.extension}", sample.content)
+    condition = None
+    if sample.label is not None:
+        _add_member(tar, f"{key}.cls", str(sample.label).encode())
+    if sample.condition is not None:
+        content = encode_array(sample.condition)
+        condition = Extent.of(content, _add_member(tar, f"{key}.y.npy", content))
+    index.add([Extent.of(sample.content, place)], sample.label, condition, sample.name or key)
+
+
+def _add_pack(tar: tarfile.TarFile, index: IndexBuilder, pack: StoredPack) -> None:
+    key = _checked_key(pack.key)
+    content = encode_array(pack.arrays, "<f2")
+    place = _add_member(tar, f"{key}.npy", content)
+    if pack.labels is not None:
+        _add_member(tar, f"{key}.cls.npy", encode_array(np.array(pack.labels), "<i8"))
+    size = pack.arrays[0, 0].size * 2
+    # Rows follow the header one after the other; each copy is an extent of its own.
+    start = len(content) - pack.arrays.size * 2
+    for i, name in enumerate(pack.names):
+        extents = []
+        for copy in range(pack.arrays.shape[1]):
+            begin = start + (i * pack.arrays.shape[1] + copy) * size
+            extents.append(Extent.of(content[begin : begin + size], place + begin))
+        index.add(extents, pack.labels[i] if pack.labels is not None else None, None, name)
+
+
+def _checked_key(key: str) -> str:
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"a sample's key must be 1 to 80 letters, digits, '_' or '-', got {key!r}")
+    return key
+
+
+def _encode(sample: Sample) -> Stored:
+    condition = sample.y if isinstance(sample.y, np.ndarray) else None
+    label = None if condition is not None or sample.y is None else int(sample.y)
+    if sample.data.dtype == np.uint8:
+        return Stored(sample.key, _encode_png(sample.data), "png", label, condition)
+    return Stored(sample.key, encode_array(sample.data), "npy", label, condition)
+
+
+def encode_array(array: np.ndarray, dtype: Literal["<f4", "<f2", "<i8"] = "<f4") -> bytes:
+    """The bytes of a ``.npy`` file."""
+    out = io.BytesIO()
+    np.save(out, np.ascontiguousarray(array, dtype=dtype), allow_pickle=False)
+    return out.getvalue()
 
 
 def _encode_png(pixels: np.ndarray) -> bytes:
@@ -183,20 +269,3 @@ def _encode_png(pixels: np.ndarray) -> bytes:
     image = pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1)
     Image.fromarray(image).save(out, "png")
     return out.getvalue()
-
-
-def _decode_png(content: bytes, shape: tuple[int, ...], where: str) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
-
-    channels, height, width = shape
-    try:
-        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-            # The size stands in the header; it is compared before any pixel is decompressed.
-            if image.size != (width, height):
-                raise ValueError(
-                    f"{where} is {image.size[0]}x{image.size[1]} pixels, the manifest says {width}x{height}"
-                )
-            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{where} is not a readable PNG: {error}") from error
-    return pixels[None] if channels == 1 else np.moveaxis(pixels, -1, 0)

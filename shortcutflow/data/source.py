@@ -6,11 +6,14 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from shortcutflow.data.manifest import MANIFEST, Manifest
+from shortcutflow.data.remote import ShardFolder, url_of
+from shortcutflow.data.stream import BatchStream, ShardStream
 
 
 class DataInfo(NamedTuple):
@@ -20,11 +23,13 @@ class DataInfo(NamedTuple):
         shape: of a sample.
         num_classes: number of labels, or None.
         condition_shape: of the tensor a sample is conditioned on, or None.
+        vae: the autoencoder whose latents the samples are, or None.
     """
 
     shape: tuple[int, ...]
     num_classes: int | None
     condition_shape: tuple[int, ...] | None = None
+    vae: str | None = None
 
     @property
     def is_picture(self) -> bool:
@@ -37,13 +42,39 @@ class DataInfo(NamedTuple):
         return 0.0 if self.condition_shape is not None else self.num_classes
 
 
+def info_of(manifest: Manifest) -> DataInfo:
+    """What a network must fit that learns these shards."""
+    vae = manifest.latents.vae if manifest.latents is not None else None
+    return DataInfo(manifest.shape, manifest.num_classes, manifest.condition_shape, vae)
+
+
 class DataSettings(BaseModel):
-    """Settings that every source has."""
+    """Settings that every source has; :class:`~shortcutflow.data.stream.ShardStream` says what they do."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     shuffle_buffer: int = Field(default=4096, ge=1, description="samples shuffled among each other")
+    horizontal_flip: bool = Field(default=False, description="mirror samples, drawn from (seed, epoch, sample)")
     cache_bytes: int = Field(default=256 * 2**20, ge=0, description="keep data sets up to this size decoded in memory")
+    workers: int | None = Field(default=None, ge=0, description="processes that read ahead; null: cores to spare")
+    on_error: Literal["skip", "raise"] = Field(default="skip", description="what a sample that cannot be read does")
+
+    def prepare(self) -> Path | str:
+        """Make sure that the shards are there; gives their folder, or its URL."""
+        raise NotImplementedError
+
+    def open_stream(
+        self, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu"
+    ) -> BatchStream:
+        """A rank's share of global batches of this size."""
+        return ShardStream(
+            self.prepare(), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, device=device,
+            **self.stream_options(),
+        )  # fmt: skip
+
+    def stream_options(self) -> dict[str, Any]:
+        """The stream's other arguments."""
+        return self.model_dump(include=set(DataSettings.model_fields))
 
 
 def written_once(folder: Path, write: Callable[[Path], object]) -> Path:
@@ -67,16 +98,47 @@ def written_once(folder: Path, write: Callable[[Path], object]) -> Path:
 
 
 class ShardsData(DataSettings):
-    """A folder of shards that were prepared before."""
+    """Shards that were prepared before, in a folder or below a URL (``http(s)://``, ``s3://``, ``gs://``).
+
+    Args:
+        folder: of the shards.
+        vae: the autoencoder that latents must have been made with; None takes any.
+        cache: where shards of a URL are kept.
+        cache_limit: how many bytes of them; None for all.
+    """
 
     kind: Literal["shards"] = "shards"
-    folder: Path
+    folder: str | Path  # in this order, or a URL in JSON would be made a path
+    vae: str | None = None
+    cache: Path = Path("data/cache")
+    cache_limit: int | None = Field(default=None, ge=0)
 
-    def prepare(self) -> Path:
-        """The folder, which must exist."""
+    @field_validator("folder")
+    @classmethod
+    def _path_unless_url(cls, value: Path | str) -> Path | str:
+        return url_of(value) or Path(value)
+
+    def prepare(self) -> Path | str:
+        """The folder, which must exist, with latents of the right autoencoder.
+
+        Raises:
+            ValueError: if they were made with another one, naming both.
+        """
+        self._manifest()
         return self.folder
 
     def describe(self) -> DataInfo:
         """Read from its manifest."""
-        manifest = Manifest.read(self.folder)
-        return DataInfo(manifest.shape, manifest.num_classes, manifest.condition_shape)
+        return info_of(self._manifest())
+
+    def stream_options(self) -> dict[str, Any]:
+        """The settings that every source has, and where a URL's shards are kept."""
+        return super().stream_options() | {"shard_cache": self.cache, "shard_cache_limit": self.cache_limit}
+
+    def _manifest(self) -> Manifest:
+        manifest = ShardFolder(self.folder, cache=self.cache).manifest
+        made_with = manifest.latents.vae if manifest.latents is not None else None
+        if self.vae is not None and made_with != self.vae:
+            held = f"latents of {made_with!r}" if made_with else "no latents"
+            raise ValueError(f"{self.folder} holds {held}, data.vae says {self.vae!r}: prepare them with that one")
+        return manifest

@@ -1,31 +1,42 @@
 """Batches from a folder of shards, in an order that depends on (seed, epoch) alone.
 
-The position is one number, the samples handed out so far: epoch and place within it follow from the manifest. Batches
-run on over the end of an epoch, so each sample is seen exactly once an epoch and all batches have the same size.
+The position is one number, the samples that all processes together have been handed. Batches run on over the end of an
+epoch, so every sample is seen exactly once an epoch, all batches have the same size, and nothing is dropped or padded.
+Of the global batch, which holds positions p ... p + B - 1, rank r of w gets every w-th from the r-th on. So a run can
+go on with another number of processes, or of workers, and see the very same global batches.
 """
 
 from __future__ import annotations
 
-import math
-import random
-from collections.abc import Iterable, Iterator
-from itertools import islice
+import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
-from shortcutflow.data.manifest import Manifest, ShardEntry
-from shortcutflow.data.shards import Sample, decode, read_shard
-from shortcutflow.seeds import seed_for
+from shortcutflow.data.order import EpochOrder
+from shortcutflow.data.reader import DamagedSampleError, LostShardError, ShardReader
+from shortcutflow.data.remote import ShardFolder
+from shortcutflow.data.shards import Sample
+from shortcutflow.data.variation import Variation
 from shortcutflow.types import Batch
 
-Item = TypeVar("Item")
+MOST_WORKERS = 8
+logger = logging.getLogger(__name__)
 
 
 class BatchStream(Protocol):
-    """What training needs of a data loader: batches without end, and a position that JSON can hold."""
+    """What training needs of a data loader: batches without end, and a position that JSON can hold.
+
+    Attributes:
+        damaged: names of samples that could not be read so far.
+    """
+
+    damaged: set[str]
 
     def __next__(self) -> Batch: ...
 
@@ -36,101 +47,229 @@ class BatchStream(Protocol):
         """Continue there."""
 
 
-def shuffled(items: Iterable[Item], buffer_size: int, rng: random.Random) -> Iterator[Item]:
-    """Shuffle a stream through a buffer: each item leaves when a later one takes its random place."""
-    buffer: list[Item] = []
-    for item in items:
-        if len(buffer) < buffer_size:
-            buffer.append(item)
-            continue
-        place = rng.randrange(buffer_size)
-        yield buffer[place]
-        buffer[place] = item
-    rng.shuffle(buffer)
-    yield from buffer
-
-
 class ShardStream:
-    """Batches from a folder of shards: images in [-1, 1], other data as it was stored.
+    """A rank's share of the batches from a folder of shards.
+
+    Images come in [-1, 1], latents drawn anew at each visit, other data as it was stored.
 
     Args:
-        folder: holds shards and ``manifest.json``.
-        batch_size: samples a batch.
-        seed: of the order of shards and samples.
-        shuffle_buffer: samples shuffled among each other within the shuffled order of shards.
-        cache_bytes: a data set whose pixels fit in is decoded once and kept in memory; the order is the same.
+        folder: holds shards and ``manifest.json``; or a URL of such a folder.
+        batch_size: samples a global batch, over all ranks.
+        seed: of the order, the flips and the latents.
+        shuffle_buffer: whole shards are taken together until they hold so many samples, and are shuffled through.
+        horizontal_flip: mirror each sample or not, drawn from (seed, epoch, sample).
+        cache_bytes: a data set whose decoded samples fit in is kept in memory; the batches are the same.
+        rank, world_size: this process and how many share the stream.
+        workers: processes that read ahead; None: as many as there are cores to spare, none for a cached data set.
+        on_error: a sample that cannot be read is an error ("raise"), or another takes its place ("skip"): the next one
+            in its shard, or in the next shard if none is left. Each is counted and its name logged once.
+        shard_cache: where the shards of a URL are kept.
+        shard_cache_limit: how many bytes of them; None for all.
         device: where batches are put.
 
     Raises:
-        FileNotFoundError, ValueError: if the folder is not complete (see :meth:`Manifest.read`).
+        FileNotFoundError, ValueError: if the folder is not complete or does not fit the other arguments.
+        DamagedSampleError: at a batch with a sample that cannot be read, if that is an error or none can be read.
+        FetchError: at a batch with a shard of a URL that cannot be fetched.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | str,
         *,
         batch_size: int,
         seed: int,
         shuffle_buffer: int = 4096,
+        horizontal_flip: bool = False,
         cache_bytes: int = 256 * 2**20,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int | None = None,
+        on_error: Literal["skip", "raise"] = "skip",
+        shard_cache: Path = Path("data/cache"),
+        shard_cache_limit: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.folder, self.batch_size, self.seed, self.device = folder, batch_size, seed, device
-        self.manifest = Manifest.read(folder)
-        self.shuffle_buffer = shuffle_buffer
-        self._cache: dict[str, list[Sample]] | None = {} if self._bytes() <= cache_bytes else None
+        if batch_size % world_size:
+            raise ValueError(f"a global batch of {batch_size} cannot be shared equally by {world_size} processes")
+        shards = ShardFolder(folder, cache=shard_cache, cache_limit=shard_cache_limit)
+        for complaint in shards.wrong_sizes():
+            if on_error == "raise":
+                raise ValueError(complaint)
+            logger.warning(complaint)
+        reader = ShardReader(shards)
+        self.manifest = shards.manifest
+        self.damaged: set[str] = set()
+        """Of each sample, or shard, that could not be read so far: its name and why."""
+        variation = Variation(self.manifest, seed=seed, horizontal_flip=horizontal_flip)
+        sizes = [shard.samples for shard in self.manifest.shards]
+        order = EpochOrder(sizes, seed=seed, shuffle_buffer=shuffle_buffer)
+        cached = self.manifest.samples * variation.bytes_per_sample <= cache_bytes
+        self._batches = _RankBatches(
+            reader, order, variation, _Share(batch_size, rank, world_size), skip=on_error == "skip", cached=cached
+        )
+        self._batch_size, self._device = batch_size, torch.device(device)
+        self._workers = (0 if cached else workers_to_spare()) if workers is None else workers
         self._samples_seen = 0
-        self._samples = self._endless(0)
+        self._coming: Iterator[_HostBatch] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        samples = list(islice(self._samples, self.batch_size))
-        self._samples_seen += len(samples)
-        data = torch.from_numpy(np.stack([sample.data for sample in samples])).to(self.device)
+        if self._coming is None:
+            self._coming = self._read_ahead()
+        batch = next(self._coming)
+        self._samples_seen += self._batch_size
+        for name in batch.damaged:
+            if name not in self.damaged:
+                self.damaged.add(name)
+                logger.warning("%s; another takes its place (%d so far)", name, len(self.damaged))
+        data = batch.data.to(self._device, non_blocking=True)
         if self.manifest.values == "uint8":
             # Bytes travel to the device, floats are made there.
-            data = data.float() / 127.5 - 1
-        y = None
-        if self.manifest.num_classes is not None:
-            y = torch.tensor([sample.y for sample in samples], device=self.device)
-        elif self.manifest.condition_shape is not None:
-            y = torch.from_numpy(np.stack([np.asarray(sample.y) for sample in samples])).to(self.device)
-        return Batch(data, y, tuple(sample.key for sample in samples))
+            data = data.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+        y = batch.y.to(self._device, non_blocking=True) if batch.y is not None else None
+        return Batch(data, y, batch.keys)
 
     def state_dict(self) -> dict[str, int]:
-        """The position: samples handed out so far."""
+        """The position: samples handed out so far, to all ranks together."""
         return {"samples_seen": self._samples_seen}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to a position; the next batch is the one that would have come."""
         self._samples_seen = state["samples_seen"]
-        self._samples = self._endless(self._samples_seen)
+        self._coming = None
 
-    def _bytes(self) -> int:
-        """Of all decoded samples."""
-        values = math.prod(self.manifest.shape) * (1 if self.manifest.values == "uint8" else 4)
-        return self.manifest.samples * (values + 4 * math.prod(self.manifest.condition_shape or (0,)))
+    def _read_ahead(self) -> Iterator[_HostBatch]:
+        loader = DataLoader(
+            self._batches,
+            sampler=_Positions(self._samples_seen, self._batch_size),
+            batch_size=None,
+            num_workers=self._workers,
+            collate_fn=_as_it_is,  # it is a batch already
+            prefetch_factor=4 if self._workers else None,
+            pin_memory=self._device.type == "cuda",
+            # Not used for anything; without one the loader would draw from the global generator.
+            generator=torch.Generator(),
+        )
+        return iter(loader)
 
-    def _endless(self, position: int) -> Iterator[Sample]:
-        epoch, place = divmod(position, self.manifest.samples)
+
+def workers_to_spare() -> int:
+    """Cores of this process beside the one that trains, shared among the processes of this machine."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // here - 1))
+
+
+class _Share(NamedTuple):
+    """Which of a global batch's positions a rank gets."""
+
+    batch_size: int
+    rank: int
+    world_size: int
+
+    def of(self, start: int) -> np.ndarray:
+        return np.arange(start + self.rank, start + self.batch_size, self.world_size)
+
+
+class _HostBatch(NamedTuple):
+    """A rank's batch in host memory, and the samples that were found damaged in making it."""
+
+    data: torch.Tensor
+    y: torch.Tensor | None
+    keys: tuple[str, ...]
+    damaged: tuple[str, ...]
+
+
+def _as_it_is(batch: Any) -> _HostBatch:
+    return batch
+
+
+class _Positions:
+    """The first positions of the global batches, without end."""
+
+    def __init__(self, start: int, step: int) -> None:
+        self._start, self._step = start, step
+
+    def __iter__(self) -> Iterator[int]:
+        position = self._start
         while True:
-            yield from self._epoch(epoch, place)
-            epoch, place = epoch + 1, 0
+            yield position
+            position += self._step
 
-    def _epoch(self, epoch: int, place: int) -> Iterator[Sample]:
-        shards = list(self.manifest.shards)
-        random.Random(seed_for(self.seed, "shards", step=epoch)).shuffle(shards)
-        order = random.Random(seed_for(self.seed, "samples", step=epoch))
-        items = (item for shard in shards for item in self._items(shard))
-        for item in islice(shuffled(items, self.shuffle_buffer, order), place, None):
-            yield item if isinstance(item, Sample) else decode(item, self.manifest)
 
-    def _items(self, shard: ShardEntry) -> Iterable[Sample | dict[str, Any]]:
+class _RankBatches(Dataset[_HostBatch]):
+    """A rank's batch as a function of its position: what the loader's workers share."""
+
+    def __init__(
+        self, reader: ShardReader, order: EpochOrder, variation: Variation, share: _Share, *, skip: bool, cached: bool
+    ) -> None:
+        self._reader, self._order, self._variation, self._share, self._skip = reader, order, variation, share, skip
+        self._cache: dict[tuple[int, int, int], Sample] | None = {} if cached else None
+        self._sizes = [shard.samples for shard in reader.manifest.shards]
+        self._first = np.cumsum([0, *self._sizes[:-1]])
+        # By copy: whether one is readable must not depend on which was read before.
+        self._damaged: set[tuple[int, int, int]] = set()
+        self._lost: set[int] = set()
+        self._complaints: list[str] = []
+
+    def __getitem__(self, position: int) -> _HostBatch:
+        epochs, places = self._order.at(self._share.of(position))
+        self._fetch_ahead(position)
+        draws = self._variation.draw(epochs, self._first[places[:, 0]] + places[:, 1])
+        known = len(self._complaints)
+        wanted = zip(places.tolist(), self._variation.copies(draws), strict=True)
+        samples = [self._sample(shard, number, copy) for (shard, number), copy in wanted]
+        data = self._variation.apply([sample.data for sample in samples], draws)
+        keys = tuple(sample.key for sample in samples)
+        return _HostBatch(data, self._conditions(samples), keys, tuple(self._complaints[known:]))
+
+    def _sample(self, shard: int, number: int, copy: int) -> Sample:
         if self._cache is None:
-            return read_shard(self.folder / shard.name, shard)
-        if shard.name not in self._cache:
-            raw = read_shard(self.folder / shard.name, shard)
-            self._cache[shard.name] = [decode(members, self.manifest) for members in raw]
-        return self._cache[shard.name]
+            return self._readable(shard, number, copy)
+        if (shard, number, copy) not in self._cache:
+            self._cache[shard, number, copy] = self._readable(shard, number, copy)
+        return self._cache[shard, number, copy]
+
+    def _readable(self, shard: int, number: int, copy: int) -> Sample:
+        """This sample, or else the next one that can be read."""
+        for place in self._from(shard, number):
+            if (*place, copy) in self._damaged:
+                continue
+            try:
+                return self._reader.read(*place, copy=copy)
+            except DamagedSampleError as error:
+                if not self._skip:
+                    raise
+                if isinstance(error, LostShardError):
+                    self._lost.add(place[0])
+                else:
+                    self._damaged.add((*place, copy))
+                self._complaints.append(str(error))
+        raise DamagedSampleError(f"none of the {sum(self._sizes)} samples can be read: {self._complaints[0]}")
+
+    def _from(self, shard: int, number: int) -> Iterator[tuple[int, int]]:
+        """All samples from this one on: the rest of its shard, its beginning, the shards after it."""
+        for step in range(len(self._sizes)):
+            now = (shard + step) % len(self._sizes)
+            first = number if step == 0 else 0
+            for i in range(self._sizes[now]):
+                if now in self._lost:
+                    break
+                yield now, (first + i) % self._sizes[now]
+
+    def _conditions(self, samples: list[Sample]) -> torch.Tensor | None:
+        if self._reader.manifest.condition_shape is not None:
+            return torch.from_numpy(np.stack([np.asarray(sample.y) for sample in samples]))
+        if self._reader.manifest.num_classes is not None:
+            return torch.tensor([sample.y for sample in samples])
+        return None
+
+    def _fetch_ahead(self, position: int) -> None:
+        """Of a remote folder: have the shards that come after the present ones fetched meanwhile."""
+        if self._reader.folder.url is None:
+            return
+        epoch, place = divmod(position, self._order.samples)
+        after = self._order.block_after(epoch, self._order.block_at(epoch, place))
+        self._reader.folder.fetch_ahead([self._reader.manifest.shards[i] for i in after.shards.tolist()])

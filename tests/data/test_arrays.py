@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from shortcutflow.data.index import read_index
 from shortcutflow.data.manifest import Manifest
-from shortcutflow.data.shards import Sample, write_shards
+from shortcutflow.data.reader import DamagedSampleError
+from shortcutflow.data.shards import Sample, Stored, write_shards
 from shortcutflow.data.source import ShardsData
 from shortcutflow.data.stream import ShardStream
-from tests.data.test_damage import rewrite
+from tests.data.test_damage import flip_byte, rewrite
 
 COUNT, SHAPE, CONDITION = 20, (6, 2), (3,)
 
@@ -53,7 +55,7 @@ def npy(array: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-GOOD, GOOD_Y = npy(np.zeros(SHAPE, np.float32)), npy(np.zeros(CONDITION, np.float32))
+GOOD = npy(np.zeros(SHAPE, np.float32))
 
 
 def header_of(shape: tuple[int, ...]) -> bytes:
@@ -64,33 +66,61 @@ def header_of(shape: tuple[int, ...]) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("members", "message"),
+    ("content", "message"),
     [
-        ({"a.npy": GOOD}, r"sample 'a' .* has no \.y\.npy"),
-        ({"a.y.npy": GOOD_Y}, r"sample 'a' .* has no \.npy"),
-        ({"a.npy": GOOD[:50], "a.y.npy": GOOD_Y}, r"its \.npy is not a readable NumPy array"),
-        ({"a.npy": GOOD[:-4], "a.y.npy": GOOD_Y}, r"its \.npy has 44 bytes of numbers, 48 are due"),
-        ({"a.npy": header_of((10**9, 10**9)), "a.y.npy": GOOD_Y}, r"the manifest says float32 \(6, 2\)"),
-        (
-            {"a.npy": npy(np.zeros(SHAPE)), "a.y.npy": GOOD_Y},
-            r"its \.npy is float64 \(6, 2\), the manifest says float32",
-        ),
-        ({"a.npy": GOOD, "a.y.npy": npy(np.zeros((4,), np.float32))}, r"its \.y\.npy is float32 \(4,\)"),
-        ({"a.npy": npy(np.array([print], object)), "a.y.npy": GOOD_Y}, r"its \.npy is object \(1,\)"),
-        ({"a.npy": pickle.dumps(print), "a.y.npy": GOOD_Y}, r"its \.npy is not a readable NumPy array"),
+        (b"", "not a readable NumPy array"),
+        (GOOD[:50], "not a readable NumPy array"),
+        (GOOD[:-4], "it has 44 bytes of numbers, 48 are due"),
+        (GOOD + b"more", "it has 52 bytes of numbers, 48 are due"),
+        (header_of((10**9, 10**9)), r"the manifest says float32 \(6, 2\)"),
+        (npy(np.zeros(SHAPE)), r"an array of float64 \(6, 2\), the manifest says float32"),
+        (npy(np.asfortranarray(np.zeros(SHAPE, np.float32))), "an array of float32"),
+        (npy(np.array([print], object)), r"an array of object \(1,\)"),
+        (GOOD[:6] + b"\x02" + GOOD[7:], "not version 1.0"),
+        (pickle.dumps(print), "not a readable NumPy array"),
+        (GOOD.replace(b"'descr'", b"(((((((").replace(b"}", b" "), "not a readable NumPy array"),
+        (GOOD.replace(b"'descr'", b"1      "), "not a readable NumPy array"),
     ],
-    ids=lambda value: value[-30:] if isinstance(value, str) else "",
-)
-def test_damaged_arrays(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
+    ids=[
+        "empty", "cut header", "cut numbers", "more numbers", "huge shape", "other type", "other layout", "objects",
+        "other version", "pickle", "no literal", "keys of two types",
+    ],
+)  # fmt: skip
+def test_damaged_arrays(tmp_path: Path, content: bytes, message: str) -> None:
     """Refused by their header, before memory is taken; an object array is never unpickled."""
     write_arrays(tmp_path)
-    rewrite(tmp_path, members)
-    with pytest.raises(ValueError, match=message):
-        next(ShardStream(tmp_path, batch_size=14, seed=0))
+    rewrite(tmp_path, [Stored("a", content, "npy", condition=np.zeros(CONDITION, np.float32))])
+    with pytest.raises(DamagedSampleError, match=rf"a \(shard-000000\.tar, 0\): .*{message}"):
+        next(ShardStream(tmp_path, batch_size=14, seed=0, on_error="raise"))
+    stream = ShardStream(tmp_path, batch_size=14, seed=0)
+    assert "a" not in next(stream).keys
+    assert len(stream.damaged) == 1
 
 
-def test_control_the_good_members_are_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [(None, "it has no condition tensor"), (np.zeros(4, np.float32), r"an array of float32 \(4,\)")],
+    ids=["none", "other shape"],
+)
+def test_damaged_conditions(tmp_path: Path, condition: np.ndarray | None, message: str) -> None:
     write_arrays(tmp_path)
-    rewrite(tmp_path, {"a.npy": GOOD, "a.y.npy": GOOD_Y})
+    rewrite(tmp_path, [Stored("a", GOOD, "npy", condition=condition)])
+    with pytest.raises(DamagedSampleError, match=message):
+        next(ShardStream(tmp_path, batch_size=14, seed=0, on_error="raise"))
+
+
+def test_flipped_byte_in_a_condition(tmp_path: Path) -> None:
+    """Conditions have checksums of their own."""
+    write_arrays(tmp_path)
+    index = read_index(tmp_path / "shard-000001.index")
+    assert index.condition is not None
+    flip_byte(tmp_path / "shard-000001.tar", int(index.condition[2, 0] + index.condition[2, 1] - 1), 1)
+    with pytest.raises(DamagedSampleError, match=r"n09 \(shard-000001\.tar, 2\): .*checksum"):
+        next(ShardStream(tmp_path, batch_size=COUNT, seed=0, on_error="raise"))
+
+
+def test_control_the_good_sample_is_read(tmp_path: Path) -> None:
+    write_arrays(tmp_path)
+    rewrite(tmp_path, [Stored("a", GOOD, "npy", condition=np.zeros(CONDITION, np.float32))])
     samples = Manifest.read(tmp_path).samples
-    assert "a" in next(ShardStream(tmp_path, batch_size=samples, seed=0)).keys
+    assert "a" in next(ShardStream(tmp_path, batch_size=samples, seed=0, on_error="raise")).keys

@@ -98,6 +98,49 @@ def test_resume_gives_the_next_batch(tmp_path: Path, stop_after: int, cache_byte
         assert torch.equal(got.data, expected.data)
 
 
+@pytest.mark.parametrize("stop_after", [0, 5])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_change_nothing(tmp_path: Path, workers: int, stop_after: int) -> None:
+    """The same batches, flips and labels; nothing that was read ahead is lost at a stop."""
+    write_numbers(tmp_path)
+    here = ShardStream(tmp_path, batch_size=8, seed=3, shuffle_buffer=9, horizontal_flip=True, workers=0)
+    for _ in islice(here, stop_after):
+        pass
+    there = ShardStream(
+        tmp_path, batch_size=8, seed=3, shuffle_buffer=9, horizontal_flip=True, workers=workers, cache_bytes=0
+    )
+    there.load_state_dict(here.state_dict())
+    for a, b in islice(zip(here, there, strict=True), 9):
+        assert (a.keys, here.state_dict()) == (b.keys, there.state_dict())
+        assert torch.equal(a.data, b.data)
+        assert a.y is not None
+        assert b.y is not None
+        assert torch.equal(a.y, b.y)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_global_generator_is_left_alone(tmp_path: Path, workers: int) -> None:
+    write_numbers(tmp_path)
+    before = torch.get_rng_state()
+    next(ShardStream(tmp_path, batch_size=8, seed=3, horizontal_flip=True, workers=workers))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_nothing_rewraps_a_batch(tmp_path: Path) -> None:
+    write_numbers(tmp_path)
+    batch = next(ShardStream(tmp_path, batch_size=8, seed=0))
+    assert isinstance(batch.keys, tuple)
+    assert (batch.data.dtype, batch.data.shape) == (torch.float32, (8, 1, 2, 2))
+    assert batch.y is not None
+    assert (batch.y.dtype, batch.y.shape) == (torch.int64, (8,))
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
+    write_numbers(tmp_path)
+    with pytest.raises(ValueError, match="a global batch of 8 cannot be shared equally by 3 processes"):
+        ShardStream(tmp_path, batch_size=8, seed=0, rank=0, world_size=3)
+
+
 def test_same_samples_same_bytes(tmp_path: Path) -> None:
     first, second = write_numbers(tmp_path / "a"), write_numbers(tmp_path / "b")
     assert first == second

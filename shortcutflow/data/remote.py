@@ -1,0 +1,250 @@
+"""Folders of shards, here or elsewhere: from ``http(s)://``, ``s3://`` and ``gs://`` shards are fetched into a cache.
+
+A shard is fetched whole, compared with the SHA-256 in the manifest and kept on the local disk, where its samples are
+read in any order; every process of a machine uses the same cache. The transfer is done by the commands ``curl``,
+``aws`` and ``gsutil``, which are started without a shell.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, TypeVar, cast
+from urllib.parse import urlsplit
+
+from shortcutflow.data.index import LARGEST_INDEX
+from shortcutflow.data.manifest import LARGEST_MANIFEST, MANIFEST, Manifest, ShardEntry
+
+_CURL = (
+    "curl", "--fail", "--silent", "--show-error", "--location", "--globoff", "--proto", "=http,https",
+    "--connect-timeout", "30", "--speed-limit", "1", "--speed-time", "60", "--",
+)  # fmt: skip
+COMMANDS = {
+    "http": (*_CURL, "{}"),
+    "https": (*_CURL, "{}"),
+    "s3": ("aws", "s3", "cp", "--only-show-errors", "{}", "-"),
+    "gs": ("gsutil", "cat", "{}"),
+}
+"""For each kind of URL, what writes the file at "{}" to its standard output. Retries are made here, not by them."""
+TRIES = 5
+FIRST_PAUSE = 1.0
+"""Seconds after the first failure; twice as long after each further one."""
+Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
+
+
+class FetchError(OSError):
+    """A file of a URL that could not be fetched, naming it and the tries."""
+
+
+class ShardFolder:
+    """A folder of shards.
+
+    Args:
+        place: a local folder, or a URL of one.
+        cache: where shards of a URL are kept; a folder of its own below it for each URL.
+        cache_limit: bytes; beyond it the shards that were not used for longest are deleted. None: no limit.
+
+    Raises:
+        FileNotFoundError: if a local folder holds no manifest, or lacks a shard that it lists.
+        ValueError: for a manifest that does not parse, or a URL of another kind.
+        FetchError: if the manifest cannot be fetched.
+    """
+
+    def __init__(self, place: str | Path, *, cache: Path, cache_limit: int | None = None) -> None:
+        self.url = url_of(place)
+        self._limit = cache_limit
+        self._ahead: dict[str, Future[Path]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        if self.url is None:
+            self.path = Path(place)
+            self.manifest = Manifest.read(self.path)
+            self._require_files()
+            return
+        host = urlsplit(self.url).hostname or ""  # without a password, if the URL has one
+        self.path = cache / f"{host}-{hashlib.sha256(self.url.encode()).hexdigest()[:12]}"
+        self.path.mkdir(parents=True, exist_ok=True)
+        content = _with_retries(lambda: self._read(MANIFEST, LARGEST_MANIFEST), f"{self.url}/{MANIFEST}")
+        self.manifest = Manifest.parse(content, f"{self.url}/{MANIFEST}")
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_ahead": {}, "_pool": None}
+
+    def path_of(self, entry: ShardEntry) -> Path:
+        """The local file of a shard, fetched if it is not there yet."""
+        return self._local(entry.name, entry.bytes, entry.sha256)
+
+    def open(self, entry: ShardEntry) -> int:
+        """A descriptor of a shard's file, to read from; fetched if it is not there yet."""
+        while True:
+            try:
+                return os.open(self.path_of(entry), os.O_RDONLY)
+            except FileNotFoundError:
+                # Another process may just have deleted it to make room.
+                if self.url is None:
+                    raise
+
+    def index_of(self, entry: ShardEntry) -> Path:
+        """The local file of a shard's index, fetched if it is not there yet."""
+        return self._local(entry.index_name, None, entry.index_sha256)
+
+    def fetch_ahead(self, entries: list[ShardEntry]) -> None:
+        """Begin to fetch shards that will be needed soon; returns at once. Nothing to do for a local folder."""
+        if self.url is None:
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="shards")
+        self._ahead = {name: future for name, future in self._ahead.items() if not future.done()}
+        for entry in entries:
+            if entry.name not in self._ahead and not self._kept_at(entry.name, entry.sha256).exists():
+                # One try: whoever needs it tries again and says what is wrong.
+                self._ahead[entry.name] = self._pool.submit(self._local, entry.name, entry.bytes, entry.sha256, 1)
+
+    def wrong_sizes(self) -> list[str]:
+        """Of a local folder: a sentence for each shard whose file has not the size in the manifest."""
+        if self.url is not None:
+            return []
+        files = [(self.path / entry.name, entry.bytes) for entry in self.manifest.shards]
+        return [
+            f"shard {path} has {path.stat().st_size} bytes, {MANIFEST} says {said}: it is damaged or cut off"
+            for path, said in files
+            if path.stat().st_size != said
+        ]
+
+    def _require_files(self) -> None:
+        for entry in self.manifest.shards:
+            for name in (entry.name, entry.index_name):
+                if not (self.path / name).is_file():
+                    raise FileNotFoundError(f"shard {self.path / name} is missing, {self.path / MANIFEST} lists it")
+
+    def _local(self, name: str, size: int | None, sha256: str, tries: int = TRIES) -> Path:
+        if self.url is None:
+            return self.path / name
+        path = self._kept_at(name, sha256)
+        with suppress(FileNotFoundError):
+            os.utime(path)  # its use, for deleting what was not used for longest
+            return path
+        with _locked(self.path / f".{path.name}.lock"):
+            if not path.exists():
+                _with_retries(lambda: self._fetch(name, path, size, sha256), f"{self.url}/{name}", tries)
+                self._make_room(keep=path)
+        return path
+
+    def _kept_at(self, name: str, sha256: str) -> Path:
+        """Where the cache keeps a file; the checksum tells it from one that the URL held under this name before."""
+        stem, suffix = os.path.splitext(name)
+        return self.path / f"{stem}-{sha256[:12]}{suffix}"
+
+    def _fetch(self, name: str, path: Path, size: int | None, sha256: str) -> None:
+        """Download one file; it is renamed into place only if it is what the manifest says."""
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        digest, read = hashlib.sha256(), 0
+        with self._open(name) as source, unfinished.open("wb") as out:
+            while chunk := source.read(2**20):
+                read += len(chunk)
+                if read > (LARGEST_INDEX if size is None else size):
+                    break
+                digest.update(chunk)
+                out.write(chunk)
+            out.flush()
+            os.fsync(out.fileno())
+        if digest.hexdigest() != sha256:
+            said = f"{read} bytes" + (f" of {size}" if size is not None else "")
+            raise OSError(f"what came ({said}) is not what the manifest says")
+        unfinished.replace(path)
+
+    def _read(self, name: str, at_most: int) -> bytes:
+        with self._open(name) as source:
+            content = source.read(at_most + 1)
+        if not content or len(content) > at_most:
+            raise OSError(f"it has {len(content)} bytes or more, from 1 to {at_most} are read")
+        return content
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[BinaryIO]:
+        url = f"{self.url}/{name}"
+        command = [part.format(url) for part in COMMANDS[url.partition("://")[0]]]
+        if shutil.which(command[0]) is None:
+            raise FetchError(f"{url} is fetched by the command {command[0]!r}, which is not installed")
+        with (
+            tempfile.TemporaryFile() as said,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as process,
+        ):
+            assert process.stdout is not None
+            try:
+                yield cast(BinaryIO, process.stdout)
+                is_whole = not process.stdout.read(1)
+            except BaseException:
+                process.kill()
+                raise
+            if not is_whole:
+                process.kill()
+            elif process.wait() != 0:
+                said.seek(0)
+                raise OSError(said.read(1000).decode(errors="replace").strip() or f"{command[0]} failed")
+
+    def _make_room(self, keep: Path) -> None:
+        if self._limit is None:
+            return
+        shards = []
+        for path in self.path.glob("*.tar"):
+            with suppress(FileNotFoundError):  # another process makes room too
+                shards.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+        held = sum(size for _, size, _ in shards)
+        for _, size, path in sorted(shards):
+            if held <= self._limit or path == keep:
+                break
+            held -= size
+            # Whoever has it open can read on.
+            path.unlink(missing_ok=True)
+
+
+def url_of(place: str | Path) -> str | None:
+    """The URL without a trailing slash, or None for a local path.
+
+    Raises:
+        ValueError: for a URL of another kind than :data:`COMMANDS`.
+    """
+    scheme, separator, _ = str(place).partition("://")
+    if not separator:
+        return None
+    if scheme not in COMMANDS:
+        raise ValueError(f"{place}: shards are read from a local folder or from {', '.join(COMMANDS)}, not {scheme!r}")
+    return str(place).rstrip("/")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time; the lock ends with the process, however it ends."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _with_retries(action: Callable[[], Result], url: str, tries: int = TRIES) -> Result:
+    """Do it; after a failure again, with pauses of 1, 2, 4, ... seconds.
+
+    Raises:
+        FetchError: naming the URL, when the last try failed too.
+    """
+    for attempt in range(1, tries + 1):
+        try:
+            return action()
+        except FetchError:
+            raise
+        except OSError as error:
+            if attempt == tries:
+                raise FetchError(f"{url} could not be fetched in {tries} tries: {error}") from error
+            logger.warning("%s: try %d of %d failed (%s)", url, attempt, tries, error)
+            time.sleep(FIRST_PAUSE * 2 ** (attempt - 1))
+    raise AssertionError("unreachable")
