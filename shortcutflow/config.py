@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import nn
 
 from shortcutflow.data import DataConfig
-from shortcutflow.ema import AverageConfig
+from shortcutflow.ema import AnyAverageConfig, AverageConfig
 from shortcutflow.network import BackboneConfig, build_network
 from shortcutflow.objectives import ObjectiveConfig
 from shortcutflow.train.optim import OptimizerConfig
@@ -29,29 +29,54 @@ class TrainingConfig(BaseModel):
     Args:
         steps: optimizer steps in all.
         global_batch_size: samples an optimizer step, over all processes.
-        precision: "bfloat16" runs the network under autocast; weights, t and d stay float32.
+        accumulation: a process takes its share of a batch in so many equal parts, one after the other.
+        precision: "bfloat16" runs the network under autocast; weights, gradients' sums, t and d stay float32.
+        tf32: let float32 products on a GPU use its tensor cores, with 10 bits of mantissa.
         compile: run the network through torch.compile.
         gradient_checkpointing: run parts of the network again in the backward pass instead of keeping their insides;
             less memory, a third more time.
+        parallel: how several processes share a run: "ddp", the whole network in each, or "fsdp", sharded (FSDP2).
+        shard_group: processes that hold one sharded copy together, "fsdp" only; None is all of them. With 8 on
+            machines of 8 GPUs, shards stay inside a machine and only gradients cross (hybrid sharding).
         device: "auto" is a GPU if there is one.
         log_every, grid_every, checkpoint_every: in steps; 0 never (the last step is always saved).
-        keep_checkpoints: older ones are deleted.
+        keep_checkpoints: older ones are deleted,
+        keep_checkpoint_every: but not those at multiples of so many steps; 0 keeps none of them.
         grid_steps: the sampling budgets of the sample grids.
+        on_non_finite: what a loss or gradient that is not finite does: "stop" the run, or "skip" the step and count it.
+        hang_timeout: seconds without progress after which a process says which rank all wait for, and ends; 0 never.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: int = Field(ge=1)
     global_batch_size: int = Field(ge=1)
+    accumulation: int = Field(default=1, ge=1)
     precision: Literal["float32", "bfloat16"] = "float32"
+    tf32: bool = True
     compile: bool = False
     gradient_checkpointing: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    shard_group: int | None = Field(default=None, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: int = Field(default=50, ge=1)
     grid_every: int = Field(default=0, ge=0)
     checkpoint_every: int = Field(default=1000, ge=0)
     keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoint_every: int = Field(default=0, ge=0)
     grid_steps: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 4, 128)
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    hang_timeout: float = Field(default=1800, ge=0)
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> TrainingConfig:
+        if self.global_batch_size % self.accumulation:
+            raise ValueError(
+                f"a global batch of {self.global_batch_size} cannot be taken in {self.accumulation} equal parts"
+            )
+        if self.shard_group is not None and self.parallel != "fsdp":
+            raise ValueError(f"shard_group is for parallel 'fsdp', not {self.parallel!r}")
+        return self
 
 
 class PixelEvaluation(BaseModel):
@@ -124,7 +149,7 @@ class RunConfig(BaseModel):
     backbone: BackboneConfig
     objective: ObjectiveConfig
     optimizer: OptimizerConfig = OptimizerConfig()
-    averages: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")], AverageConfig] = {"ema": AverageConfig()}
+    averages: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")], AnyAverageConfig] = {"ema": AverageConfig()}
     target_weights: str = "ema"
     sample_weights: str = "ema"
     training: TrainingConfig
@@ -235,7 +260,7 @@ def _set(values: dict[str, Any], path: str, text: str) -> None:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = text
-    if field == "kind" and value != here["kind"]:
+    if field == "kind" and len(sections) == 1 and value != here["kind"]:
         _change_kind(values, sections[0], value)
     else:
         here[field] = value

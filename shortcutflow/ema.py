@@ -1,16 +1,22 @@
-"""Exponential moving averages of the weights."""
+"""Averages of the weights: exponential ones, and the power-function ones that can be re-made after training."""
 
 from __future__ import annotations
 
 import copy
+from functools import lru_cache
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+WIDEST = 12**-0.5
+"""The relative width of a plain mean of all weights; a power-function average is narrower."""
+
 
 class AverageConfig(BaseModel):
-    """How one average of the weights is kept.
+    """How one exponential average of the weights is kept.
 
     Args:
         decay: share of the old average that stays at each step.
@@ -21,6 +27,7 @@ class AverageConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    kind: Literal["exponential"] = "exponential"
     decay: float = Field(default=0.999, ge=0, lt=1)
     warm_up: bool = True
 
@@ -29,8 +36,49 @@ class AverageConfig(BaseModel):
         return min(self.decay, (1 + step) / (10 + step)) if self.warm_up else self.decay
 
 
+class PowerAverageConfig(BaseModel):
+    """How one power-function average is kept (Karras et al. 2024, arXiv 2312.02696, section 3.1).
+
+    At step t the weights of step i count in proportion to i^gamma: the average grows longer with training, and the
+    first weights never count. From its snapshots averages of other widths can be made later (``posthoc``).
+
+    Args:
+        sigma_rel: standard deviation of the profile i^gamma as a share of t; 0.05 remembers about the last tenth.
+        snapshot_every: steps between the snapshots kept for later; 0 none.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["power"] = "power"
+    sigma_rel: float = Field(default=0.05, gt=0, lt=WIDEST)
+    snapshot_every: int = Field(default=0, ge=0)
+
+    def decay_at(self, step: int) -> float:
+        """The decay of the update after optimizer step ``step``, counted from 0."""
+        return (1 - 1 / (step + 1)) ** (power_of(self.sigma_rel) + 1)
+
+
+AnyAverageConfig = AverageConfig | PowerAverageConfig
+"""Told apart by their fields; with none given it is the exponential one, as in configs older than ``kind``."""
+
+
+@lru_cache
+def power_of(sigma_rel: float) -> float:
+    """The gamma > 0 whose profile i^gamma has this relative width.
+
+    Solves sigma_rel^2 = (gamma + 1)/((gamma + 2)^2 (gamma + 3)), a cubic in gamma with one positive root.
+
+    Raises:
+        ValueError: for a width outside (0, 12^-0.5).
+    """
+    if not 0 < sigma_rel < WIDEST:
+        raise ValueError(f"sigma_rel must lie between 0 and {WIDEST:.4f} (a plain mean), got {sigma_rel}")
+    t = sigma_rel**-2
+    return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
+
+
 class Average:
-    """A network whose weights are an exponential average of another's.
+    """A network whose weights are an average of another's.
 
     The decay is a function of the step, so the weights are all there is to save. Build it before the network is
     sharded or compiled, then treat ``network`` as the other one.
@@ -39,18 +87,38 @@ class Average:
     >>> average.update(net, step)      # after each optimizer step, counted from 0
     """
 
-    def __init__(self, network: nn.Module, config: AverageConfig | None = None) -> None:
+    def __init__(self, network: nn.Module, config: AnyAverageConfig | None = None) -> None:
         self.config = config or AverageConfig()
         self.network = copy.deepcopy(network).requires_grad_(False).eval()
         self._mine: list[Tensor] = []
         self._theirs: list[Tensor] = []
+        self._sharded: list[Any] = []
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
-        """average = decay average + (1 - decay) weights; buffers are copied."""
+        """average = decay average + (1 - decay) weights; buffers are copied.
+
+        Of networks that were sharded (FSDP2), both in the same way, each process averages its own share.
+        """
+        _let_go(self._sharded)
         # Walking a network for its parameters takes a millisecond: once, and again if it has got new ones (sharding).
         if not self._theirs or next(network.parameters()) is not self._theirs[0]:
+            self._sharded = [m for net in (self.network, network) for m in net.modules() if hasattr(m, "reshard")]
+            _let_go(self._sharded)
             self._mine, self._theirs = list(self.network.parameters()), list(network.parameters())
-        torch._foreach_lerp_(self._mine, self._theirs, 1 - self.config.decay_at(step))
-        for mine, theirs in zip(self.network.buffers(), network.buffers(), strict=True):
-            mine.copy_(theirs)
+        mine, theirs = [_share(p) for p in self._mine], [_share(p) for p in self._theirs]
+        torch._foreach_lerp_(mine, theirs, 1 - self.config.decay_at(step))
+        for mine_b, theirs_b in zip(self.network.buffers(), network.buffers(), strict=True):
+            mine_b.copy_(theirs_b)
+
+
+def _let_go(sharded: list[Any]) -> None:
+    # FSDP2 leaves the outermost module gathered after a forward pass without a backward one, as an average makes to
+    # give targets. Its parameters are then a copy that no update would reach and that the next pass would still use.
+    for module in sharded:
+        module.reshard()
+
+
+def _share(parameter: Any) -> Tensor:
+    """This process's share of a sharded parameter, as a view; others as they are."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ class Options:
     Attributes:
         run_dir: the run's folder; None makes a new one below ``runs/NAME``.
         resume: continue the run in run_dir, or the newest one of this name.
-        smoke: a few steps and samples, to see that everything works.
+        smoke: a few steps of a tiny network, on stand-in data if there is none, to see that everything works.
         dry_run: say what would be done.
         objective: short for ``objective.kind=...``.
     """
@@ -38,20 +40,26 @@ def run_recipe(config: RunConfig, overrides: Sequence[str] = (), options: Option
         FileNotFoundError: if there is no run to resume.
     """
     overrides = [f"objective.kind={options.objective}"] * (options.objective is not None) + list(overrides)
-    if options.resume:
+    resume = options.resume
+    if resume:
         folder = find_run(options.run_dir or _runs_of(config))
         # The saved config is the run; only what is said now may change it, for example training.steps.
         config = with_overrides(RunConfig.load(folder), overrides)
     else:
         config = with_overrides(smoke(config) if options.smoke else config, overrides)
-        folder = options.run_dir or _runs_of(config) / time.strftime("%Y%m%d-%H%M%S")
-        if (folder / CONFIG_FILE).exists():
+        folder = options.run_dir or _new_folder(config)
+        resume = _was_restarted() and (folder / CONFIG_FILE).exists()
+        # The first process may have written its config by the time another comes here.
+        if (folder / CONFIG_FILE).exists() and _is_first() and not resume:
             raise ValueError(f"{folder} holds a run already: --resume continues it, another --run-dir starts anew")
     if options.dry_run:
-        print(config.model_dump_json(indent=2))
-        print(f"would train {config.training.steps} steps into {folder}")
+        if _is_first():
+            print(config.model_dump_json(indent=2))
+            print(f"would train {config.training.steps} steps into {folder}")
         return None
-    _train_and_evaluate(config, folder, resume=options.resume)
+    if options.smoke:
+        config = _with_data(config)
+    _train_and_evaluate(config, folder, resume=resume)
     return folder
 
 
@@ -59,17 +67,44 @@ def _runs_of(config: RunConfig) -> Path:
     return Path("runs") / config.name
 
 
+def _new_folder(config: RunConfig) -> Path:
+    """A folder that no run has, the same in every process of a job and after its restarts."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not _was_restarted():
+        return _runs_of(config) / time.strftime("%Y%m%d-%H%M%S")
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if job == "none":
+        raise ValueError("several processes without a common job id need --run-dir, a folder that they all see")
+    return _runs_of(config) / f"job-{job}"
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _was_restarted() -> bool:
+    """Whether torchrun has started this job's processes before."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 def _train_and_evaluate(config: RunConfig, folder: Path, *, resume: bool) -> None:
     # Imported here: they take seconds to load, which --help and --dry-run should not.
     from shortcutflow.train.loop import train
+    from shortcutflow.train.signals import StoppedBySignal
 
-    print(f"run folder: {folder}", flush=True)
+    if _is_first():
+        print(f"run folder: {folder}", flush=True)
     start = time.perf_counter()
     try:
         train(config, folder, resume=resume)
+    except StoppedBySignal as stopped:
+        if _is_first():
+            print(f"\n{stopped.message}", flush=True)
+        raise
     except KeyboardInterrupt:
         print(f"\nstopped; --resume --run-dir {folder} continues from the last checkpoint")
         raise
+    if not _is_first():
+        return
     print(f"trained in {time.perf_counter() - start:.0f} s")
     if config.evaluation is not None:
         print(f"\n{config.objective.kind}, weights: {config.sample_weights}\n{_evaluate(config, folder)}\n", flush=True)
@@ -89,9 +124,38 @@ def _evaluate(config: RunConfig, folder: Path) -> str:
 
 
 def smoke(config: RunConfig) -> RunConfig:
-    """The same run with 4 steps of at most 8 samples and hardly any evaluation."""
-    training = config.training.model_copy(
-        update={"steps": 4, "global_batch_size": min(8, config.training.global_batch_size), "log_every": 1}
-    )
-    evaluation = config.evaluation.smoke() if config.evaluation is not None else None
-    return config.model_copy(update={"training": training, "evaluation": evaluation})
+    """The same run with 4 steps of about 8 samples, a tiny network and hardly any evaluation, on a CPU."""
+    small = {
+        "steps": 4, "global_batch_size": _smoke_batch(config), "accumulation": 1, "log_every": 1, "grid_steps": (1, 4),
+        "device": "cpu", "precision": "float32", "compile": False, "shard_group": None,
+    }  # fmt: skip
+    update = {
+        "training": config.training.model_copy(update=small),
+        "backbone": config.backbone.smoke(),
+        "evaluation": config.evaluation.smoke() if config.evaluation is not None else None,
+    }
+    return config.model_copy(update=update)
+
+
+def _smoke_batch(config: RunConfig) -> int:
+    """At most 8 samples, unless each process would not get the same number of them and a bootstrap row."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    batch = min(8, config.training.global_batch_size)
+    fraction = getattr(config.objective, "bootstrap_fraction", 0)
+    if fraction > 0:
+        # As in the objective: 1/fraction may be a whole number that rounding has raised a little.
+        batch = max(batch, math.ceil((1 - 1e-6) * world / fraction))
+    return math.ceil(batch / world) * world
+
+
+def _with_data(config: RunConfig) -> RunConfig:
+    """The same run, with stand-in data if its own is not there."""
+    from shortcutflow.data.standin import stand_in_for
+
+    labelled = config.objective.condition_dropout > 0 or getattr(config.objective, "guidance_scale", 1) != 1
+    stand_in = stand_in_for(config.data, labelled=labelled)
+    if stand_in is None:
+        return config
+    if _is_first():
+        print(stand_in.said, flush=True)
+    return config.model_copy(update={"data": stand_in.data})

@@ -19,12 +19,23 @@ ENTRY_POINT_GROUP = "shortcutflow.backbones"
 
 
 class BackboneConfig(BaseModel):
-    """A registered name and the options of its builder; shape, num_classes and finest_steps come from the run."""
+    """A registered name and the options of its builder; shape, num_classes and finest_steps come from the run.
+
+    Args:
+        name: of the backbone.
+        options: of its builder.
+        smoke_options: what a smoke run adds to the options, or puts in their place, so that a large network is tiny.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
+    smoke_options: dict[str, Any] = Field(default_factory=dict)
+
+    def smoke(self) -> BackboneConfig:
+        """The same network, tiny."""
+        return self.model_copy(update={"options": self.options | self.smoke_options})
 
 
 def build_network(

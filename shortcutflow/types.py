@@ -21,7 +21,7 @@ s       the network      average velocity over [t, t + d], in the direction data
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Generator, Tensor
 
@@ -30,6 +30,34 @@ class Network(Protocol):
     """Anything that predicts the average velocity s(x_t, t, d, y), of the shape of x_t."""
 
     def __call__(self, x_t: Tensor, t: Tensor, d: Tensor, y: Tensor | None, /) -> Tensor: ...
+
+
+SamplerKind = Literal["euler", "consistency", "live_reflow"]
+"""How a trained network is sampled from; see :func:`shortcutflow.sampling.sample`."""
+
+
+class Share(NamedTuple):
+    """Which rows of a global batch are here: ``number``, ``number + total``, ``number + 2 total``, ...
+
+    Attributes:
+        number: of this share: of a process, or of one of the parts in which a process takes its batch.
+        total: how many shares there are; they are equally large.
+    """
+
+    number: int = 0
+    total: int = 1
+
+    @property
+    def rows(self) -> slice:
+        """Picks this share's rows out of all."""
+        return slice(self.number, None, self.total)
+
+    def rows_among_first(self, n: int) -> int:
+        """How many of this share's rows are among the first n of all."""
+        return len(range(self.number, n, self.total))
+
+
+WHOLE = Share()
 
 
 @dataclass(frozen=True)
@@ -111,7 +139,17 @@ class Objective(Protocol):
         y: Tensor | None = None,
         *,
         target_net: Network | None = None,
+        teacher: Network | None = None,
+        progress: float | None = None,
         null_y: Tensor | float | None = None,
         generator: Generator | None = None,
+        share: Share = WHOLE,
     ) -> LossReport:
-        """draw, targets, regression."""
+        """draw, targets, regression.
+
+        ``teacher`` is the trained network of two-phase methods, ``progress`` the share of the training that is done, in
+        [0, 1], for methods with a schedule; other methods ignore them.
+
+        ``share`` says which rows of a global batch data is; the random numbers are then those that the global batch
+        would have got in one piece, from the same generator in every process.
+        """

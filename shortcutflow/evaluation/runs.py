@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import shortcutflow
 from shortcutflow.config import CONFIG_FILE, CURRENT, RunConfig
 from shortcutflow.train import checkpoint
-from shortcutflow.train.checkpoint import NETWORK, average_group
+from shortcutflow.train.checkpoint import NETWORK, Checkpoint, average_group
 
 CHECKPOINTS = "checkpoints"
 REPORT_FILE = "evaluation.json"
 PICTURE_FILE = "samples.png"
+WEIGHTS_FILE = "weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -81,12 +85,48 @@ def find_run(path: Path) -> Path:
     raise FileNotFoundError(f"{path} holds no run: no {CONFIG_FILE} in it or in a folder inside it")
 
 
+def write_weights(folder: Path) -> Path:
+    """Write the weights that a run samples with, from its newest checkpoint, as one file of whole tensors.
+
+    Whoever wants to sample needs this file and the config. Its header says which average, step and version it is.
+    """
+    config = RunConfig.load(folder)
+    newest = _newest(folder)
+    header = {"weights": config.sample_weights, "step": str(newest.step), "shortcutflow": shortcutflow.__version__}
+    unfinished = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
+    save_file(newest.tensors(_group(config.sample_weights)), unfinished, metadata=header)
+    return unfinished.replace(folder / WEIGHTS_FILE)
+
+
+def _newest(folder: Path) -> Checkpoint:
+    newest = checkpoint.latest_in(folder / CHECKPOINTS)
+    if newest is None:
+        raise FileNotFoundError(f"{folder} has no checkpoint yet")
+    return newest
+
+
+def _group(weights: str) -> str:
+    return NETWORK if weights == CURRENT else average_group(weights)
+
+
+def _with_weights_of_file(folder: Path, config: RunConfig, path: Path, device: torch.device | str) -> Run:
+    network = config.build_network()
+    try:
+        with safe_open(path, framework="pt") as file:
+            step = (file.metadata() or {}).get("step", "")
+            network.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path} does not hold this run's weights: {error}") from error
+    return Run(folder, config, int(step) if step.isdigit() else 0, path.name, network.to(device).eval())
+
+
 def load_run(path: Path, *, weights: str | None = None, device: torch.device | str = "cpu") -> Run:
     """Load a run's network from its newest checkpoint.
 
     Args:
         path: its folder, or one that holds runs (the newest is taken).
-        weights: an average's name or "current"; None takes what the run's config samples with.
+        weights: an average's name or "current", or a safetensors file of whole tensors; None takes what the run's
+            config samples with.
 
     Raises:
         FileNotFoundError: without a run or a checkpoint.
@@ -95,12 +135,11 @@ def load_run(path: Path, *, weights: str | None = None, device: torch.device | s
     folder = find_run(path)
     config = RunConfig.load(folder)
     weights = weights or config.sample_weights
+    if weights.endswith(".safetensors"):
+        return _with_weights_of_file(folder, config, Path(weights), device)
     if weights != CURRENT and weights not in config.averages:
         raise ValueError(f"unknown weights {weights!r}; this run has: {', '.join([*config.averages, CURRENT])}")
-    newest = checkpoint.latest_in(folder / CHECKPOINTS)
-    if newest is None:
-        raise FileNotFoundError(f"{folder} has no checkpoint yet")
+    newest = _newest(folder)
     network = config.build_network()
-    group = NETWORK if weights == CURRENT else average_group(weights)
-    network.load_state_dict(newest.tensors(group))
+    network.load_state_dict(newest.tensors(_group(weights)))
     return Run(folder, config, newest.step, weights, network.to(device).eval())

@@ -1,22 +1,36 @@
-"""Checkpoints that are whole or not there: safetensors and JSON in a folder that is renamed into place."""
+"""Checkpoints that are whole or not there, written beside training by any number of processes, read by any other.
+
+PyTorch's distributed checkpoint writes each process's part of every tensor as safetensors, into a folder that gets its
+final name when all of it, and ``state.json``, is on the disk. Nothing is pickled.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 STATE = "state.json"
 NETWORK = "network"
 OPTIMIZER = "optimizer"
 _PREFIX = "step_"
+_UNFINISHED = ".unfinished_"
+
+
+class SavingError(RuntimeError):
+    """A checkpoint could not be written, naming the last one that is whole."""
 
 
 class Checkpoint(NamedTuple):
@@ -25,21 +39,65 @@ class Checkpoint(NamedTuple):
     folder: Path
     step: int
 
+    def state(self) -> dict[str, Any]:
+        """What is not a tensor: step, images seen, data position, versions."""
+        return json.loads((self.folder / STATE).read_text())
+
     def tensors(self, group: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """The tensors of a group: "network", "optimizer", or "average_NAME".
+        """The whole tensors of a group: "network", "optimizer", or "average_NAME".
 
         Raises:
             FileNotFoundError: if the checkpoint has no such group, listing those it has.
         """
-        path = self.folder / f"{group}.safetensors"
-        if not path.is_file():
-            there = ", ".join(sorted(p.stem for p in self.folder.glob("*.safetensors")))
+        known = self._metadata()
+        wanted = {
+            name.removeprefix(f"{group}/"): torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in known.items()
+            if name.startswith(f"{group}/")
+        }
+        if not wanted:
+            there = ", ".join(sorted({name.partition("/")[0] for name in known}))
             raise FileNotFoundError(f"{self.folder} holds no {group!r}; it holds: {there}")
-        return load_file(path, device=str(device))
+        self.load_into({group: wanted}, alone=True)
+        return {name: tensor.to(device) for name, tensor in wanted.items()}
 
-    def state(self) -> dict[str, Any]:
-        """What is not a tensor: step, images seen, data position, versions."""
-        return json.loads((self.folder / STATE).read_text())
+    def load_into(self, groups: Mapping[str, Mapping[str, Tensor]], *, alone: bool = False) -> None:
+        """Fill tensors, sharded or not, with what was saved under their names.
+
+        Args:
+            groups: tensors by group and name; each process gives its own parts.
+            alone: read without the other processes.
+
+        Raises:
+            ValueError: if a tensor was not saved or has another shape, naming it.
+        """
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+        from torch.distributed.checkpoint.state_dict_loader import load
+
+        flat, known = _flat(groups), self._metadata()
+        for name, tensor in flat.items():
+            if name not in known:
+                raise ValueError(f"{self.folder} holds no {name!r}: it belongs to another network or other averages")
+            if known[name].size != tensor.shape:
+                raise ValueError(f"{self.folder}: {name!r} is {tuple(known[name].size)}, here {tuple(tensor.shape)}")
+        alone = alone or not _in_group()
+        _quiet()
+        try:
+            load(flat, storage_reader=HuggingFaceStorageReader(str(self.folder)), no_dist=alone)
+        except CheckpointException as error:
+            raise ValueError(f"{self.folder} cannot be read: {_cause(error)}") from error
+
+    def _metadata(self) -> dict[str, TensorStorageMetadata]:
+        """Shape and type of each saved tensor, by its name in full."""
+        from safetensors import SafetensorError
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+        try:
+            found: Any = HuggingFaceStorageReader(str(self.folder)).read_metadata().state_dict_metadata
+        except SafetensorError as error:
+            raise ValueError(f"{self.folder} is damaged: {error}") from error
+        return found
 
 
 def average_group(name: str) -> str:
@@ -47,35 +105,106 @@ def average_group(name: str) -> str:
     return f"average_{name}"
 
 
-def save(folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Checkpoint:
-    """Write a checkpoint below ``folder``; whatever interrupts it, a half-written one never counts as one.
+class Saver:
+    """Writes a run's checkpoints, one at a time, while training goes on.
 
-    Everything goes into a folder of another name and onto the disk first; renaming it is the last act.
+    Args:
+        folder: of the checkpoints.
+        first: whether this process gives the folders their final names.
+        group: through which the processes agree; None for one process.
+        keep: how many of the newest to keep.
+        keep_every: and those at multiples of so many steps; 0: none of them.
     """
-    final = folder / f"{_PREFIX}{step:08d}"
-    unfinished = folder / f".unfinished_{step:08d}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    for group, tensors in groups.items():
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, unfinished / f"{group}.safetensors")
-    (unfinished / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
-    for file in unfinished.iterdir():
-        _sync(file)
-    _sync(unfinished)
-    if final.exists():
-        shutil.rmtree(final)
-    unfinished.replace(final)
-    _sync(folder)
-    return Checkpoint(final, step)
 
+    def __init__(
+        self, folder: Path, *, first: bool = True, group: ProcessGroup | None = None, keep: int = 2, keep_every: int = 0
+    ) -> None:
+        self.folder, self._first, self._group = folder, first, group
+        self._keep, self._keep_every = keep, keep_every
+        self._pending: Future[None] | None = None
 
-def _sync(path: Path) -> None:
-    """Force a file or folder onto the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        # What is being written is finished however training ends; its failure must not hide another.
+        if kind is None:
+            self.wait()
+        elif self._pending is not None:
+            self._pending.exception()
+
+    def save(self, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Begin to write a checkpoint; returns as soon as its tensors are copied, so they may change at once.
+
+        Raises:
+            SavingError: if the one before could not be written.
+        """
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+        from torch.distributed.checkpoint.state_dict_saver import async_save
+
+        self.wait()
+        unfinished = self.folder / f"{_UNFINISHED}{step:08d}"
+        if self._first:
+            # What a killed run left, under this or another step's name.
+            for left in self.folder.glob(f"{_UNFINISHED}*"):
+                shutil.rmtree(left)
+            unfinished.mkdir(parents=True)
+        if self._group is not None:
+            torch.distributed.barrier(self._group)
+        writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
+        _quiet()
+        written: Any = async_save(
+            _flat(groups), storage_writer=writer, process_group=self._group, no_dist=self._group is None
+        )
+        written = getattr(written, "upload_completion", written)
+        self._pending = Future()
+        text = json.dumps({"step": step, **state}, indent=2) + "\n"
+        # Runs in the writing thread: what was written gets its name also if training waits for something else.
+        written.add_done_callback(lambda done: self._finish(done, step, unfinished, text))
+
+    def wait(self) -> None:
+        """Until nothing is being written any more.
+
+        Raises:
+            SavingError: if it could not be written.
+        """
+        if self._pending is None:
+            return
+        try:
+            self._pending.result()
+        except Exception as error:
+            last = latest_in(self.folder)
+            whole = f"the last whole checkpoint is {last.folder}" if last else "there is no checkpoint before it"
+            raise SavingError(f"a checkpoint could not be written ({_cause(error)}); {whole}") from error
+        finally:
+            self._pending = None
+
+    def _finish(self, done: Future[Any], step: int, unfinished: Path, state: str) -> None:
+        assert self._pending is not None
+        try:
+            done.result()
+            if self._first:
+                self._name(step, unfinished, state)
+            self._pending.set_result(None)
+        except BaseException as error:
+            # Room for whatever comes next; what is whole stays.
+            shutil.rmtree(unfinished, ignore_errors=True)
+            self._pending.set_exception(error)
+
+    def _name(self, step: int, unfinished: Path, state: str) -> None:
+        """Everything is forced onto the disk; the final name is the last act."""
+        (unfinished / STATE).write_text(state)
+        for file in unfinished.iterdir():
+            _sync(file)
+        _sync(unfinished)
+        final = self.folder / f"{_PREFIX}{step:08d}"
+        if final.exists():
+            shutil.rmtree(final)
+        unfinished.replace(final)
+        _sync(self.folder)
+        for checkpoint in all_in(self.folder)[: -self._keep]:
+            if not self._keep_every or checkpoint.step % self._keep_every:
+                shutil.rmtree(checkpoint.folder)
 
 
 def all_in(folder: Path) -> list[Checkpoint]:
@@ -94,36 +223,49 @@ def latest_in(folder: Path) -> Checkpoint | None:
     return found[-1] if found else None
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints."""
-    for checkpoint in all_in(folder)[:-keep]:
-        shutil.rmtree(checkpoint.folder)
-
-
 def optimizer_tensors(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's tensors by parameter name, ``NAME/exp_avg`` and so on."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in network.named_parameters()}
-    return {
-        f"{names[parameter]}/{key}": value
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-    }
+    """AdamW's tensors by parameter name, ``NAME/exp_avg`` and so on; zeros, as AdamW begins, before its first step.
 
-
-def load_optimizer(optimizer: torch.optim.Optimizer, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put saved tensors back, exactly.
-
-    Raises:
-        ValueError: if they belong to other parameters.
+    They are the ones the optimizer works on: filling them restores it.
     """
-    parameters = dict(network.named_parameters())
-    loaded: dict[str, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        parameter_name, _, key = name.rpartition("/")
-        loaded.setdefault(parameter_name, {})[key] = value
-    trained = {name for name, p in parameters.items() if p.requires_grad}
-    if loaded and loaded.keys() != trained:
-        wrong = sorted(loaded.keys() ^ trained)
-        raise ValueError(f"the optimizer state belongs to another network; parameters that differ: {', '.join(wrong)}")
-    for name, values in loaded.items():
-        optimizer.state[parameters[name]] = values
+    names: dict[Tensor, str] = {parameter: name for name, parameter in network.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), device=parameter.device if group["fused"] else "cpu")
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            tensors |= {f"{names[parameter]}/{key}": value for key, value in state.items()}
+    return tensors
+
+
+def _flat(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    return {f"{group}/{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
+
+
+def _in_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _cause(error: BaseException) -> str:
+    """The first exception of a rank, out of what the distributed checkpoint wraps around it."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        rank, (cause, _) = next(iter(failures.items()))
+        return f"rank {rank}: {cause}"
+    return str(error)
+
+
+def _sync(path: Path) -> None:
+    """Force a file or folder onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _quiet() -> None:
+    """Drop the remark that one process saves or loads alone, which is meant. It also comes from the writing thread."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")

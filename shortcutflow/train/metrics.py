@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,13 @@ class Averages:
 
     def add(self, report: LossReport, **more: Tensor) -> None:
         """Add one step's report; nothing is read back from the device."""
-        for name, value in (report.metrics | more).items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
-            self._counts[name] = self._counts.get(name, 0) + 1
         n = report.targets.n_bootstrap
+        # Shares of a batch may differ in how many rows of a kind they have.
+        rows = {"loss_bootstrap": n, "loss_flow": len(report.row_loss) - n}
+        for name, value in (report.metrics | more).items():
+            value, count = value.float() * rows.get(name, 1), rows.get(name, 1)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + count
         if n > 0:
             self._add_errors(report.row_loss[:n].float(), report.targets.d[:n])
 
@@ -39,11 +43,18 @@ class Averages:
         level = (-torch.log2(d)).round().long().clamp(0, 31)
         self._error_and_rows.index_add_(0, level, torch.stack([error, torch.ones_like(error)], dim=1))
 
-    def take(self) -> dict[str, float]:
-        """The means so far, by name; then start anew. ``error_at/d=1_64`` is the bootstrap error at step size 1/64."""
-        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+    def take(self, sum_over_processes: Callable[[Tensor], Tensor], processes: int = 1) -> dict[str, float]:
+        """The means so far, over all processes, by name; then start anew.
+
+        ``error_at/d=1_64`` is the bootstrap error at step size 1/64.
+        """
+        means: dict[str, float] = {}
+        if self._sums:
+            sums = torch.stack(list(self._sums.values()))
+            both = sum_over_processes(torch.stack([sums, sums.new_tensor(list(self._counts.values()))]))
+            means = dict(zip(self._sums, (both[0] / both[1]).tolist(), strict=True))
         if self._error_and_rows is not None:
-            for level, (error, rows) in enumerate(self._error_and_rows.tolist()):
+            for level, (error, rows) in enumerate(sum_over_processes(self._error_and_rows).tolist()):
                 if rows > 0:
                     means[f"error_at/d=1_{2**level}"] = error / rows
         self._sums, self._counts, self._error_and_rows = {}, {}, None
@@ -64,9 +75,18 @@ class MetricsLog:
 
         path = run_dir / METRICS_FILE
         kept = [line for line in read_metrics(path) if line["step"] <= resume_at]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        # Not in place: a kill in the middle would lose lines that no resumed run writes again.
+        unfinished = path.with_name(f".{METRICS_FILE}.unfinished")
+        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        unfinished.replace(path)
         self._file = path.open("a")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_at + 1 if resume_at else None)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def numbers(self, step: int, values: dict[str, float]) -> None:
         """Write one line and the same numbers as TensorBoard scalars."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 
 class OptimizerConfig(BaseModel):
@@ -48,6 +49,43 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimizerC
         [p for p in parameters if p.requires_grad],
         lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True,
     )  # fmt: skip
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float | None) -> Tensor:
+    """The norm of all gradients, over all processes, before they are scaled down to max_norm, if one is given."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+class UpdateNorms:
+    """Norms of the weights and of what one step changes in them. Made before the step, asked after it.
+
+    Args:
+        optimizer: whose parameters they are.
+        sum_over_shards: adds a 0-d tensor up over the processes among which the weights are sharded.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, sum_over_shards: Callable[[Tensor], Tensor]) -> None:
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._sum = sum_over_shards
+        self._before = [part.detach().clone() for part in self._parts()]
+
+    def take(self) -> dict[str, float]:
+        """``parameter_norm`` before the step and ``update_norm``."""
+        squares = torch.stack(
+            [
+                torch.stack([old.square().sum(), (new - old).square().sum()])
+                for old, new in zip(self._before, self._parts(), strict=True)
+            ]
+        ).sum(0)
+        weights, update = self._sum(squares.detach()).sqrt().tolist()
+        return {"parameter_norm": weights, "update_norm": update}
+
+    def _parts(self) -> list[Tensor]:
+        return [p.to_local() if hasattr(p, "to_local") else p for p in self._parameters]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

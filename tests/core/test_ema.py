@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import copy
+import os
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
+import torch.distributed as dist
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import shortcutflow as sf
+from shortcutflow.ema import AnyAverageConfig, PowerAverageConfig, power_of
 
 
 def network(seed: int) -> nn.Sequential:
@@ -74,8 +82,12 @@ def test_update_uses_the_decay_of_its_step(step: int, decay: float) -> None:
     assert ((weights(late.network) - expected).abs().max() > 1e-3) == (step < 10**6)
 
 
-@pytest.mark.parametrize("config", [None, sf.AverageConfig(decay=0.999, warm_up=False), sf.AverageConfig(decay=0.3)])
-def test_a_network_that_stands_still_is_its_own_average(config: sf.AverageConfig | None) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [None, sf.AverageConfig(decay=0.999, warm_up=False), sf.AverageConfig(decay=0.3), PowerAverageConfig()],
+    ids=["default", "slow", "fast", "power"],
+)
+def test_a_network_that_stands_still_is_its_own_average(config: AnyAverageConfig | None) -> None:
     net = network(0)
     average = sf.Average(net, config)
     for step in range(50):
@@ -134,3 +146,153 @@ def test_averages_of_several_decays_side_by_side() -> None:
 def test_settings_that_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(settings))):
         sf.AverageConfig(**settings)
+
+
+def average_of_walk(config: AnyAverageConfig, path: Tensor) -> Tensor:
+    """The average after each of the path's weights (steps, 3) was reached in turn, from a start at 100."""
+    net = nn.Linear(3, 1, bias=False, dtype=torch.float64)
+    nn.init.constant_(net.weight, 100)
+    average = sf.Average(net, config)
+    for step, value in enumerate(path):
+        net.weight.data.copy_(value[None])
+        average.update(net, step)
+    return weights(average.network)
+
+
+def walk(steps: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(steps, 3, generator=generator, dtype=torch.float64).cumsum(0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 50])
+def test_exponential_average_in_closed_form(steps: int) -> None:
+    """decay^n start + (1 - decay) sum of decay^(n - 1 - i) weights_i."""
+    path, decay = walk(steps), 0.9
+    factors = (1 - decay) * decay ** torch.arange(steps - 1, -1, -1, dtype=torch.float64)
+    found = average_of_walk(sf.AverageConfig(decay=decay, warm_up=False), path)
+    assert torch.allclose(found, decay**steps * 100 + factors @ path, rtol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 50, 400])
+@pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.28])
+def test_power_average_is_the_sum_with_power_weights(sigma_rel: float, steps: int) -> None:
+    """Step i counts by the integral of the profile i^gamma over [i - 1, i]; the start at 100 not at all."""
+    path, n = walk(steps), power_of(sigma_rel) + 1
+    ends = torch.arange(steps + 1, dtype=torch.float64) / steps
+    found = average_of_walk(PowerAverageConfig(sigma_rel=sigma_rel), path)
+    assert torch.allclose(found, (ends**n).diff() @ path, rtol=1e-9, atol=1e-9)
+    if steps > 2:
+        other = (ends ** (n + 1)).diff() @ path
+        assert not torch.allclose(found, other, rtol=1e-3), "another power is told apart"
+
+
+@pytest.mark.parametrize("sigma_rel", [0.001, 0.05, 0.1, 0.2, 0.28])
+def test_relative_width_is_the_standard_deviation(sigma_rel: float) -> None:
+    """Of the density proportional to i^gamma on [0, 1], measured on a fine grid."""
+    x = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    p = x ** power_of(sigma_rel)
+    mean = (p * x).sum() / p.sum()
+    deviation = ((p * (x - mean) ** 2).sum() / p.sum()).sqrt()
+    assert float(deviation) == pytest.approx(sigma_rel, rel=1e-4)
+
+
+def test_first_power_update_takes_the_weights() -> None:
+    config = PowerAverageConfig(sigma_rel=0.1)
+    assert config.decay_at(0) == 0
+    values = [config.decay_at(i) for i in range(1000)]
+    assert values == sorted(values)
+    assert values[-1] == pytest.approx((999 / 1000) ** 7.937203937609809)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, sf.AverageConfig()),
+        ({"decay": 0.9}, sf.AverageConfig(decay=0.9)),
+        ({"warm_up": False}, sf.AverageConfig(warm_up=False)),
+        ({"sigma_rel": 0.06}, PowerAverageConfig(sigma_rel=0.06)),
+        ({"snapshot_every": 100}, PowerAverageConfig(snapshot_every=100)),
+        ({"kind": "power"}, PowerAverageConfig()),
+        ({"kind": "exponential", "decay": 0.5}, sf.AverageConfig(decay=0.5)),
+    ],
+    ids=str,
+)
+def test_kinds_are_told_apart(given: dict[str, Any], expected: AnyAverageConfig) -> None:
+    """Also without their kind, as older configs are; and they survive JSON."""
+    adapter: TypeAdapter[AnyAverageConfig] = TypeAdapter(AnyAverageConfig)
+    found = adapter.validate_python(given)
+    assert found == expected
+    assert type(found) is type(expected)
+    assert adapter.validate_json(adapter.dump_json(found)) == expected
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"decay": 0.9, "sigma_rel": 0.05},
+        {"kind": "power", "decay": 0.9},
+        {"kind": "cosine"},
+        {"sigma_rel": 0.0},
+        {"sigma_rel": 0.29},
+        {"snapshot_every": -1},
+    ],
+    ids=str,
+)
+def test_mixtures_and_impossible_widths_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(reversed(given))):
+        TypeAdapter(AnyAverageConfig).validate_python(given)
+
+
+@pytest.mark.parametrize("sigma_rel", [0.0, -0.1, 0.29])
+def test_a_width_without_a_power_is_refused(sigma_rel: float) -> None:
+    with pytest.raises(ValueError, match=r"between 0 and 0\.2887.*got " + str(sigma_rel)):
+        power_of(sigma_rel)
+
+
+def train_sharded(rank: int, port: int, folder: str) -> None:
+    """Three steps of a sharded network with a sharded average, and the same on one process, compared."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3))
+    net = copy.deepcopy(whole)
+    config = PowerAverageConfig(sigma_rel=0.15)
+    expected, average = sf.Average(whole, config), sf.Average(net, config)
+    for sharded in (net, average.network):
+        fully_shard(sharded[0], mesh=init_device_mesh("cpu", (2,)))  # type: ignore[index]
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
+    optimizers = [torch.optim.SGD(n.parameters(), lr=0.5) for n in (net, whole)]
+    problems = []
+    for step in range(3):
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+        for n, a, optimizer in zip((net, whole), (average, expected), optimizers, strict=True):
+            with torch.no_grad():
+                target = a.network(x) + 1
+            n(x).sub(target).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if all(isinstance(p, DTensor) for p in average.network.parameters()):
+            problems.append("the target's pass left nothing gathered: this test tests nothing")
+        average.update(net, step)
+        expected.update(whole, step)
+        with torch.no_grad():
+            if not torch.allclose(average.network(x), expected.network(x), atol=1e-6):
+                problems.append(f"step {step}: the average's output is of other weights")
+    for (name, p), q in zip(average.network.state_dict().items(), expected.network.state_dict().values(), strict=True):
+        if not torch.allclose(p.full_tensor(), q, atol=1e-6):
+            problems.append(f"{name} is off by {(p.full_tensor() - q).abs().max():g}")
+    (Path(folder) / f"{rank}.txt").write_text("\n".join(problems))
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)  # the threads of gloo now and then abort an orderly exit, when all is done
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this torch is built without distributed")
+def test_sharded_average_equals_whole(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(train_sharded, (port, str(tmp_path)), nprocs=2)
+    for rank in (0, 1):
+        assert (tmp_path / f"{rank}.txt").read_text() == ""

@@ -1,0 +1,157 @@
+"""What a run consists of, and how several processes hold it: built, sharded, compiled, saved and restored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from shortcutflow import __version__
+from shortcutflow.config import CURRENT, RunConfig
+from shortcutflow.data.stream import BatchStream
+from shortcutflow.ema import Average, PowerAverageConfig
+from shortcutflow.posthoc import write_snapshot
+from shortcutflow.train import checkpoint
+from shortcutflow.train.checkpoint import NETWORK, OPTIMIZER, Saver, average_group, optimizer_tensors
+from shortcutflow.train.distributed import World, replicate, shard, summed_over_shards, whole
+from shortcutflow.train.optim import UpdateNorms, build_optimizer
+from shortcutflow.train.speed import forward_flops
+from shortcutflow.types import Network
+
+
+class Parts(NamedTuple):
+    """What training changes: everything a checkpoint has to hold.
+
+    Attributes:
+        network, averages: as they are saved; sharded if the run is.
+        optimizer: of the network.
+        stream: this process's share of the data.
+        net, target_net: the networks as an objective calls them: compiled, in DistributedDataParallel, or as they are.
+        forward_flops: of one sample; None if unknown.
+    """
+
+    network: nn.Module
+    averages: dict[str, Average]
+    optimizer: torch.optim.AdamW
+    stream: BatchStream
+    net: Network
+    target_net: Network
+    forward_flops: int | None
+
+    def sampled(self, config: RunConfig) -> nn.Module:
+        """The network whose samples are shown."""
+        return self.network if config.sample_weights == CURRENT else self.averages[config.sample_weights].network
+
+
+def build_parts(config: RunConfig, world: World) -> Parts:
+    """Network, averages, optimizer and data stream at step 0: equal weights in every process, or their shards."""
+    settings = config.training
+    stream = config.data.open_stream(
+        batch_size=settings.global_batch_size, seed=config.seed, rank=world.rank, world_size=world.size,
+        device=world.device,
+    )  # fmt: skip
+    network: Any = config.build_network().to(world.device)
+    if settings.gradient_checkpointing:
+        if not hasattr(network, "gradient_checkpointing"):
+            raise ValueError(f"backbone {config.backbone.name!r} has no gradient checkpointing")
+        network.gradient_checkpointing = True
+    flops = forward_flops(network, config.data.describe().num_classes)
+    # Copied before they are sharded, which a sharded network could not be.
+    averages = {name: Average(network, of) for name, of in config.averages.items()}
+    every: list[Any] = [network, *(average.network for average in averages.values())]
+    sharded = settings.parallel == "fsdp"
+    if settings.compile and sharded:
+        for each in every:
+            _compile_units(each, config.backbone.name)
+    if sharded:
+        for each in every:
+            shard(each, world, shard_group=settings.shard_group, bfloat16=settings.precision == "bfloat16")
+    optimizer = build_optimizer(network.parameters(), config.optimizer)
+    net, target = network, network if config.target_weights == CURRENT else averages[config.target_weights].network
+    if settings.compile and not sharded:
+        # All are called with fixed batch shapes: no dynamic ones.
+        target = torch.compile(target, dynamic=False)
+        net = target if config.target_weights == CURRENT else torch.compile(net, dynamic=False)
+    if world.size > 1 and not sharded:
+        net = replicate(net, world)
+    return Parts(network, averages, optimizer, stream, net, target, flops)
+
+
+def _compile_units(network: Any, name: str) -> None:
+    if not hasattr(network, "compile_blocks"):
+        raise ValueError(
+            f"backbone {name!r} cannot be compiled block by block, which sharding needs: "
+            "use training.compile=false or training.parallel=ddp"
+        )
+    network.compile_blocks()
+
+
+@contextmanager
+def gradients(net: Network, *, added_up: bool) -> Iterator[None]:
+    """Whether a backward pass in here adds the gradients up over all processes, or leaves it to a batch's last part."""
+    if hasattr(net, "set_requires_gradient_sync"):
+        net.set_requires_gradient_sync(added_up)
+    with nullcontext() if added_up or not hasattr(net, "no_sync") else net.no_sync():
+        yield
+
+
+def tensors_of(parts: Parts) -> dict[str, dict[str, Tensor]]:
+    """Every tensor that a checkpoint holds, by group and name; the very ones training works on."""
+    groups = {NETWORK: parts.network.state_dict(), OPTIMIZER: optimizer_tensors(parts.optimizer, parts.network)}
+    groups |= {average_group(name): average.network.state_dict() for name, average in parts.averages.items()}
+    return groups
+
+
+def norms_of(config: RunConfig, parts: Parts, world: World) -> UpdateNorms:
+    """Watches the weights through the coming step."""
+    settings = config.training
+    over_shards = summed_over_shards(world, sharded=settings.parallel == "fsdp", shard_group=settings.shard_group)
+    return UpdateNorms(parts.optimizer, over_shards)
+
+
+def saver_for(config: RunConfig, checkpoints: Path, world: World) -> Saver:
+    """Writes the run's checkpoints."""
+    settings = config.training
+    return Saver(
+        checkpoints, first=world.is_first, group=world.saving,
+        keep=settings.keep_checkpoints, keep_every=settings.keep_checkpoint_every,
+    )  # fmt: skip
+
+
+def save(config: RunConfig, parts: Parts, saver: Saver, step: int, skipped_steps: int) -> None:
+    """Begin to write a checkpoint."""
+    state = {
+        "images_seen": step * config.training.global_batch_size,
+        "skipped_steps": skipped_steps,
+        "data": parts.stream.state_dict(),
+        "config": config.model_dump(mode="json"),
+        "versions": {"shortcutflow": __version__, "torch": torch.__version__},
+    }
+    saver.save(step, tensors_of(parts), state)
+
+
+def save_snapshots(config: RunConfig, parts: Parts, run_dir: Path, step: int, *, first: bool) -> None:
+    """Write those power-function averages whose time it is; every process must call it where they are sharded."""
+    for name, settings in config.averages.items():
+        if not isinstance(settings, PowerAverageConfig) or not settings.snapshot_every:
+            continue
+        # Also at the end: no average can be made for a step after the last snapshot.
+        if step % settings.snapshot_every == 0 or step == config.training.steps:
+            tensors = {key: whole(t) for key, t in parts.averages[name].network.state_dict().items()}
+            if first:
+                write_snapshot(run_dir, name, step, settings.sigma_rel, tensors)
+
+
+def restore(parts: Parts, checkpoints: Path) -> tuple[int, int]:
+    """Load the newest checkpoint; gives the steps it had done and those skipped, (0, 0) without one."""
+    last = checkpoint.latest_in(checkpoints)
+    if last is None:
+        return 0, 0
+    last.load_into(tensors_of(parts))
+    state = last.state()
+    parts.stream.load_state_dict(state["data"])
+    return last.step, state["skipped_steps"]

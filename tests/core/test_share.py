@@ -1,0 +1,96 @@
+"""The shares of a global batch together are its rows, and their losses' mean is its loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import shortcutflow as sf
+from shortcutflow.types import WHOLE, LossReport, Share
+from tests.core.networks import affine
+
+ROWS = 24
+OBJECTIVES: dict[str, Any] = {
+    "shortcut": sf.ShortcutObjective(finest_steps=8, bootstrap_fraction=0.25),
+    "an odd number of bootstrap rows": sf.ShortcutObjective(finest_steps=8, bootstrap_fraction=7 / 24),
+    "guided": sf.ShortcutObjective(finest_steps=8, bootstrap_fraction=0.5, guidance_scale=2, condition_dropout=0.3),
+    "all bootstrap": sf.ShortcutObjective(bootstrap_fraction=1),
+    "no bootstrap": sf.ShortcutObjective(bootstrap_fraction=0),
+    "released": sf.ShortcutObjective.released(denoise_timesteps=8, bootstrap_every=4, bootstrap_cfg=True),
+    "released bias": sf.ShortcutObjective.released(denoise_timesteps=8, bootstrap_every=4, bootstrap_dt_bias=True),
+    "flow": sf.FlowMatchingObjective(condition_dropout=0.2),
+    "flow on a grid": sf.FlowMatchingObjective.released(),
+}
+every_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(ROWS, 2, 3, generator=torch.Generator().manual_seed(1)), torch.arange(ROWS)
+
+
+def loss_of(objective: Any, share: Share = WHOLE, seed: int = 0) -> LossReport:
+    """The loss of a share's samples, as a process has them."""
+    data, y = batch()
+    generator = torch.Generator().manual_seed(seed)
+    return objective(affine, data[share.rows], y[share.rows], null_y=ROWS, generator=generator, share=share)
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 6])
+@every_objective
+def test_shares_are_the_rows_of_the_whole(objective: Any, total: int) -> None:
+    whole = loss_of(objective)
+    parts = [loss_of(objective, Share(number, total)) for number in range(total)]
+    for number, part in enumerate(parts):
+        for name in ("x_t", "t", "d", "y", "v"):
+            expected = getattr(whole.targets, name)[number::total]
+            assert torch.equal(getattr(part.targets, name), expected), f"{name} of share {number}"
+        assert torch.equal(part.row_loss, whole.row_loss[number::total])
+        is_bootstrap = torch.arange(ROWS)[number::total] < whole.targets.n_bootstrap
+        assert part.targets.n_bootstrap == int(is_bootstrap.sum())
+    torch.testing.assert_close(torch.stack([part.loss for part in parts]).mean(), whole.loss)
+
+
+@every_objective
+def test_another_seed_has_other_rows(objective: Any) -> None:
+    """The negative control of the test above, and of draws that would not depend on the generator."""
+    share = Share(1, 2)
+    assert not torch.equal(loss_of(objective, share, seed=1).targets.x_t, loss_of(objective).targets.x_t[share.rows])
+    assert not torch.equal(loss_of(objective, Share(0, 2)).targets.x_t, loss_of(objective, share).targets.x_t)
+
+
+@every_objective
+def test_generators_end_alike(objective: Any) -> None:
+    """Each process takes as many random numbers as the whole, so what is drawn next is the same too."""
+    data, y = batch()
+    ends = set()
+    for share in (WHOLE, Share(0, 2), Share(2, 3)):
+        generator = torch.Generator().manual_seed(0)
+        objective(affine, data[share.rows], y[share.rows], null_y=ROWS, generator=generator, share=share)
+        ends.add(float(torch.rand((), generator=generator)))
+    assert len(ends) == 1
+
+
+@pytest.mark.parametrize(("number", "n", "expected"), [(0, 7, 3), (1, 7, 2), (2, 7, 2), (2, 2, 0), (0, 0, 0)])
+def test_rows_among_the_first(number: int, n: int, expected: int) -> None:
+    share = Share(number, 3)
+    assert (
+        share.rows_among_first(n) == expected == len(torch.arange(ROWS)[share.rows][torch.arange(ROWS)[share.rows] < n])
+    )
+
+
+def test_a_share_without_bootstrap_rows_is_refused() -> None:
+    """Its mean loss would be of other kinds of rows than the others have, and it would call the target network too seldom."""
+    objective = sf.ShortcutObjective(bootstrap_fraction=2 / ROWS)
+    for number in range(3):
+        with pytest.raises(ValueError, match="2 bootstrap rows cannot be shared by 3"):
+            loss_of(objective, Share(number, 3))
+    assert loss_of(objective, Share(1, 2)).targets.n_bootstrap == 1
+
+
+def test_released_rows_that_use_anothers_samples_are_refused() -> None:
+    objective = sf.ShortcutObjective.released(bootstrap_every=4)
+    with pytest.raises(ValueError, match="bootstrap rows that 4 shares divide, there are 6"):
+        loss_of(objective, Share(1, 4))
