@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
+import math
 import statistics
 import tarfile
 import tempfile
@@ -160,13 +161,14 @@ def _read_stored(reader: ShardReader, count: int) -> None:
 def _images_in_turn(shards: Path, contents: list[bytes], files: Path, count: int, rounds: int) -> list[Row]:
     from PIL import Image
 
-    stream = ShardStream(shards, batch_size=count, seed=0, cache_bytes=0, workers=0)
+    batch = math.gcd(count, 25)
+    stream = ShardStream(shards, batch_size=batch, seed=0, cache_bytes=0, workers=0)
 
     def with_pillow() -> None:
         for content in contents:
             np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
 
-    runs: dict[str, Callable[[], None]] = {"Pillow": with_pillow, "stream": partial(_take, stream, 1)}
+    runs: dict[str, Callable[[], None]] = {"Pillow": with_pillow, "stream": partial(_take, stream, count // batch)}
     runs |= _others(files)
     return _rates(seconds_in_turn(runs, rounds, _CPU, warm_up=1), count, against="Pillow")
 

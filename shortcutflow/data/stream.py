@@ -128,7 +128,7 @@ class ShardStream:
         data = batch.data.to(self._device, non_blocking=True)
         if self.manifest.values == "uint8":
             # Bytes travel to the device, floats are made there.
-            data = data.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+            data = data.float().div_(127.5).sub_(1)
         y = batch.y.to(self._device, non_blocking=True) if batch.y is not None else None
         return Batch(data, y, batch.keys)
 

@@ -69,24 +69,13 @@ class Variation:
 
     def apply(self, values: Sequence[np.ndarray], draws: Draws) -> Tensor:
         """The batch (b, *shape): uint8 pixels, or float32."""
-        if self._manifest.values == "uint8":
-            return self._stacked_pixels(values, draws.mirrored)
         stacked = np.stack(values)
-        if self._manifest.values == "moments":
-            noise = torch.empty(len(values), *self._manifest.shape)
-            generator = torch.Generator()
-            for row, seed in zip(noise, draws.seeds, strict=True):
-                row.normal_(generator=generator.manual_seed(seed))
-            info = self._manifest.latents
-            assert info is not None
-            return draw_latents(torch.from_numpy(stacked), noise, info.scaling_factor, info.shift_factor)
-        return torch.from_numpy(stacked)
-
-    @staticmethod
-    def _stacked_pixels(images: Sequence[np.ndarray], mirrored: Sequence[bool]) -> Tensor:
-        # Decoded images have their channels last in memory. They are copied so; whoever makes floats of the pixels
-        # puts the channels first in the same pass.
-        stacked = np.stack([np.moveaxis(image, 0, -1) for image in images])
-        if any(mirrored):
-            stacked[mirrored] = stacked[mirrored][:, :, ::-1]
-        return torch.from_numpy(stacked).permute(0, 3, 1, 2)
+        if self._manifest.values == "uint8" and any(draws.mirrored):
+            stacked[draws.mirrored] = stacked[draws.mirrored][..., ::-1]
+        batch = torch.from_numpy(stacked)
+        if (info := self._manifest.latents) is None:
+            return batch
+        noise, generator = torch.empty(len(values), *self._manifest.shape), torch.Generator()
+        for row, seed in zip(noise, draws.seeds, strict=True):
+            row.normal_(generator=generator.manual_seed(seed))
+        return draw_latents(batch, noise, info.scaling_factor, info.shift_factor)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from shortcutflow.evaluation.decoded import as_pictures
 from shortcutflow.evaluation.generate import generate, labels_of, noise_of
 from shortcutflow.evaluation.grids import sample_grid
 from shortcutflow.evaluation.runs import Run
@@ -56,7 +57,9 @@ def sample_sheet(
         generate(run.network, noise, y, steps=budget, guidance_scale=guidance_scale, **config.sampler_options())
         for budget in budgets
     ]
-    return sample_grid(rows, [f"{budget} step{'s' * (budget > 1)}" for budget in budgets])
+    return sample_grid(
+        [as_pictures(row, info) for row in rows], [f"{budget} step{'s' * (budget > 1)}" for budget in budgets]
+    )
 
 
 def _check_labels(labels: Sequence[int], num_classes: int | None) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import nullcontext
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from shortcutflow.config import RunConfig
-from shortcutflow.data.autoencoder import Autoencoder, load_autoencoder
+from shortcutflow.evaluation.decoded import as_pictures
 from shortcutflow.evaluation.generate import generate, labels_of, noise_of
 from shortcutflow.evaluation.grids import sample_grid, save_picture
 
-logger = logging.getLogger(__name__)
 SAMPLES = 10
 
 
@@ -46,22 +43,10 @@ def training_grid(config: RunConfig, network: nn.Module, device: torch.device) -
 
 def save_grid(config: RunConfig, rows: list[Tensor], run_dir: Path, step: int) -> np.ndarray:
     """Draw rows of samples, save the picture in the run's folder and give it, (height, width, 3) uint8."""
-    vae = config.data.describe().vae
-    if vae is not None:
-        autoencoder = _autoencoder(vae)
-        # Without its autoencoder a latent is shown as it is: three of its channels.
-        rows = [autoencoder.decode(row.cpu()) if autoencoder else row[:, :3] / 2 for row in rows]
+    info = config.data.describe()
+    rows = [as_pictures(row, info) for row in rows]
     picture = sample_grid(rows, [f"{steps}" for steps in config.training.grid_steps])
     folder = run_dir / "grids"
     folder.mkdir(exist_ok=True)
     save_picture(picture, str(folder / f"step_{step:08d}.png"))
     return picture
-
-
-@cache
-def _autoencoder(name: str) -> Autoencoder | None:
-    try:
-        return load_autoencoder(name)
-    except (OSError, ImportError, ValueError) as error:
-        logger.warning("sample grids show latents, not images: %s", error)
-        return None
