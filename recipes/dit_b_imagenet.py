@@ -19,8 +19,8 @@ Cost: about 32 GPU-hours on H100 at 30 % of 989 TFLOP/s, which is 4 hours on 8. 
 network (46.0 GFLOP a forward pass; 3 passes' worth a sample and 0.58 for the targets), not measured.
 
 Expected FID-50k at 128 / 4 / 1 steps: 15.5 / 28.3 / 40.3, as the authors' README has it. Protocol: 50,000 samples
-without guidance in the sampler, labels drawn at random, decoded by the autoencoder below; JAX Inception, pictures resized
-bilinearly to 299 without antialiasing, against the authors' own statistics. Other protocols give other numbers.
+without guidance in the sampler, labels drawn at random, decoded by the autoencoder below; JAX Inception, pictures
+resized bilinearly to 299 without antialiasing, against the authors' own statistics. Other protocols give other numbers.
 Independent re-runs, quoted from their texts and not checked here: AlignFlow (ICLR 2026), with the authors' code,
 33.11 / 46.65 at 4 / 1 steps, about 6 worse than the paper at one step. Within 6 of the authors' numbers is a success.
 

@@ -138,6 +138,8 @@ class RunConfig(BaseModel):
         averages: averages of the weights, by name.
         target_weights: what makes bootstrap targets: an average's name or "current".
         sample_weights: what is sampled and evaluated: likewise.
+        teacher: for objectives that learn from a trained network: the folder of its run. Training starts from its
+            weights.
         evaluation: what is measured at the end; None nothing.
     """
 
@@ -152,6 +154,7 @@ class RunConfig(BaseModel):
     averages: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")], AnyAverageConfig] = {"ema": AverageConfig()}
     target_weights: str = "ema"
     sample_weights: str = "ema"
+    teacher: Path | None = None
     training: TrainingConfig
     evaluation: EvaluationConfig | None = None
 
@@ -167,8 +170,11 @@ class RunConfig(BaseModel):
                 f"evaluation of kind {self.evaluation.kind!r} measures data of kind "
                 f"{MEASURED[self.evaluation.kind]!r}; with {self.data.kind!r} it must be null"
             )
-        if self.objective.kind == "shortcut":
-            self.objective.n_bootstrap(self.training.global_batch_size)
+        if self.objective.needs_teacher != (self.teacher is not None):
+            needs = "needs teacher=FOLDER, a run" if self.objective.needs_teacher else "takes no teacher"
+            raise ValueError(f"objective {self.objective.kind!r} {needs}; teacher is {self.teacher}")
+        # Says so if the batch is too small for the rows that the objective is made of.
+        self.objective.target_evaluations(self.training.global_batch_size)
         return self
 
     @property
@@ -189,8 +195,9 @@ class RunConfig(BaseModel):
         )
 
     def sampler_options(self) -> dict[str, Any]:
-        """What a sampler of this run's network must know: null_y, finest_steps and flow_only."""
+        """What a sampler of this run's network must know: null_y, finest_steps, flow_only and which sampler it is."""
         return {
+            "sampler": self.objective.sampler,
             "null_y": self.data.describe().null_y,
             "finest_steps": self.finest_steps,
             "flow_only": not self.objective.tells_step_size,

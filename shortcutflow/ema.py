@@ -112,6 +112,16 @@ class Average:
             mine_b.copy_(theirs_b)
 
 
+@torch.no_grad()
+def copy_weights(into: nn.Module, of: nn.Module) -> None:
+    """Give a network the weights and buffers of an equal one, which is sharded as it is, if at all."""
+    _let_go([m for net in (into, of) for m in net.modules() if hasattr(m, "reshard")])
+    for mine, theirs in zip(into.parameters(), of.parameters(), strict=True):
+        _share(mine).copy_(_share(theirs))
+    for mine_b, theirs_b in zip(into.buffers(), of.buffers(), strict=True):
+        mine_b.copy_(theirs_b)
+
+
 def _let_go(sharded: list[Any]) -> None:
     # FSDP2 leaves the outermost module gathered after a forward pass without a backward one, as an average makes to
     # give targets. Its parameters are then a copy that no update would reach and that the next pass would still use.

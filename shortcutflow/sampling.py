@@ -1,9 +1,9 @@
-"""Sampling: Euler steps of any sizes from noise to data (the paper's Algorithm 2)."""
+"""Sampling: steps of any sizes from noise to data (the paper's Algorithm 2), and the samplers of the baselines."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Generator, Tensor
@@ -11,7 +11,10 @@ from torch import Generator, Tensor
 from shortcutflow.guidance import guided_velocity
 from shortcutflow.path import check_state
 from shortcutflow.schedule import step_sizes
-from shortcutflow.types import Network
+from shortcutflow.types import Network, SamplerKind
+
+FreshNoise = Callable[[int], Tensor]
+"""Noise (b, *shape) to add after step i, counted from 0."""
 
 
 class Trajectory(NamedTuple):
@@ -41,6 +44,8 @@ def sample(
     null_y: Tensor | float | None = None,
     finest_steps: int = 128,
     flow_only: bool = False,
+    sampler: SamplerKind = "euler",
+    fresh_noise: FreshNoise | None = None,
     generator: Generator | None = None,
     progress: bool = False,
 ) -> Tensor:
@@ -57,7 +62,14 @@ def sample(
         null_y: the null condition, for guidance.
         finest_steps: M of the training; finer steps follow the flow.
         flow_only: tell the network d = 0 at every step, for networks trained by flow matching.
-        generator: where the noise comes from if only its shape is given.
+        sampler: how a step is made and which step size the network is told:
+
+            * "euler": x_{t+d} = x_t + d s, told d;
+            * "consistency": jump to the end x_t + (1 - t) s, told 1 - t, and go back to t + d by adding fresh noise;
+            * "live_reflow": as "euler", but told 1, which stands for the straightened flow, if there are fewer than M
+              steps.
+        fresh_noise: noise for "consistency" to add after each step but the last; None draws it from ``generator``.
+        generator: where the noise comes from if only its shape is given, and fresh noise.
         progress: show a progress bar.
 
     Returns:
@@ -65,10 +77,11 @@ def sample(
 
     Raises:
         ValueError: for steps below 1, step sizes that do not add up to 1, shapes that do not fit, or guidance without
-            a condition or null_y.
+            a condition or null_y, or fresh noise that is needed and comes from nowhere.
     """
     x_t = noise if isinstance(noise, Tensor) else draw_noise(noise, generator=generator)
-    for _, state in _walk(net, x_t, y, steps, guidance_scale, null_y, finest_steps, flow_only, progress):
+    asked = _Asked(net, y, guidance_scale, null_y, finest_steps, flow_only, sampler)
+    for _, state in _walk(asked, x_t, steps, fresh_noise, generator, progress):
         x_t = state
     return x_t
 
@@ -84,46 +97,88 @@ def trajectory(
     null_y: Tensor | float | None = None,
     finest_steps: int = 128,
     flow_only: bool = False,
+    sampler: SamplerKind = "euler",
+    fresh_noise: FreshNoise | None = None,
     generator: Generator | None = None,
     progress: bool = False,
 ) -> Trajectory:
     """As :func:`sample`, keeping every state from the noise to the sample."""
     x_t = noise if isinstance(noise, Tensor) else draw_noise(noise, generator=generator)
     times, states = [0.0], [x_t]
-    for t, state in _walk(net, x_t, y, steps, guidance_scale, null_y, finest_steps, flow_only, progress):
+    asked = _Asked(net, y, guidance_scale, null_y, finest_steps, flow_only, sampler)
+    for t, state in _walk(asked, x_t, steps, fresh_noise, generator, progress):
         times.append(t)
         states.append(state)
     return Trajectory(torch.tensor(times, device=x_t.device), torch.stack(states))
 
 
+class _Asked(NamedTuple):
+    """The network and what it is asked with at every step."""
+
+    net: Network
+    y: Tensor | None
+    guidance_scale: float
+    null_y: Tensor | float | None
+    finest_steps: int
+    flow_only: bool
+    sampler: SamplerKind
+
+    def told(self, t: float, size: float, steps: int) -> float:
+        """The step size to tell the network at time t."""
+        if self.flow_only:
+            return 0.0
+        if self.sampler == "consistency":
+            return 1 - t
+        return 1.0 if self.sampler == "live_reflow" and steps < self.finest_steps else size
+
+    def velocity(self, x_t: Tensor, t: float, told: float) -> Tensor:
+        """s(x_t, t, d = told, y), guided."""
+        time, d = (torch.full((len(x_t),), value, device=x_t.device) for value in (t, told))
+        return guided_velocity(self.net, x_t, time, d, self.y, scale=self.guidance_scale, null_y=self.null_y).to(
+            x_t.dtype
+        )
+
+
 def _walk(
-    net: Network,
+    asked: _Asked,
     x_t: Tensor,
-    y: Tensor | None,
     steps: int | Sequence[float],
-    guidance_scale: float,
-    null_y: Tensor | float | None,
-    finest_steps: int,
-    flow_only: bool,
+    fresh_noise: FreshNoise | None,
+    generator: Generator | None,
     progress: bool,
 ) -> Iterator[tuple[float, Tensor]]:
-    """Yield (t, x_t) after each Euler step."""
-    sizes = step_sizes(steps, finest_steps)
-    b, device = len(x_t), x_t.device
-    check_state(x_t, torch.empty(b), what="noise")
-    if y is not None and len(y) != b:
-        raise ValueError(f"y must have one row a sample: noise has {b}, y has {len(y)}")
+    """Yield (t, x_t) after each step."""
+    sizes = step_sizes(steps, asked.finest_steps)
+    check_state(x_t, torch.empty(len(x_t)), what="noise")
+    if asked.y is not None and len(asked.y) != len(x_t):
+        raise ValueError(f"y must have one row a sample: noise has {len(x_t)}, y has {len(asked.y)}")
+    if asked.sampler not in get_args(SamplerKind):
+        raise ValueError(f"unknown sampler {asked.sampler!r}; known: {', '.join(get_args(SamplerKind))}")
     t = 0.0
     for i, size in enumerate(_with_progress(sizes, progress)):
-        told = 0.0 if flow_only else size
-        v = guided_velocity(
-            net, x_t, torch.full((b,), t, device=device), torch.full((b,), told, device=device), y,
-            scale=guidance_scale, null_y=null_y,
-        )  # fmt: skip
-        x_t = x_t + size * v.to(x_t.dtype)
+        v = asked.velocity(x_t, t, asked.told(t, size, len(sizes)))
         # Equal steps are counted, not added up, so that t is i/N to the last bit.
-        t = (i + 1) * size if len(set(sizes)) == 1 else t + size
-        yield min(t, 1.0), x_t
+        next_t = min((i + 1) * size if len(set(sizes)) == 1 else t + size, 1.0)
+        if asked.sampler == "consistency":
+            x_t = x_t + (1 - t) * v
+            if i + 1 < len(sizes):
+                x_t = next_t * x_t + (1 - next_t) * _fresh(fresh_noise, generator, i, x_t)
+        else:
+            x_t = x_t + size * v
+        t = next_t
+        yield t, x_t
+
+
+def _fresh(fresh_noise: FreshNoise | None, generator: Generator | None, i: int, x_t: Tensor) -> Tensor:
+    """The noise to add after step i, of x_t's shape."""
+    if fresh_noise is None:
+        if generator is None:
+            raise ValueError("sampler 'consistency' adds noise after each step: pass fresh_noise or a generator")
+        return torch.randn(x_t.shape, dtype=x_t.dtype, device=x_t.device, generator=generator)
+    noise = fresh_noise(i)
+    if noise.shape != x_t.shape:
+        raise ValueError(f"fresh_noise must give the shape of x_t, {tuple(x_t.shape)}, not {tuple(noise.shape)}")
+    return noise.to(x_t)
 
 
 def _with_progress(sizes: list[float], progress: bool) -> Iterator[float]:

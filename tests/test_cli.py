@@ -119,7 +119,10 @@ MISTAKES = [
     (["train", "digits", "training.steps"], "section.field=value"),
     (["train", "digits", "training.steps=0"], "greater than or equal to 1"),
     (["train", "digits", "training.steps=many"], "training.steps"),
-    (["train", "digits", "objective.kind=diffusion"], "known: flow_matching, shortcut"),
+    (
+        ["train", "digits", "objective.kind=diffusion"],
+        "known: consistency_distillation, consistency_training, flow_matching, live_reflow, ",
+    ),
     (["train", "digits", "objective.finest_steps=100"], "power of two"),
     (["train", "digits", "training.global_batch_size=3"], "use at least 4 samples"),
     (["train", "digits", "target_weights=slow"], "known: ema, current"),

@@ -7,13 +7,19 @@ from torch import Tensor
 
 from shortcutflow.sampling import sample
 from shortcutflow.seeds import generator_for
-from shortcutflow.types import Network
+from shortcutflow.types import Network, SamplerKind
 
 
 def noise_of(seed: int, count: int, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
     """The noise of samples 0 ... count - 1, (count, *shape), drawn on the CPU so that every device gets the same."""
-    rows = [torch.randn(shape, generator=generator_for(seed, "noise", step=i)) for i in range(count)]
-    return torch.stack(rows).to(device)
+    return _draws(seed, "noise", range(count), shape).to(device)
+
+
+def _draws(seed: int, purpose: str, samples: range, shape: tuple[int, ...], *, index: int = 0) -> Tensor:
+    """Normal numbers for each sample by itself, (len(samples), *shape), on the CPU."""
+    return torch.stack(
+        [torch.randn(shape, generator=generator_for(seed, purpose, step=i, index=index)) for i in samples]
+    )
 
 
 def labels_of(count: int, num_classes: int | None, device: torch.device | str = "cpu") -> Tensor | None:
@@ -33,17 +39,27 @@ def generate(
     null_y: float | None = None,
     finest_steps: int = 128,
     flow_only: bool = False,
+    sampler: SamplerKind = "euler",
+    seed: int = 0,
     progress: bool = False,
 ) -> Tensor:
-    """As :func:`shortcutflow.sample`, in batches: (n, *shape) from noise (n, *shape)."""
+    """As :func:`shortcutflow.sample`, in batches: (n, *shape) from noise (n, *shape).
+
+    ``seed`` is that of the noise which the sampler "consistency" adds after its steps; sample i gets its own.
+    """
     made = []
     for start in range(0, len(noise), batch_size):
         part = slice(start, start + batch_size)
+
+        def fresh_noise(step: int, samples: range = range(len(noise))[part]) -> Tensor:
+            return _draws(seed, "fresh_noise", samples, noise.shape[1:], index=step).to(noise)
+
         made.append(
             sample(
                 net, noise[part], None if y is None else y[part],
                 steps=steps, guidance_scale=guidance_scale, null_y=null_y,
-                finest_steps=finest_steps, flow_only=flow_only, progress=progress,
+                finest_steps=finest_steps, flow_only=flow_only, sampler=sampler,
+                fresh_noise=fresh_noise if sampler == "consistency" else None, progress=progress,
             )
         )  # fmt: skip
     return torch.cat(made)

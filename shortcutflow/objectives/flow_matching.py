@@ -9,10 +9,10 @@ import torch
 from pydantic import Field, field_validator
 from torch import Generator, Tensor
 
-from shortcutflow.objectives.regression import ObjectiveSettings, check_batch, regress
+from shortcutflow.objectives.regression import ObjectiveSettings, check_batch, regress, whole_batch
 from shortcutflow.path import interpolate, velocity
 from shortcutflow.schedule import draw_times_on_grid, levels_of
-from shortcutflow.types import LossReport, Network, Targets
+from shortcutflow.types import WHOLE, LossReport, Network, Share, Targets
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,10 @@ class FlowDraw:
     noise: Tensor
     t: Tensor
     dropped: Tensor
+
+    def of(self, share: Share) -> FlowDraw:
+        """The rows of a share."""
+        return FlowDraw(self.noise[share.rows], self.t[share.rows], self.dropped[share.rows])
 
 
 class FlowMatchingObjective(ObjectiveSettings):
@@ -88,14 +92,17 @@ class FlowMatchingObjective(ObjectiveSettings):
         y: Tensor | None = None,
         *,
         target_net: Network | None = None,
+        teacher: Network | None = None,
+        progress: float | None = None,
         null_y: Tensor | float | None = None,
         generator: Generator | None = None,
+        share: Share = WHOLE,
     ) -> LossReport:
-        """The loss of net on a batch; ``target_net`` is not used.
+        """The loss of net on a batch, or a share of one; ``target_net``, ``teacher`` and ``progress`` are not used.
 
         Raises:
             ValueError: for shapes that do not fit together, or a dropped condition without null_y.
         """
         check_batch(data, y)
-        draw = self.draw(data, generator=generator)
+        draw = self.draw(whole_batch(data, share), generator=generator).of(share)
         return regress(net, self.targets(net, data, y, draw, null_y=null_y))

@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 
 from shortcutflow.guidance import drop_condition, predict, require_null
 from shortcutflow.path import check_state
-from shortcutflow.types import LossReport, Network, Targets
+from shortcutflow.types import LossReport, Network, SamplerKind, Share, Targets
 
 
 class ObjectiveSettings(BaseModel):
@@ -18,6 +18,24 @@ class ObjectiveSettings(BaseModel):
 
     condition_dropout: float = Field(default=0.0, ge=0, le=1, description="share of rows that lose their condition")
     sigma_min: float = Field(default=0.0, ge=0, lt=1, description="share of the noise that is left at t = 1")
+
+    def target_evaluations(self, batch_size: int) -> float:
+        """Forward evaluations that the targets of such a batch need, divided by its samples; 0 unless overridden."""
+        return 0.0
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether it is the second phase of two: needs a trained network, whose weights it starts from."""
+        return False
+
+    @property
+    def sampler(self) -> SamplerKind:
+        """The sampler that such a network is made for."""
+        return "euler"
+
+    def teacher_stage(self, progress: float) -> int:
+        """Whenever this number grows, the teacher becomes a copy of the network that makes targets."""
+        return 0
 
     def draw_dropped(self, rows: int, generator: Generator | None, device: torch.device) -> Tensor:
         """Which rows lose their condition, (rows,) bool."""
@@ -40,6 +58,11 @@ def check_batch(data: Tensor, y: Tensor | None) -> None:
         raise ValueError(f"data must be a float tensor (batch, *shape), got {data.dtype} {tuple(data.shape)}")
     if y is not None and y.shape[:1] != data.shape[:1]:
         raise ValueError(f"y must have one row a sample: data has {len(data)}, y has shape {tuple(y.shape)}")
+
+
+def whole_batch(data: Tensor, share: Share) -> Tensor:
+    """Stands for the global batch that data is a share of: its shape, type and device; takes no memory."""
+    return data if share.total == 1 else data[:1].expand(len(data) * share.total, *data.shape[1:])
 
 
 def regress(net: Network, targets: Targets) -> LossReport:

@@ -19,11 +19,11 @@ from pydantic import Field, field_validator
 from torch import Generator, Tensor
 
 from shortcutflow.guidance import partly_guided_velocity
-from shortcutflow.objectives.regression import ObjectiveSettings, check_batch, regress
+from shortcutflow.objectives.regression import ObjectiveSettings, check_batch, regress, whole_batch
 from shortcutflow.objectives.released import released_bootstrap_sizes, released_guided_rows
 from shortcutflow.path import check_unit_interval, expand_to, interpolate, velocity
 from shortcutflow.schedule import draw_bootstrap_sizes, draw_times_on_grid, levels_of
-from shortcutflow.types import LossReport, Network, Targets
+from shortcutflow.types import WHOLE, LossReport, Network, Share, Targets
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,31 @@ class ShortcutDraw:
     guided: Tensor
     n_may_be_guided: int
     source: Tensor | None = None
+
+    def of(self, share: Share) -> ShortcutDraw:
+        """The rows of a share, bootstrap rows first as in the whole.
+
+        Raises:
+            ValueError: if a share would have no bootstrap row while another has, or rows that use another's samples.
+        """
+        if share.total == 1:
+            return self
+        n = self.n_bootstrap
+        if 0 < n < share.total:
+            raise ValueError(f"{n} bootstrap rows cannot be shared by {share.total} processes: use larger batches")
+        if self.source is not None and n % share.total:
+            raise ValueError(f"the released rows need bootstrap rows that {share.total} shares divide, there are {n}")
+        return ShortcutDraw(
+            noise=self.noise[share.rows],
+            t=self.t[share.rows],
+            d=self.d[share.rows],
+            dropped=self.dropped[share.rows],
+            n_bootstrap=share.rows_among_first(n),
+            guided=self.guided[share.rows],
+            n_may_be_guided=share.rows_among_first(self.n_may_be_guided),
+            # Sample i lies in share i % count, at place i // count there.
+            source=None if self.source is None else self.source[share.rows] // share.total,
+        )
 
 
 class ShortcutObjective(ObjectiveSettings):
@@ -118,6 +143,11 @@ class ShortcutObjective(ObjectiveSettings):
         """True: such a network may be told any step size when it is sampled."""
         return True
 
+    def target_evaluations(self, batch_size: int) -> float:
+        """Two half steps on each bootstrap row, and again without condition on those that may be guided."""
+        n = self.n_bootstrap(batch_size)
+        return 2 * (n + self._n_may_be_guided(n)) / batch_size
+
     def n_bootstrap(self, batch_size: int) -> int:
         """How many of batch_size rows are bootstrap rows.
 
@@ -149,10 +179,18 @@ class ShortcutObjective(ObjectiveSettings):
             d=d,
             dropped=self.draw_dropped(b, generator, device),
             n_bootstrap=n,
-            # Sizes come finest first and each has at most one row more than its share.
+            # Sizes come finest first.
             guided=d[:n] == 2 / M,
-            n_may_be_guided=min(n, n // levels_of(M) + 1) if self.guidance_scale != 1 else 0,
+            n_may_be_guided=self._n_may_be_guided(n),
         )
+
+    def _n_may_be_guided(self, n: int) -> int:
+        """Rows at the finest bootstrapped size: each size has at most one row more than its share of n."""
+        if self.guidance_scale == 1:
+            return 0
+        if self.rows != "each_once":
+            return released_guided_rows(n, self.finest_steps, bias=self.rows == "released_dt_bias")
+        return min(n, n // levels_of(self.finest_steps) + 1)
 
     def draw_released(
         self,
@@ -205,7 +243,7 @@ class ShortcutObjective(ObjectiveSettings):
             dropped=torch.cat([torch.zeros_like(dropped[:n]), dropped[kept]]),
             n_bootstrap=n,
             guided=image[:n] < n_guided,
-            n_may_be_guided=n_guided if self.guidance_scale != 1 else 0,
+            n_may_be_guided=self._n_may_be_guided(n),
             source=torch.cat([image[:n], image[kept]]),
         )
 
@@ -270,23 +308,28 @@ class ShortcutObjective(ObjectiveSettings):
         y: Tensor | None = None,
         *,
         target_net: Network | None = None,
+        teacher: Network | None = None,
+        progress: float | None = None,
         null_y: Tensor | float | None = None,
         generator: Generator | None = None,
+        share: Share = WHOLE,
     ) -> LossReport:
-        """The loss of net on a batch.
+        """The loss of net on a batch, or on a share of one.
 
         Args:
             net: the network to train, called as net(x_t, t, d, y).
             data: x_1, (b, *shape), float.
             y: labels (b,), any condition tensor (b, ...), or None.
             target_net: gives the bootstrap targets, usually an exponential average of net; None uses net itself.
+            teacher, progress: not used.
             null_y: the condition that stands for "none": needed for condition_dropout and guidance.
             generator: where the random numbers come from, on data's device.
+            share: which rows of the global batch data is; each share draws as if it were the whole.
 
         Raises:
             ValueError: for a batch too small for bootstrap_fraction, shapes that do not fit, or a missing null_y.
         """
         check_batch(data, y)
-        draw = self.draw(data, generator=generator)
+        draw = self.draw(whole_batch(data, share), generator=generator).of(share)
         targets = self.targets(net if target_net is None else target_net, data, y, draw, null_y=null_y)
         return regress(net, targets)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 STATE = "state.json"
 NETWORK = "network"
 OPTIMIZER = "optimizer"
+TEACHER = "teacher"
 _PREFIX = "step_"
 _UNFINISHED = ".unfinished_"
 
@@ -89,10 +90,20 @@ class Checkpoint(NamedTuple):
             raise ValueError(f"{self.folder} cannot be read: {_cause(error)}") from error
 
     def _metadata(self) -> dict[str, TensorStorageMetadata]:
-        """Shape and type of each saved tensor, by its name in full."""
+        """Shape and type of each saved tensor, by its name in full.
+
+        Raises:
+            ValueError: if a file is missing or cut off: PyTorch would leave the tensors' parts in it as they are.
+        """
         from safetensors import SafetensorError
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
+        for name, size in self.state().get("files", {}).items():
+            file = self.folder / name
+            if not file.is_file():
+                raise ValueError(f"{self.folder} is damaged: {name} is missing")
+            if file.stat().st_size != size:
+                raise ValueError(f"{self.folder} is damaged: {name} has {file.stat().st_size} bytes instead of {size}")
         try:
             found: Any = HuggingFaceStorageReader(str(self.folder)).read_metadata().state_dict_metadata
         except SafetensorError as error:
@@ -158,9 +169,8 @@ class Saver:
         )
         written = getattr(written, "upload_completion", written)
         self._pending = Future()
-        text = json.dumps({"step": step, **state}, indent=2) + "\n"
         # Runs in the writing thread: what was written gets its name also if training waits for something else.
-        written.add_done_callback(lambda done: self._finish(done, step, unfinished, text))
+        written.add_done_callback(lambda done: self._finish(done, step, unfinished, {"step": step, **state}))
 
     def wait(self) -> None:
         """Until nothing is being written any more.
@@ -170,16 +180,18 @@ class Saver:
         """
         if self._pending is None:
             return
+        from torch.distributed.checkpoint.api import CheckpointException
+
         try:
             self._pending.result()
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # the latter is a BaseException
             last = latest_in(self.folder)
             whole = f"the last whole checkpoint is {last.folder}" if last else "there is no checkpoint before it"
             raise SavingError(f"a checkpoint could not be written ({_cause(error)}); {whole}") from error
         finally:
             self._pending = None
 
-    def _finish(self, done: Future[Any], step: int, unfinished: Path, state: str) -> None:
+    def _finish(self, done: Future[Any], step: int, unfinished: Path, state: dict[str, Any]) -> None:
         assert self._pending is not None
         try:
             done.result()
@@ -191,9 +203,10 @@ class Saver:
             shutil.rmtree(unfinished, ignore_errors=True)
             self._pending.set_exception(error)
 
-    def _name(self, step: int, unfinished: Path, state: str) -> None:
+    def _name(self, step: int, unfinished: Path, state: dict[str, Any]) -> None:
         """Everything is forced onto the disk; the final name is the last act."""
-        (unfinished / STATE).write_text(state)
+        files = {file.name: file.stat().st_size for file in sorted(unfinished.iterdir())}
+        (unfinished / STATE).write_text(json.dumps(state | {"files": files}, indent=2) + "\n")
         for file in unfinished.iterdir():
             _sync(file)
         _sync(unfinished)

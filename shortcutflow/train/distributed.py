@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from shortcutflow.train.meeting import fresh_store
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -98,7 +100,7 @@ def joined(device_name: str, *, sharded: bool) -> Iterator[World]:
     if size == 1:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, store=fresh_store(rank, size), rank=rank, world_size=size)
     try:
         yield World(rank, size, device, saving=dist.new_group(backend="gloo"))
     finally:

@@ -18,7 +18,15 @@ from shortcutflow.train.faults import BadSteps, NonFiniteError
 from shortcutflow.train.hang import clear_beats
 from shortcutflow.train.metrics import MetricsLog
 from shortcutflow.train.optim import clip_gradients, set_lr
-from shortcutflow.train.parts import Parts, build_parts, norms_of, restore, save, save_snapshots, saver_for
+from shortcutflow.train.parts import (
+    Parts,
+    build_parts,
+    norms_of,
+    restore,
+    save,
+    save_snapshots,
+    saver_for,
+)
 from shortcutflow.train.pictures import save_grid, shows_grid, training_grid
 from shortcutflow.train.reporter import Reporter
 from shortcutflow.train.signals import StoppedBySignal, StopRequest
@@ -117,7 +125,7 @@ def _run_steps(
             save(config, parts, saver, done, bad_steps.skipped)
         if shows_grid(config, done):
             watchdog.beat(step, "evaluate")
-            grid = training_grid(config, parts.sampled(config), world.device)
+            grid = training_grid(config, parts.weights(config.sample_weights), world.device)
             if log is not None:
                 log.picture(done, "samples", save_grid(config, grid, run_dir, done))
         if stopping and not is_last:

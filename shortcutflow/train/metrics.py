@@ -43,7 +43,7 @@ class Averages:
         level = (-torch.log2(d)).round().long().clamp(0, 31)
         self._error_and_rows.index_add_(0, level, torch.stack([error, torch.ones_like(error)], dim=1))
 
-    def take(self, sum_over_processes: Callable[[Tensor], Tensor], processes: int = 1) -> dict[str, float]:
+    def take(self, sum_over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The means so far, over all processes, by name; then start anew.
 
         ``error_at/d=1_64`` is the bootstrap error at step size 1/64.

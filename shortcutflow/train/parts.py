@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from shortcutflow import __version__
 from shortcutflow.config import CURRENT, RunConfig
 from shortcutflow.data.stream import BatchStream
-from shortcutflow.ema import Average, PowerAverageConfig
+from shortcutflow.ema import Average, PowerAverageConfig, copy_weights
+from shortcutflow.evaluation.runs import load_run
 from shortcutflow.posthoc import write_snapshot
 from shortcutflow.train import checkpoint
-from shortcutflow.train.checkpoint import NETWORK, OPTIMIZER, Saver, average_group, optimizer_tensors
+from shortcutflow.train.checkpoint import NETWORK, OPTIMIZER, TEACHER, Saver, average_group, optimizer_tensors
 from shortcutflow.train.distributed import World, replicate, shard, summed_over_shards, whole
 from shortcutflow.train.optim import UpdateNorms, build_optimizer
 from shortcutflow.train.speed import forward_flops
@@ -30,7 +31,9 @@ class Parts(NamedTuple):
         network, averages: as they are saved; sharded if the run is.
         optimizer: of the network.
         stream: this process's share of the data.
-        net, target_net: the networks as an objective calls them: compiled, in DistributedDataParallel, or as they are.
+        teacher: what the second phase of two learns from, as it is saved; None without one.
+        net, target_net, teacher_net: the networks as an objective calls them: compiled, in DistributedDataParallel, or
+            as they are.
         forward_flops: of one sample; None if unknown.
     """
 
@@ -38,13 +41,15 @@ class Parts(NamedTuple):
     averages: dict[str, Average]
     optimizer: torch.optim.AdamW
     stream: BatchStream
+    teacher: nn.Module | None
     net: Network
     target_net: Network
+    teacher_net: Network | None
     forward_flops: int | None
 
-    def sampled(self, config: RunConfig) -> nn.Module:
-        """The network whose samples are shown."""
-        return self.network if config.sample_weights == CURRENT else self.averages[config.sample_weights].network
+    def weights(self, name: str) -> nn.Module:
+        """The network of an average, or the one that is trained."""
+        return self.network if name == CURRENT else self.averages[name].network
 
 
 def build_parts(config: RunConfig, world: World) -> Parts:
@@ -60,9 +65,12 @@ def build_parts(config: RunConfig, world: World) -> Parts:
             raise ValueError(f"backbone {config.backbone.name!r} has no gradient checkpointing")
         network.gradient_checkpointing = True
     flops = forward_flops(network, config.data.describe().num_classes)
+    teacher = _trained_teacher(config, world)
+    if teacher is not None:
+        network.load_state_dict(teacher.state_dict())
     # Copied before they are sharded, which a sharded network could not be.
     averages = {name: Average(network, of) for name, of in config.averages.items()}
-    every: list[Any] = [network, *(average.network for average in averages.values())]
+    every: list[Any] = [network, *(average.network for average in averages.values()), *([teacher] if teacher else [])]
     sharded = settings.parallel == "fsdp"
     if settings.compile and sharded:
         for each in every:
@@ -71,14 +79,40 @@ def build_parts(config: RunConfig, world: World) -> Parts:
         for each in every:
             shard(each, world, shard_group=settings.shard_group, bfloat16=settings.precision == "bfloat16")
     optimizer = build_optimizer(network.parameters(), config.optimizer)
-    net, target = network, network if config.target_weights == CURRENT else averages[config.target_weights].network
+    target = network if config.target_weights == CURRENT else averages[config.target_weights].network
+    called: list[Any] = [network, target, teacher]
     if settings.compile and not sharded:
         # All are called with fixed batch shapes: no dynamic ones.
-        target = torch.compile(target, dynamic=False)
-        net = target if config.target_weights == CURRENT else torch.compile(net, dynamic=False)
+        compiled = {id(each): torch.compile(each, dynamic=False) for each in called if each is not None}
+        called = [compiled.get(id(each)) for each in called]
+    net, target_net, teacher_net = called
     if world.size > 1 and not sharded:
         net = replicate(net, world)
-    return Parts(network, averages, optimizer, stream, net, target, flops)
+    return Parts(network, averages, optimizer, stream, teacher, net, target_net, teacher_net, flops)
+
+
+def _trained_teacher(config: RunConfig, world: World) -> nn.Module | None:
+    """The network of the teacher's run, frozen.
+
+    Raises:
+        ValueError: if it is of another kind than the network that starts from it.
+    """
+    if config.teacher is None:
+        return None
+    run = load_run(config.teacher, device=world.device)
+    if run.config.backbone != config.backbone:
+        raise ValueError(
+            f"training starts from its teacher's weights, so both need the same backbone: {run.folder} has "
+            f"{run.config.backbone!r}, this run {config.backbone!r}"
+        )
+    return run.network.requires_grad_(False)
+
+
+def refresh_teacher(config: RunConfig, parts: Parts, step: int) -> None:
+    """Where the objective's next stage begins: the network that makes targets becomes the teacher."""
+    stage, steps = config.objective.teacher_stage, config.training.steps
+    if parts.teacher is not None and step > 0 and stage(step / steps) > stage((step - 1) / steps):
+        copy_weights(parts.teacher, parts.weights(config.target_weights))
 
 
 def _compile_units(network: Any, name: str) -> None:
@@ -103,6 +137,8 @@ def tensors_of(parts: Parts) -> dict[str, dict[str, Tensor]]:
     """Every tensor that a checkpoint holds, by group and name; the very ones training works on."""
     groups = {NETWORK: parts.network.state_dict(), OPTIMIZER: optimizer_tensors(parts.optimizer, parts.network)}
     groups |= {average_group(name): average.network.state_dict() for name, average in parts.averages.items()}
+    if parts.teacher is not None:
+        groups[TEACHER] = parts.teacher.state_dict()
     return groups
 
 

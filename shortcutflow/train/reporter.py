@@ -62,7 +62,7 @@ class Reporter:
             done: optimizer steps so far.
             skipped_steps: so far.
         """
-        numbers = self._means.take(self._world.sum, self._world.size) | self._norms
+        numbers = self._means.take(self._world.sum) | self._norms
         here = self._stopwatch.take()
         images = self._steps * self._batch_size
         numbers |= {

@@ -12,7 +12,7 @@ from shortcutflow.seeds import generator_for
 from shortcutflow.train.distributed import World
 from shortcutflow.train.faults import mean_loss
 from shortcutflow.train.optim import UpdateNorms
-from shortcutflow.train.parts import Parts, gradients
+from shortcutflow.train.parts import Parts, gradients, refresh_teacher
 from shortcutflow.train.watchdog import Watchdog
 from shortcutflow.types import Batch, LossReport, Share
 
@@ -24,6 +24,7 @@ def backward_pass(
 
     The random numbers are those of the global batch in one piece, however many processes and parts share it.
     """
+    refresh_teacher(config, parts, step)
     settings, null_y = config.training, config.data.describe().null_y
     reports = []
     for part in range(settings.accumulation):
@@ -36,7 +37,8 @@ def backward_pass(
             with torch.autocast(world.device.type, torch.bfloat16) if bfloat16 else nullcontext():
                 report = config.objective(
                     parts.net, batch.data[rows], batch.y[rows] if batch.y is not None else None,
-                    target_net=parts.target_net, null_y=null_y, generator=draws, share=share,
+                    target_net=parts.target_net, teacher=parts.teacher_net, progress=step / settings.steps,
+                    null_y=null_y, generator=draws, share=share,
                 )  # fmt: skip
             watchdog.beat(step, "backward")
             (report.loss / settings.accumulation).backward()

@@ -82,7 +82,7 @@ def test_rows_among_the_first(number: int, n: int, expected: int) -> None:
 
 
 def test_a_share_without_bootstrap_rows_is_refused() -> None:
-    """Its mean loss would be of other kinds of rows than the others have, and it would call the target network too seldom."""
+    """It would call the target network less often than the others, which under sharding hangs."""
     objective = sf.ShortcutObjective(bootstrap_fraction=2 / ROWS)
     for number in range(3):
         with pytest.raises(ValueError, match="2 bootstrap rows cannot be shared by 3"):

@@ -15,14 +15,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from recipes.digits import recipe
@@ -34,7 +33,7 @@ from shortcutflow.train.loop import train
 from shortcutflow.types import Batch
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 120
+PATIENCE = 300
 """Seconds that a launch may take on a machine with better things to do; it takes about 6."""
 TINY = (
     "training.steps=5", "training.global_batch_size=12", "training.log_every=1", "training.checkpoint_every=0",
@@ -114,12 +113,12 @@ def command(jobs: Sequence[Job], folder: Path, *, processes: int | None = None, 
     return [sys.executable, *(torchrun if processes else []), "-m", "tests.train.launched", str(folder)]
 
 
-def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def run(command: Sequence[str], patience: float = PATIENCE) -> subprocess.CompletedProcess[str]:
     """Run it to its end, or end it: a launcher that is told to stop stops its workers too."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=out, stderr=err, text=True)
         try:
-            process.wait(PATIENCE)
+            process.wait(patience)
         finally:
             if process.poll() is None:
                 process.terminate()
@@ -134,10 +133,10 @@ def environment() -> dict[str, str]:
 
 
 def outcomes(
-    jobs: Sequence[Job], folder: Path, *, processes: int | None = None, restarts: int = 0
+    jobs: Sequence[Job], folder: Path, *, processes: int | None = None, restarts: int = 0, patience: float = PATIENCE
 ) -> list[list[Outcome]]:
     """Do the jobs; gives for each what each rank did. Their faults are no failure of the launch."""
-    done = run(command(jobs, folder, processes=processes, restarts=restarts))
+    done = run(command(jobs, folder, processes=processes, restarts=restarts), patience)
     assert done.returncode == 0, f"{done.returncode}: {done.stderr[-4000:]}"
     ranks = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(processes or 1)]
     return [[Outcome(**rank[i]) for rank in ranks] for i in range(len(jobs))]
@@ -291,28 +290,11 @@ def copy_run(source: Path, target: Path) -> None:
         shutil.copytree(source, target)
 
 
-@contextmanager
-def own_store(file: Path) -> Iterator[None]:
-    """Groups meet through this file: in the launcher's store they would find the addresses of the job before."""
-    init, size = dist.init_process_group, int(os.environ.get("WORLD_SIZE", "1"))
-
-    def init_here(backend: str, **alone: Any) -> None:
-        # A group of one brings its own.
-        there = {"init_method": f"file://{file}", "world_size": size, "rank": int(os.environ["RANK"])}
-        init(backend, **(alone or there))
-
-    with mock.patch.object(dist, "init_process_group", init_here):
-        yield
-
-
 def main(folder: Path) -> None:
     """Do the jobs of a folder and write what became of them."""
     torch.set_num_threads(1)
     jobs = [Job(**job) for job in json.loads((folder / "jobs.json").read_text())]
-    done = []
-    for i, job in enumerate(jobs):
-        with own_store(folder / f"store_{i}") if len(jobs) > 1 else nullcontext():
-            done.append(asdict(do(job)))
+    done = [asdict(do(job)) for job in jobs]
     (folder / f"rank_{os.environ.get('RANK', '0')}.json").write_text(json.dumps(done))
 
 

@@ -126,6 +126,7 @@ def test_too_many_skipped_in_a_row_stop(tmp_path: Path, shards: Path, monkeypatc
     """20 pass, also twice; 21 do not."""
     config = tiny(shards, "training.on_non_finite=skip", "training.steps=100", "training.log_every=100")
     most = MOST_SKIPPED_IN_A_ROW
+    assert most == 20
     handed_out = break_data(monkeypatch, *range(3, 3 + most), *range(4 + most, 4 + 2 * most), *range(50, 100))
     with pytest.raises(NonFiniteError, match=f"{most + 1} steps in a row were skipped") as caught:
         train(config, tmp_path)
@@ -151,10 +152,9 @@ def test_one_rank_alone(tmp_path: Path, shards: Path) -> None:
         run_dir = tmp_path / f"{parallel} {kind}"
         if kind == "stop":
             assert [rank.error for rank in ranks] == ["NonFiniteError"] * 2
-            assert ranks[0].message == ranks[1].message
             assert f"rank 1: the data of {ranks[1].keys[4][1]} is not finite" in ranks[0].message
             assert "rank 0: the data" not in ranks[0].message
-            assert "last good checkpoint: " in ranks[0].message
+            assert ranks[0].message.endswith(f"last good checkpoint: {run_dir / 'checkpoints' / 'step_00000004'}")
             assert [rank.optimizer_steps for rank in ranks] == [4, 4]
         else:
             assert [rank.error for rank in ranks] == [None, None], ranks[0].message

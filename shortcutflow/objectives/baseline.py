@@ -1,0 +1,141 @@
+"""What the paper's baselines share: the call, draws of one step size, and the needs that a training loop asks for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import torch
+from pydantic import AfterValidator, Field
+from torch import Generator, Tensor
+
+from shortcutflow.objectives.regression import ObjectiveSettings, check_batch, regress, whole_batch
+from shortcutflow.schedule import draw_times_on_grid, levels_of
+from shortcutflow.types import WHOLE, LossReport, Network, Share, Targets
+
+
+def _power_of_two(value: int) -> int:
+    levels_of(value)
+    return value
+
+
+FinestSteps = Annotated[int, AfterValidator(_power_of_two), Field(description="M: the smallest step size is 1/M")]
+GuidanceScale = Annotated[float, Field(ge=0, description="guidance of the network that makes the targets; 1 is none")]
+
+
+@dataclass(frozen=True)
+class StepDraw:
+    """The random numbers of one evaluation whose rows all have one step size.
+
+    Attributes:
+        noise: x_0, (b, *shape).
+        t: (b,) float32, multiples of size.
+        dropped: (b,) bool, rows that lose their condition.
+        size: the step d.
+    """
+
+    noise: Tensor
+    t: Tensor
+    dropped: Tensor
+    size: float
+
+    def of(self, share: Share) -> StepDraw:
+        """The rows of a share."""
+        return replace(self, noise=self.noise[share.rows], t=self.t[share.rows], dropped=self.dropped[share.rows])
+
+
+class BaselineObjective(ObjectiveSettings, ABC):
+    """Base of the paper's baselines, which may need a teacher, or to know how far training is."""
+
+    @abstractmethod
+    def draw(self, data: Tensor, *, generator: Generator | None = None, progress: float | None = None) -> Any:
+        """Take every random number of one evaluation on a batch of data (b, *shape)."""
+
+    @abstractmethod
+    def targets(
+        self,
+        net: Network,
+        data: Tensor,
+        y: Tensor | None,
+        draw: Any,
+        *,
+        teacher: Network | None = None,
+        null_y: Tensor | float | None = None,
+    ) -> Targets:
+        """The rows of the regression; deterministic, without gradient."""
+
+    def __call__(
+        self,
+        net: Network,
+        data: Tensor,
+        y: Tensor | None = None,
+        *,
+        target_net: Network | None = None,
+        teacher: Network | None = None,
+        progress: float | None = None,
+        null_y: Tensor | float | None = None,
+        generator: Generator | None = None,
+        share: Share = WHOLE,
+    ) -> LossReport:
+        """The loss of net on a batch, or on a share of one.
+
+        Args:
+            net: the network to train, called as net(x_t, t, d, y).
+            data: x_1, (b, *shape), float.
+            y: labels (b,), any condition tensor (b, ...), or None.
+            target_net: makes targets where the network itself does: usually its average; None is net itself.
+            teacher: the trained network that two-phase methods learn from.
+            progress: share of the training that is done, in [0, 1], for methods with a schedule.
+            null_y: the condition that stands for "none": needed for condition_dropout and guidance.
+            generator: where the random numbers come from, on data's device.
+            share: which rows of the global batch data is; each share draws as if it were the whole.
+
+        Raises:
+            ValueError: for a missing teacher, progress or null_y, or shapes that do not fit together.
+        """
+        check_batch(data, y)
+        draw = self.draw(whole_batch(data, share), generator=generator, progress=progress).of(share)
+        maker = net if target_net is None else target_net
+        return regress(net, self.targets(maker, data, y, draw, teacher=teacher, null_y=null_y))
+
+    def draw_steps(self, data: Tensor, size: float, generator: Generator | None) -> StepDraw:
+        """Noise, times that are multiples of size, and dropped conditions."""
+        b, device = len(data), data.device
+        return StepDraw(
+            noise=torch.randn(data.shape, dtype=data.dtype, generator=generator, device=device),
+            t=draw_times_on_grid(b, size, generator=generator, device=device),
+            dropped=self.draw_dropped(b, generator, device),
+            size=size,
+        )
+
+
+def require_teacher(teacher: Network | None, kind: str) -> Network:
+    """Give the teacher back, or raise ValueError."""
+    if teacher is None:
+        raise ValueError(f"{kind} learns from a trained network: pass it as teacher=")
+    return teacher
+
+
+def stage_of(progress: float | None, stages: int, kind: str) -> int:
+    """floor(progress * stages): how many equal parts of the training are over, from 0 to stages.
+
+    Raises:
+        ValueError: without a progress in [0, 1].
+    """
+    if progress is None or not 0 <= progress <= 1:
+        raise ValueError(
+            f"{kind} follows a schedule: pass progress=step/total_steps, a number from 0 to 1, got {progress!r}"
+        )
+    # step/total may round down just below the stage that begins there.
+    return int(progress * stages + 1e-9)
+
+
+def guided_evaluations(scale: float) -> int:
+    """Forward evaluations that a guided velocity costs."""
+    return 1 if scale in (0, 1) else 2
+
+
+def magnitudes(**velocities: Tensor) -> dict[str, Tensor]:
+    """Root mean squares, as metrics v_magnitude_*."""
+    return {f"v_magnitude_{name}": v.float().square().mean().sqrt() for name, v in velocities.items()}
