@@ -153,6 +153,12 @@ def _take(batches: Iterable[Any], count: int | None = None) -> None:
         pass
 
 
+def _take_bytes(stream: ShardStream, positions: Iterable[int]) -> None:
+    """What the stream's worker processes do: batches as they travel to the device."""
+    for position in positions:
+        stream.batches[position]
+
+
 def _read_stored(reader: ShardReader, count: int) -> None:
     for number in range(count):
         reader.stored(0, number)
@@ -168,7 +174,11 @@ def _images_in_turn(shards: Path, contents: list[bytes], files: Path, count: int
         for content in contents:
             np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
 
-    runs: dict[str, Callable[[], None]] = {"Pillow": with_pillow, "stream": partial(_take, stream, count // batch)}
+    runs: dict[str, Callable[[], None]] = {
+        "Pillow": with_pillow,
+        "stream, bytes for a GPU": partial(_take_bytes, stream, range(0, count, batch)),
+        "stream, floats on the CPU": partial(_take, stream, count // batch),
+    }
     runs |= _others(files)
     return _rates(seconds_in_turn(runs, rounds, _CPU, warm_up=1), count, against="Pillow")
 

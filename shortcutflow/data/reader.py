@@ -19,9 +19,6 @@ from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.remote import FetchError, ShardFolder
 from shortcutflow.data.shards import Sample
 
-LINES = {"L": "L", "RGB": "RGB;L"}
-"""Pillow's names for pixels line by line, channel by channel."""
-
 OPEN_SHARDS = 64
 """Shards whose files and indexes are kept at once."""
 
@@ -205,11 +202,10 @@ def _decode_image(content: bytes, shape: tuple[int, ...], extension: str) -> np.
             if image.size != (width, height):
                 raise ValueError(f"it is {image.size[0]}x{image.size[1]} pixels, the manifest says {width}x{height}")
             mode = "L" if channels == 1 else "RGB"
-            # A line of each channel in turn: rows stay whole when the channels are put first, so that is a fast copy.
-            lines = (image if image.mode == mode else image.convert(mode)).tobytes("raw", LINES[mode])
+            pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     except ValueError:
         raise
     except Exception as error:
         # Whatever a decoder makes of hostile bytes; some errors of Pillow's derive from Exception alone.
         raise ValueError(f"it is not a readable {name}: {error}") from error
-    return np.frombuffer(lines, np.uint8).reshape(height, channels, width).swapaxes(0, 1)
+    return pixels[None] if channels == 1 else np.moveaxis(pixels, -1, 0)

@@ -23,7 +23,7 @@ from shortcutflow.data.reader import DamagedSampleError, LostShardError, ShardRe
 from shortcutflow.data.remote import ShardFolder
 from shortcutflow.data.shards import Sample
 from shortcutflow.data.variation import Variation
-from shortcutflow.types import Batch
+from shortcutflow.types import Batch, Share
 
 MOST_WORKERS = 8
 logger = logging.getLogger(__name__)
@@ -105,13 +105,14 @@ class ShardStream:
         sizes = [shard.samples for shard in self.manifest.shards]
         order = EpochOrder(sizes, seed=seed, shuffle_buffer=shuffle_buffer)
         cached = self.manifest.samples * variation.bytes_per_sample <= cache_bytes
-        self._batches = _RankBatches(
-            reader, order, variation, _Share(batch_size, rank, world_size), skip=on_error == "skip", cached=cached
+        # By position; the map-style data set behind the stream, for a DataLoader of one's own.
+        self.batches = RankBatches(
+            reader, order, variation, batch_size, Share(rank, world_size), skip=on_error == "skip", cached=cached
         )
         self._batch_size, self._device = batch_size, torch.device(device)
         self._workers = (0 if cached else workers_to_spare()) if workers is None else workers
         self._samples_seen = 0
-        self._coming: Iterator[_HostBatch] | None = None
+        self._coming: Iterator[HostBatch] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -128,7 +129,7 @@ class ShardStream:
         data = batch.data.to(self._device, non_blocking=True)
         if self.manifest.values == "uint8":
             # Bytes travel to the device, floats are made there.
-            data = data.float().div_(127.5).sub_(1)
+            data = data.contiguous().float().div_(127.5).sub_(1)
         y = batch.y.to(self._device, non_blocking=True) if batch.y is not None else None
         return Batch(data, y, batch.keys)
 
@@ -141,9 +142,9 @@ class ShardStream:
         self._samples_seen = state["samples_seen"]
         self._coming = None
 
-    def _read_ahead(self) -> Iterator[_HostBatch]:
+    def _read_ahead(self) -> Iterator[HostBatch]:
         loader = DataLoader(
-            self._batches,
+            self.batches,
             sampler=_Positions(self._samples_seen, self._batch_size),
             batch_size=None,
             num_workers=self._workers,
@@ -162,18 +163,7 @@ def workers_to_spare() -> int:
     return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // here - 1))
 
 
-class _Share(NamedTuple):
-    """Which of a global batch's positions a rank gets."""
-
-    batch_size: int
-    rank: int
-    world_size: int
-
-    def of(self, start: int) -> np.ndarray:
-        return np.arange(start + self.rank, start + self.batch_size, self.world_size)
-
-
-class _HostBatch(NamedTuple):
+class HostBatch(NamedTuple):
     """A rank's batch in host memory, and the samples that were found damaged in making it."""
 
     data: torch.Tensor
@@ -182,7 +172,7 @@ class _HostBatch(NamedTuple):
     damaged: tuple[str, ...]
 
 
-def _as_it_is(batch: Any) -> _HostBatch:
+def _as_it_is(batch: Any) -> HostBatch:
     return batch
 
 
@@ -199,13 +189,22 @@ class _Positions:
             position += self._step
 
 
-class _RankBatches(Dataset[_HostBatch]):
-    """A rank's batch as a function of its position: what the loader's workers share."""
+class RankBatches(Dataset[HostBatch]):
+    """A rank's batch as a function of the position where its global batch starts: what workers compute."""
 
     def __init__(
-        self, reader: ShardReader, order: EpochOrder, variation: Variation, share: _Share, *, skip: bool, cached: bool
+        self,
+        reader: ShardReader,
+        order: EpochOrder,
+        variation: Variation,
+        batch_size: int,
+        share: Share,
+        *,
+        skip: bool,
+        cached: bool,
     ) -> None:
-        self._reader, self._order, self._variation, self._share, self._skip = reader, order, variation, share, skip
+        self._reader, self._order, self._variation, self._skip = reader, order, variation, skip
+        self._batch_size, self._share = batch_size, share
         self._cache: dict[tuple[int, int, int], Sample] | None = {} if cached else None
         self._sizes = [shard.samples for shard in reader.manifest.shards]
         self._first = np.cumsum([0, *self._sizes[:-1]])
@@ -214,8 +213,9 @@ class _RankBatches(Dataset[_HostBatch]):
         self._lost: set[int] = set()
         self._complaints: list[str] = []
 
-    def __getitem__(self, position: int) -> _HostBatch:
-        epochs, places = self._order.at(self._share.of(position))
+    def __getitem__(self, position: int) -> HostBatch:
+        positions = np.arange(position, position + self._batch_size)[self._share.rows]
+        epochs, places = self._order.at(positions)
         self._fetch_ahead(position)
         draws = self._variation.draw(epochs, self._first[places[:, 0]] + places[:, 1])
         known = len(self._complaints)
@@ -223,7 +223,7 @@ class _RankBatches(Dataset[_HostBatch]):
         samples = [self._sample(shard, number, copy) for (shard, number), copy in wanted]
         data = self._variation.apply([sample.data for sample in samples], draws)
         keys = tuple(sample.key for sample in samples)
-        return _HostBatch(data, self._conditions(samples), keys, tuple(self._complaints[known:]))
+        return HostBatch(data, self._conditions(samples), keys, tuple(self._complaints[known:]))
 
     def _sample(self, shard: int, number: int, copy: int) -> Sample:
         if self._cache is None:

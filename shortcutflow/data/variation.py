@@ -69,10 +69,13 @@ class Variation:
 
     def apply(self, values: Sequence[np.ndarray], draws: Draws) -> Tensor:
         """The batch (b, *shape): uint8 pixels, or float32."""
-        stacked = np.stack(values)
-        if self._manifest.values == "uint8" and any(draws.mirrored):
-            stacked[draws.mirrored] = stacked[draws.mirrored][..., ::-1]
-        batch = torch.from_numpy(stacked)
+        if self._manifest.values == "uint8":
+            # Decoded images have their channels last in memory, and are copied so; the device puts them first.
+            stacked = np.stack([np.moveaxis(image, 0, -1) for image in values])
+            if any(draws.mirrored):
+                stacked[draws.mirrored] = stacked[draws.mirrored][:, :, ::-1]
+            return torch.from_numpy(stacked).permute(0, 3, 1, 2)
+        batch = torch.from_numpy(np.stack(values))
         if (info := self._manifest.latents) is None:
             return batch
         noise, generator = torch.empty(len(values), *self._manifest.shape), torch.Generator()

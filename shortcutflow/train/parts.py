@@ -55,6 +55,11 @@ class Parts(NamedTuple):
 def build_parts(config: RunConfig, world: World) -> Parts:
     """Network, averages, optimizer and data stream at step 0: equal weights in every process, or their shards."""
     settings = config.training
+    if settings.global_batch_size % (world.size * settings.accumulation):
+        raise ValueError(
+            f"a global batch of {settings.global_batch_size} cannot be shared equally by {world.size} processes that "
+            f"take their shares in {settings.accumulation} parts"
+        )
     stream = config.data.open_stream(
         batch_size=settings.global_batch_size, seed=config.seed, rank=world.rank, world_size=world.size,
         device=world.device,
