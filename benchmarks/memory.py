@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 import backbones
 from benchmarks.loop import CLASSES, LATENT, PAGE, Row, made_run
@@ -136,8 +137,13 @@ def bytes_held(parts: Parts) -> dict[str, int]:
     counted = {kind: _bytes_of(tensors) for kind, tensors in kinds.items()}
     # Of everything alive: a whole weight that sharding forgot to give back would be here.
     gc.collect()
-    counted["all tensors"] = _bytes_of(found for found in gc.get_objects() if issubclass(type(found), Tensor))
+    counted["all tensors"] = _bytes_of(found for found in gc.get_objects() if _has_memory(found))
     return counted
+
+
+def _has_memory(found: object) -> bool:
+    # By type: asking an object for its class may run code of its own. Fake tensors have a shape only.
+    return issubclass(type(found), Tensor) and not issubclass(type(found), FakeTensor)
 
 
 def _bytes_of(tensors: Iterable[Any]) -> int:

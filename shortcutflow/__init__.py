@@ -1,5 +1,8 @@
 """shortcutflow: one network, one training run, any number of sampling steps."""
 
+from importlib import import_module
+from typing import Any
+
 from shortcutflow.ema import Average, AverageConfig
 from shortcutflow.objectives.flow_matching import FlowMatchingObjective
 from shortcutflow.objectives.shortcut import ShortcutObjective
@@ -21,6 +24,17 @@ __all__ = [
     "Trajectory",
     "__version__",
     "draw_noise",
+    "load",
     "sample",
     "trajectory",
 ]
+
+load: Any
+"""See :func:`shortcutflow.interop.model.load`."""
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when asked for: whoever only trains or samples needs no configs and no files of models.
+    if name == "load":
+        return import_module("shortcutflow.interop.model").load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -168,6 +168,37 @@ def show_config_command(
     print(with_overrides(config, overrides or []).model_dump_json(indent=2))
 
 
+@app.command("convert")
+def convert_command(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of the released JAX code, a pickle.")],
+    out: Annotated[Path, typer.Option(help="The model's folder to write.")],
+    heads: Annotated[int | None, typer.Option(help="Of attention. [default: found from the file]")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Side of a sample. [default: the usual one]")] = None,
+    finest_steps: Annotated[int, typer.Option(help="The training's denoise_timesteps.")] = 128,
+) -> None:
+    """Turn a checkpoint of the released JAX code into safetensors and a config, without JAX."""
+    from shortcutflow.interop.convert import convert
+
+    config, notes = convert(checkpoint, out, heads=heads, image_size=image_size, finest_steps=finest_steps)
+    for note in notes:
+        print(f"assumed {note}")
+    print(f"{out}: {config.backbone.name} {config.backbone.options}, samples {config.shape}, step {config.step}")
+
+
+@app.command("export")
+def export_command(
+    folder: Annotated[Path, typer.Argument(help="A model's or a run's folder.")],
+    out: Annotated[Path, typer.Option(help="The file to write.")],
+    format: Annotated[str, typer.Option(help="jax: a checkpoint of the released code.")] = "jax",
+) -> None:
+    """Write a model in a format that other code reads."""
+    from shortcutflow.interop.export import export_jax
+
+    if format != "jax":
+        raise ValueError(f"unknown format {format!r}; known: jax")
+    print(export_jax(folder, out))
+
+
 def launch(config: RunConfig, argv: Sequence[str] | None = None) -> None:
     """Run a recipe file: the command line of ``shortcutflow train``, without the recipe's name."""
     recipe_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)

@@ -13,13 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shortcutflow.data import stream as stream_module
 from shortcutflow.data.manifest import LatentsInfo, Manifest
 from shortcutflow.data.order import EpochOrder
 from shortcutflow.data.shards import StoredPack, shard_name, write_shard
 from shortcutflow.data.stream import ShardStream
 from shortcutflow.data.variation import Draws, Variation
-from shortcutflow.types import Batch
+from shortcutflow.types import Batch, Share
 from tests.data.test_stream import write_numbers
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=12)
@@ -265,13 +264,12 @@ def position_after_the_next(self: ShardStream) -> dict[str, int]:
     return {"samples_seen": self._samples_seen + 1}
 
 
-def overlapping(self: stream_module._Share, start: int) -> np.ndarray:
-    return np.arange(start + self.rank // 2, start + self.batch_size, self.world_size)
+def overlapping(self: Share) -> slice:
+    return slice(self.number // 2, None, self.total)
 
 
-def in_runs(self: stream_module._Share, start: int) -> np.ndarray:
-    share = self.batch_size // self.world_size
-    return start + self.rank * share + np.arange(share)
+def another_order(self: Share) -> slice:
+    return slice(self.total - 1 - self.number, None, self.total)
 
 
 def by_place_in_the_batch(self: Variation, epochs: np.ndarray, samples: np.ndarray) -> Draws:
@@ -285,14 +283,14 @@ right_draw = Variation.draw
     ("owner", "name", "wrong"),
     [
         (ShardStream, "state_dict", position_after_the_next),
-        (stream_module._Share, "of", overlapping),
-        (stream_module._Share, "of", in_runs),
+        (Share, "rows", property(overlapping)),
+        (Share, "rows", property(another_order)),
         (Variation, "draw", by_place_in_the_batch),
     ],
-    ids=["position", "overlapping shares", "shares in runs", "draws by place"],
+    ids=["position", "overlapping shares", "shares in another order", "draws by place"],
 )
 def test_control_a_wrong_run_is_noticed(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, owner: type, name: str, wrong: Callable[..., object]
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, owner: type, name: str, wrong: object
 ) -> None:
     check_run(folders["moments"], SOME_CASE)
     monkeypatch.setattr(owner, name, wrong)

@@ -1,0 +1,71 @@
+"""Models on the Hugging Face hub. Needs ``pip install 'shortcutflow[hub]'``; import it only where it is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+try:
+    from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
+except ImportError as error:
+    raise ImportError("models on the hub need huggingface_hub: pip install 'shortcutflow[hub]'") from error
+
+from shortcutflow.config import CONFIG_FILE
+from shortcutflow.interop.model import Model, load_folder, save_model
+from shortcutflow.interop.model_card import card_text
+from shortcutflow.interop.model_folder import COMPANIONS
+
+FILES = [CONFIG_FILE, "weights*.safetensors", *COMPANIONS]
+"""All that is downloaded of a repository."""
+
+
+class HubModel(ModelHubMixin, library_name="shortcutflow"):
+    """A model with the hub's ``push_to_hub``, ``save_pretrained`` and ``from_pretrained``.
+
+    >>> HubModel(shortcutflow.load("runs/digits/first")).push_to_hub("me/digits")
+    >>> model = HubModel.from_pretrained("me/digits").model
+
+    Args:
+        model: as :func:`shortcutflow.load` gives it.
+    """
+
+    # Not None, or the mixin would look for a config among the arguments and copy the network for it.
+    _hub_mixin_config: Any = {}  # noqa: RUF012
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._name: str | None = None
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the model with its card; options as of ``ModelHubMixin.push_to_hub``. Gives the commit's address."""
+        options["model_card_kwargs"] = {"name": repo_id, **(options.get("model_card_kwargs") or {})}
+        return super().push_to_hub(repo_id, **options)
+
+    def generate_model_card(self, *_: Any, name: str | None = None, **__: Any) -> ModelCard:
+        """The card: network, data, quality by budget, samples."""
+        return ModelCard(card_text(self.model.config, self.model.folder, name or self.model.folder.name or "model"))
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_model(self.model, save_directory)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        **options: Any,
+    ) -> HubModel:
+        folder = Path(model_id)
+        if not folder.is_dir():
+            folder = Path(
+                snapshot_download(
+                    model_id, revision=revision, cache_dir=cache_dir, force_download=force_download,
+                    local_files_only=local_files_only, token=token, allow_patterns=FILES,
+                )
+            )  # fmt: skip
+        return cls(load_folder(folder, **options))

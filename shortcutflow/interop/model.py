@@ -1,0 +1,242 @@
+"""A model from a folder or the hub, ready to sample."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Generator, Tensor, nn
+
+from shortcutflow.config import CURRENT, RunConfig
+from shortcutflow.interop.model_folder import (
+    CHECKPOINTS,
+    COMPANIONS,
+    ModelConfig,
+    config_of_run,
+    read_config,
+    weights_file,
+)
+from shortcutflow.network import build_network
+from shortcutflow.sampling import draw_noise, sample
+from shortcutflow.train import checkpoint
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network with what its sampler must know.
+
+    Attributes:
+        network: s(x_t, t, d, y), in eval mode.
+        config: shape of samples, conditions, finest steps and so on.
+        weights: the name of the weights in it.
+        folder: where it came from.
+    """
+
+    network: nn.Module
+    config: ModelConfig
+    weights: str
+    folder: Path
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a sample."""
+        return self.config.shape
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of labels, or None."""
+        return self.config.num_classes
+
+    @property
+    def null_y(self) -> float | None:
+        """The null condition."""
+        return self.config.null_y
+
+    @property
+    def finest_steps(self) -> int:
+        """M of the training."""
+        return self.config.finest_steps
+
+    def sample(
+        self,
+        noise: Tensor | int,
+        y: Tensor | int | None = None,
+        *,
+        steps: int | Sequence[float] = 1,
+        guidance_scale: float = 1.0,
+        generator: Generator | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Samples (b, *shape) on the network's device; see :func:`shortcutflow.sample`.
+
+        Args:
+            noise: x_0 (b, *shape), or how many samples to draw it for, from ``generator``.
+            y: the condition of each sample, or one label for all; None is the null condition.
+            steps: a number of steps, or step sizes that add up to 1.
+            guidance_scale: of classifier-free guidance; 1 is none.
+            generator: where noise comes from.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: for labels out of range, and as :func:`shortcutflow.sample`.
+        """
+        device = next(self.network.parameters()).device
+        if isinstance(noise, int):
+            if noise < 1:
+                raise ValueError(f"at least 1 sample must be asked for, got {noise}")
+            noise = draw_noise((noise, *self.shape), generator=generator)
+        if isinstance(y, int):
+            y = torch.full((len(noise),), y)
+        if y is not None and self.num_classes is not None:
+            lowest, highest = int(y.min()), int(y.max())
+            if lowest < 0 or highest > self.num_classes:
+                raise ValueError(f"labels must be from 0 to {self.num_classes} (none), got {lowest} to {highest}")
+        return sample(
+            self.network, noise.to(device), None if y is None else y.to(device),
+            steps=steps, guidance_scale=guidance_scale, null_y=self.null_y,
+            finest_steps=self.finest_steps, flow_only=self.config.flow_only, progress=progress,
+        )  # fmt: skip
+
+    def save(self, folder: Path | str) -> None:
+        """Write the model into a folder that :func:`load` reads; see ``hub.HubModel`` for one with a card."""
+        save_model(self, Path(folder))
+
+
+def load(
+    path: str | Path,
+    *,
+    weights: str | None = None,
+    device: torch.device | str = "cpu",
+    image_size: int | None = None,
+) -> Model:
+    """Load a model from its folder, a run's folder, or the Hugging Face hub.
+
+    >>> model = shortcutflow.load("DIR or hub id")
+    >>> images = model.sample(16, steps=4)
+
+    Nothing in the folder is run: the config names a network that is installed here, the weights are safetensors.
+
+    Args:
+        path: a folder, or a hub id "owner/name" (needs ``pip install 'shortcutflow[hub]'``).
+        weights: which of the folder's weights, "current" or an average's name; None takes the config's.
+        device: of the network.
+        image_size: side of the samples, if not the config's: a transformer's weights fit any that its patch divides.
+
+    Raises:
+        FileNotFoundError: if there is no such folder or it lacks a file.
+        ValueError: for an unknown backbone, listing the installed ones, unknown weights, or weights that do not fit.
+    """
+    folder = Path(path)
+    if not folder.exists() and HUB_ID.fullmatch(str(path)):
+        from shortcutflow.interop.hub import HubModel
+
+        return HubModel.from_pretrained(str(path), weights=weights, device=device, image_size=image_size).model
+    return load_folder(folder, weights=weights, device=device, image_size=image_size)
+
+
+def load_folder(
+    folder: Path,
+    *,
+    weights: str | None = None,
+    device: torch.device | str = "cpu",
+    image_size: int | None = None,
+) -> Model:
+    """As :func:`load`, from a folder only."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}, and it is no hub id (owner/name) either")
+    found = read_config(folder)
+    config, tensors = _run(folder, found, weights) if isinstance(found, RunConfig) else _model(folder, found, weights)
+    if image_size is not None:
+        if len(config.shape) != 3:
+            raise ValueError(f"image_size is for images, this model makes samples of shape {config.shape}")
+        config = config.model_copy(update={"shape": (config.shape[0], image_size, image_size)})
+    network = build_network(
+        config.backbone, shape=config.shape, num_classes=config.num_classes,
+        condition_shape=config.condition_shape, finest_steps=config.finest_steps, seed=0,
+    )  # fmt: skip
+    try:
+        network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"the weights in {folder} do not fit the network of its config: {said[:300]}") from error
+    name = weights or config.default_weights
+    return Model(network.to(device).eval(), config, name, folder)
+
+
+def _model(folder: Path, config: ModelConfig, weights: str | None) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Config and tensors of a model's folder."""
+    weights = weights or config.default_weights
+    if weights not in config.weights:
+        raise ValueError(f"{folder} has no weights {weights!r}; it has: {', '.join(config.weights)}")
+    return config, _tensors_of(folder / weights_file(weights))[0]
+
+
+def _run(folder: Path, run: RunConfig, weights: str | None) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Config and tensors of a run's folder: of the file that training leaves, or of the newest checkpoint."""
+    weights = weights or run.sample_weights
+    if weights != CURRENT and weights not in run.averages:
+        raise ValueError(f"{folder} has no weights {weights!r}; it has: {', '.join([*run.averages, CURRENT])}")
+    file = folder / weights_file(CURRENT)
+    newest = checkpoint.latest_in(folder / CHECKPOINTS)
+    if weights == run.sample_weights and file.is_file():
+        tensors, metadata = _tensors_of(file)
+        step = int(metadata["step"]) if metadata.get("step", "").isdigit() else None
+    elif newest is not None:
+        group = checkpoint.NETWORK if weights == CURRENT else checkpoint.average_group(weights)
+        tensors, step = newest.tensors(group), newest.step
+    else:
+        raise FileNotFoundError(
+            f"{folder} has neither a checkpoint nor {file.name}, so there are no {weights!r} weights"
+        )
+    try:
+        return config_of_run(run, weights=weights, step=step), tensors
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{folder} is a run whose data says what shape its samples have, and it is not here ({error}); where it "
+            "is, load(RUN).save(FOLDER) writes a model that needs no data"
+        ) from error
+
+
+def _tensors_of(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A safetensors file's tensors and the words of its header."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in list(file.keys())}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file, or damaged: {error}") from error
+
+
+def save_model(model: Model, folder: Path) -> None:
+    """Write config and weights, the folder's other weights too, and what was measured of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in model.config.weights:
+        file = weights_file(name)
+        if name == model.weights:
+            _write(model, folder / file)
+        else:
+            _copy(model.folder / file, folder / file)
+    for name in COMPANIONS:
+        if (model.folder / name).is_file():
+            _copy(model.folder / name, folder / name)
+    model.config.save(folder)
+
+
+def _write(model: Model, path: Path) -> None:
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.network.state_dict().items()}
+    metadata = {"weights": model.weights, "step": "" if model.config.step is None else str(model.config.step)}
+    save_file(state, path, metadata=metadata)
+
+
+def _copy(source: Path, target: Path) -> None:
+    if not (target.exists() and target.samefile(source)):
+        shutil.copyfile(source, target)

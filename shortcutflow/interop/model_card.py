@@ -1,0 +1,95 @@
+"""The card of a model: what it is, what it was trained on, what was measured, and how to sample it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from shortcutflow.interop.model_folder import LONGEST_CONFIG, ModelConfig
+
+HEADER = """---
+library_name: shortcutflow
+pipeline_tag: {pipeline}
+tags:
+- shortcut-models
+- flow-matching
+- few-step
+---
+"""
+SUMMARY = "A shortcut model: one network that samples in any number of steps.\n"
+USE = """## Use
+
+```python
+import shortcutflow
+
+model = shortcutflow.load("{name}")
+samples = model.sample({call})
+```
+
+`steps` may be any number; one step costs one evaluation of the network. Nothing in this repository is code: the config
+names a network of the installed library, the weights are safetensors.
+"""
+
+
+def card_text(config: ModelConfig, folder: Path, name: str) -> str:
+    """The card in Markdown.
+
+    Args:
+        config: of the model.
+        folder: which may hold what was measured (evaluation.json) and a picture (samples.png).
+        name: a heading, and what to load: a hub id or a folder.
+    """
+    pipeline = "unconditional-image-generation" if len(config.shape) == 3 else "other"
+    parts = [
+        HEADER.format(pipeline=pipeline),
+        f"# {name}\n",
+        "A shortcut model: one network that samples in any number of steps.\n",
+    ]
+    if (folder / "samples.png").is_file():
+        parts.append("![samples](samples.png)\n")
+    call = "16, steps=4" if config.num_classes is None else "16, y=0, steps=4"
+    parts += [USE.format(name=name, call=call), "## Network\n", _table(["", ""], _facts(config))]
+    if about := [[topic, words] for topic, words in config.about.items()]:
+        parts += ["## Data and training\n", _table(["", ""], about)]
+    if report := _report(folder / "evaluation.json"):
+        parts += ["## Quality by sampling budget\n", report]
+    return "\n".join(parts)
+
+
+def _facts(config: ModelConfig) -> list[list[object]]:
+    facts: list[list[object]] = [["backbone", f"`{config.backbone.name}`"]]
+    facts += [[option, value] for option, value in config.backbone.options.items()]
+    facts += [["shape of a sample", config.shape], ["finest steps in training", config.finest_steps]]
+    facts += [["labels", config.num_classes]] if config.num_classes is not None else []
+    facts += [["latents of", f"`{config.vae}`"]] if config.vae is not None else []
+    facts += [["optimizer steps", config.step]] if config.step is not None else []
+    return [*facts, ["weights", ", ".join(config.weights)], ["loaded by default", config.default_weights]]
+
+
+def _report(path: Path) -> str | None:
+    """A table of an evaluation's rows; None without one."""
+    if not path.is_file() or path.stat().st_size > LONGEST_CONFIG:
+        return None
+    try:
+        report: Any = json.loads(path.read_text())
+    except ValueError:
+        return None
+    rows = report.get("rows") if isinstance(report, dict) else None
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        return None
+    names = list(rows[0])
+    table = _table(names, [[row.get(name, "") for name in names] for row in rows])
+    said = [f"{topic}: {report[topic]}" for topic in ("protocol", "weights", "step") if topic in report]
+    return table + "\n" + "; ".join(said) + "\n"
+
+
+def _table(head: list[str], rows: list[list[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(_cell(value) for value in line)} |\n" for line in lines)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,125 @@
+"""A model's folder: what its network is, as JSON, and its weights, as safetensors. Nothing in it is code.
+
+::
+
+    config.json                  the network, its samples' shape, its conditions, which weights there are
+    weights.safetensors          the weights as training left them ("current")
+    weights_NAME.safetensors     an average of them, for example weights_ema.safetensors
+
+A run's folder is one too: its config says the same in more words, and its weights are those it is sampled with.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from shortcutflow.config import CONFIG_FILE, CURRENT, RunConfig
+from shortcutflow.network import BackboneConfig
+
+FORMAT = "shortcutflow-model"
+LONGEST_CONFIG = 2**20
+"""Bytes of a config that are read."""
+CHECKPOINTS = "checkpoints"
+"""A run's folder of them."""
+COMPANIONS = ("evaluation.json", "samples.png")
+"""What else a folder may hold that is worth keeping with a model."""
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
+Size = Annotated[int, Field(ge=1)]
+
+
+class ModelConfig(BaseModel):
+    """All that sampling needs to know of a model.
+
+    Args:
+        format, version: of this file.
+        backbone: the network's registered name and its builder's options.
+        shape: of a sample.
+        num_classes: labels, or None.
+        condition_shape: of the tensor a sample is conditioned on, or None.
+        null_y: the null condition, for guidance.
+        finest_steps: M of the training.
+        flow_only: the network was never told a step size.
+        weights: the names of the weights in the folder; "current" and those of averages.
+        default_weights: which of them are loaded if none are asked for.
+        step: optimizer steps done, as the training counted them, if known.
+        vae: the autoencoder whose latents the samples are, or None.
+        about: anything else worth saying, by topic.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["shortcutflow-model"] = "shortcutflow-model"
+    version: Literal[1] = 1
+    backbone: BackboneConfig
+    shape: tuple[Size, ...]
+    num_classes: Size | None = None
+    condition_shape: tuple[Size, ...] | None = None
+    null_y: float | None = None
+    finest_steps: int = Field(default=128, ge=2)
+    flow_only: bool = False
+    weights: tuple[Name, ...]
+    default_weights: Name
+    step: int | None = Field(default=None, ge=0)
+    vae: str | None = None
+    about: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _has_its_default(self) -> ModelConfig:
+        if self.default_weights not in self.weights:
+            raise ValueError(f"default_weights is {self.default_weights!r}; weights: {', '.join(self.weights)}")
+        return self
+
+    def save(self, folder: Path) -> None:
+        """Write it into a folder."""
+        (folder / CONFIG_FILE).write_text(self.model_dump_json(indent=2) + "\n")
+
+
+def weights_file(name: str) -> str:
+    """The file that holds the weights of this name."""
+    return "weights.safetensors" if name == CURRENT else f"weights_{name}.safetensors"
+
+
+def read_config(folder: Path) -> ModelConfig | RunConfig:
+    """The config of a model's or a run's folder.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it describes neither.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no model: there is no {CONFIG_FILE} in it")
+    if path.stat().st_size > LONGEST_CONFIG:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes; a config has at most {LONGEST_CONFIG}")
+    try:
+        values = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} describes no model: it must hold an object, not a {type(values).__name__}")
+    return _model_config(values, path) if "format" in values else RunConfig.load(folder)
+
+
+def config_of_run(run: RunConfig, *, weights: str, step: int | None) -> ModelConfig:
+    """What sampling needs to know of a run with these weights; its data must be there to give the shape."""
+    info, options = run.data.describe(), run.sampler_options()
+    return ModelConfig(
+        backbone=run.backbone, shape=info.shape, num_classes=info.num_classes, condition_shape=info.condition_shape,
+        null_y=options["null_y"], finest_steps=options["finest_steps"], flow_only=options["flow_only"],
+        weights=(weights,), default_weights=weights, step=step, vae=info.vae,
+        about={"run": run.name, "objective": run.objective.kind, "data": run.data.kind},
+    )  # fmt: skip
+
+
+def _model_config(values: dict[str, Any], path: Path) -> ModelConfig:
+    try:
+        return ModelConfig.model_validate(values)
+    except ValidationError as error:
+        problems = [(".".join(map(str, p["loc"])) or "it", p["msg"]) for p in error.errors()[:5]]
+        told = "; ".join(f"{place}: {message.removeprefix('Value error, ')}" for place, message in problems)
+        raise ValueError(f"{path} describes no model: {told}") from error
