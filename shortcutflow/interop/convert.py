@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from shortcutflow import __version__
 from shortcutflow.config import CURRENT
@@ -23,9 +25,9 @@ from shortcutflow.interop.released_sizes import (
     usual_heads,
     usual_image_size,
 )  # fmt: skip
-from shortcutflow.interop.tensor_file import write_tensors
 from shortcutflow.network import BackboneConfig, build_network
 from shortcutflow.schedule import levels_of
+from shortcutflow.tensor_file import Announced, write_tensors
 
 BACKBONE = "dit"
 AVERAGE = "ema"
@@ -137,14 +139,14 @@ def _write_weights(path: Path, arrays: Arrays, released: ReleasedCheckpoint, nam
 
     depth = released.sizes.depth
     write_tensors(
-        path, _shapes(arrays, depth), _converted(depth, finite),
+        path, {ours: Announced(shape) for ours, shape in _shapes(arrays, depth).items()}, _converted(depth, finite),
         metadata={"weights": name, "step": str(released.step), "shortcutflow": __version__},
     )  # fmt: skip
 
 
-def _converted(depth: int, read: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+def _converted(depth: int, read: Callable[[str], np.ndarray]) -> Iterator[tuple[str, Tensor]]:
     for entry in entries(depth):
-        yield entry.ours, to_ours(entry, read)
+        yield entry.ours, torch.from_numpy(to_ours(entry, read))
 
 
 @contextmanager

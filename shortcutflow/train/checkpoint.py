@@ -150,8 +150,9 @@ class Saver:
         Raises:
             SavingError: if the one before could not be written.
         """
-        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
         from torch.distributed.checkpoint.state_dict_saver import async_save
+
+        from shortcutflow.train.shard_writer import ShardWriter  # loaded here: it takes a second
 
         self.wait()
         unfinished = self.folder / f"{_UNFINISHED}{step:08d}"
@@ -162,7 +163,7 @@ class Saver:
             unfinished.mkdir(parents=True)
         if self._group is not None:
             torch.distributed.barrier(self._group)
-        writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
+        writer = ShardWriter(unfinished)
         _quiet()
         written: Any = async_save(
             _flat(groups), storage_writer=writer, process_group=self._group, no_dist=self._group is None

@@ -13,10 +13,10 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from shortcutflow.train import checkpoint
 from shortcutflow.train.checkpoint import Saver
+from shortcutflow.train.shard_writer import ShardWriter
 
 POINTS = ("nothing written", "tensors written", "state written", "tensors on disk", "all on disk", "named", "pruning")
 """When the process is killed, in the order of what happens."""
@@ -49,9 +49,9 @@ def patch_at(point: str) -> Any:
     """Makes this process die at the point."""
     match point:
         case "nothing written":
-            return mock.patch.object(HuggingFaceStorageWriter, "write_data", die)
+            return mock.patch.object(ShardWriter, "write_data", die)
         case "tensors written":
-            return mock.patch.object(HuggingFaceStorageWriter, "finish", after(HuggingFaceStorageWriter.finish, 1))
+            return mock.patch.object(ShardWriter, "finish", after(ShardWriter.finish, 1))
         case "state written":
             return mock.patch.object(checkpoint, "_sync", die)
         case "tensors on disk":

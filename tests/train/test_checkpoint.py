@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from shortcutflow.train import checkpoint
 from shortcutflow.train.checkpoint import Checkpoint, Saver, SavingError, latest_in
 from shortcutflow.train.optim import OptimizerConfig, build_optimizer
+from shortcutflow.train.shard_writer import ShardWriter
 from tests.train import launched
 from tests.train.saving import POINTS, filled
 
@@ -59,14 +59,14 @@ def test_round_trip(tmp_path: Path) -> None:
 
 def test_tensors_may_change_as_soon_as_save_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing has been written by then, and what is written is the state of that moment."""
-    write, changed = HuggingFaceStorageWriter.write_data, []
+    write, changed = ShardWriter.write_data, []
 
     def late(*args, **kwargs):
         while not changed:
             pass
         return write(*args, **kwargs)
 
-    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", late)
+    monkeypatch.setattr(ShardWriter, "write_data", late)
     groups = filled(1)
     with Saver(tmp_path) as saver:
         saver.save(1, groups, {})
@@ -137,7 +137,7 @@ def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) 
     with monkeypatch.context() as patched:
         match place:
             case "write":
-                patched.setattr(HuggingFaceStorageWriter, "write_data", disk_full)
+                patched.setattr(ShardWriter, "write_data", disk_full)
             case "sync":
                 patched.setattr(checkpoint, "_sync", disk_full)
             case _:
@@ -153,7 +153,7 @@ def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) 
 
 
 def test_failure_is_told_at_the_next_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", disk_full)
+    monkeypatch.setattr(ShardWriter, "write_data", disk_full)
     saver = Saver(tmp_path)
     saver.save(1, filled(1), {})
     with pytest.raises(SavingError, match="there is no checkpoint before it"):
@@ -161,7 +161,7 @@ def test_failure_is_told_at_the_next_save(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_failure_does_not_hide_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", disk_full)
+    monkeypatch.setattr(ShardWriter, "write_data", disk_full)
 
     def train() -> None:
         with Saver(tmp_path) as saver:
