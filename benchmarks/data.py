@@ -281,7 +281,7 @@ def _table(rows: list[Row]) -> str:
     lines = ["| what | how | samples a second | ratio |", "| --- | --- | ---: | ---: |"]
     for row in rows:
         ratio = next((f"{value:.2f} of {key[3:]}" for key, value in row.items() if key.startswith("of_")), "")
-        rate = f"{row['per_second']:,.0f}" if "per_second" in row else f"{row['seconds']:.1f} s"
+        rate = f"{row['per_second']:,.0f}" if "per_second" in row else f"{1000 * row['seconds']:.0f} ms"
         lines.append(f"| {row['group']} | {row['name']} | {rate} | {ratio} |")
     return "\n".join(lines)
 

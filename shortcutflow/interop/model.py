@@ -82,7 +82,7 @@ class Model:
             y: the condition of each sample, or one label for all; None is the null condition.
             steps: a number of steps, or step sizes that add up to 1.
             guidance_scale: of classifier-free guidance; 1 is none.
-            generator: where noise comes from.
+            generator: where noise comes from, also that which the sampler of consistency models adds.
             progress: show a progress bar.
 
         Raises:
@@ -102,7 +102,8 @@ class Model:
         return sample(
             self.network, noise.to(device), None if y is None else y.to(device),
             steps=steps, guidance_scale=guidance_scale, null_y=self.null_y,
-            finest_steps=self.finest_steps, flow_only=self.config.flow_only, progress=progress,
+            finest_steps=self.finest_steps, flow_only=self.config.flow_only,
+            sampler=self.config.sampler, generator=generator, progress=progress,
         )  # fmt: skip
 
     def save(self, folder: Path | str) -> None:

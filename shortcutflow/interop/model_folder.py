@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from shortcutflow.config import CONFIG_FILE, CURRENT, RunConfig
 from shortcutflow.network import BackboneConfig
+from shortcutflow.types import SamplerKind
 
 FORMAT = "shortcutflow-model"
 LONGEST_CONFIG = 2**20
@@ -44,6 +45,7 @@ class ModelConfig(BaseModel):
         null_y: the null condition, for guidance.
         finest_steps: M of the training.
         flow_only: the network was never told a step size.
+        sampler: that the network is made for, see :func:`shortcutflow.sample`.
         weights: the names of the weights in the folder; "current" and those of averages.
         default_weights: which of them are loaded if none are asked for.
         step: optimizer steps done, as the training counted them, if known.
@@ -62,6 +64,7 @@ class ModelConfig(BaseModel):
     null_y: float | None = None
     finest_steps: int = Field(default=128, ge=2)
     flow_only: bool = False
+    sampler: SamplerKind = "euler"
     weights: tuple[Name, ...]
     default_weights: Name
     step: int | None = Field(default=None, ge=0)
@@ -111,6 +114,7 @@ def config_of_run(run: RunConfig, *, weights: str, step: int | None) -> ModelCon
     return ModelConfig(
         backbone=run.backbone, shape=info.shape, num_classes=info.num_classes, condition_shape=info.condition_shape,
         null_y=options["null_y"], finest_steps=options["finest_steps"], flow_only=options["flow_only"],
+        sampler=options["sampler"],
         weights=(weights,), default_weights=weights, step=step, vae=info.vae,
         about={"run": run.name, "objective": run.objective.kind, "data": run.data.kind},
     )  # fmt: skip

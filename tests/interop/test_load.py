@@ -279,3 +279,14 @@ def test_load_is_found_late() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'laod'"):
         _ = sf.laod
     assert "load" in sf.__all__
+
+
+def test_a_model_is_sampled_by_the_sampler_it_is_made_for(tmp_path: Path) -> None:
+    """A consistency model jumps to the end and back; Euler's steps would give other samples, and no error."""
+    made_for = sf.load(model_in(tmp_path / "consistency", sampler="consistency"))
+    other = sf.load(model_in(tmp_path / "euler"))
+    samples = made_for.sample(noise(), 1, steps=2, generator=torch.Generator().manual_seed(1))
+    assert not torch.allclose(samples, other.sample(noise(), 1, steps=2))
+    assert torch.equal(samples, made_for.sample(noise(), 1, steps=2, generator=torch.Generator().manual_seed(1)))
+    with pytest.raises(ValueError, match="noise"):
+        made_for.sample(noise(), 1, steps=2)
