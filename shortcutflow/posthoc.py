@@ -6,7 +6,6 @@ combination of snapshots whose profiles add up to the wanted one is the average 
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from shortcutflow.durable import sync
 from shortcutflow.ema import power_of
 
 AVERAGES = "averages"
@@ -64,9 +64,9 @@ def write_snapshot(folder: Path, name: str, step: int, sigma_rel: float, tensors
     final.parent.mkdir(parents=True, exist_ok=True)
     header = {"sigma_rel": repr(sigma_rel), "step": str(step)}
     save_file({key: _compact(tensor) for key, tensor in tensors.items()}, unfinished, metadata=header)
-    _sync(unfinished)
+    sync(unfinished)
     unfinished.replace(final)
-    _sync(final.parent)
+    sync(final.parent)
     return Snapshot(final, name, step, sigma_rel)
 
 
@@ -82,15 +82,6 @@ def _compact(tensor: Tensor) -> Tensor:
     half = tensor.to(torch.float16)
     fits = (half.to(tensor.dtype) - tensor).abs().max() <= 2**-11 * tensor.abs().max()
     return half if fits else tensor
-
-
-def _sync(path: Path) -> None:
-    """Force a file or folder onto the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def find_snapshots(folder: Path) -> list[Snapshot]:

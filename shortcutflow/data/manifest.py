@@ -150,7 +150,10 @@ class Manifest(BaseModel):
         """
         path = folder / MANIFEST
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} holds no {MANIFEST}: it is not a folder of prepared shards")
+            raise FileNotFoundError(
+                f"{folder} holds no {MANIFEST}: it is not a folder of prepared shards, "
+                f"which `shortcutflow prepare SOURCE {folder} --size ...` makes"
+            )
         if path.stat().st_size > LARGEST_MANIFEST:
             raise ValueError(f"{path} has {path.stat().st_size} bytes, at most {LARGEST_MANIFEST} are read")
         return cls.parse(path.read_bytes(), str(path))

@@ -6,7 +6,6 @@ lines it learns the straightened flow, at d = 1. There d is a name for one of tw
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,7 +15,7 @@ from torch import Generator, Tensor
 
 from shortcutflow.objectives.baseline import BaselineObjective, FinestSteps, GuidanceScale, guided_evaluations
 from shortcutflow.objectives.pairs import end_of_flow
-from shortcutflow.objectives.regression import check_batch
+from shortcutflow.objectives.regression import check_batch, rows_of
 from shortcutflow.path import interpolate, velocity
 from shortcutflow.schedule import draw_times_on_grid
 from shortcutflow.types import Network, SamplerKind, Share, Targets
@@ -134,14 +133,7 @@ class LiveReflowObjective(BaselineObjective):
         Raises:
             ValueError: if reflow_fraction asks for some and the batch is too small to hold one.
         """
-        n = int(batch_size * self.reflow_fraction + 1e-6)
-        if n == 0 and self.reflow_fraction > 0:
-            smallest = math.ceil((1 - 1e-6) / self.reflow_fraction)
-            raise ValueError(
-                f"a batch of {batch_size} holds no reflow row at reflow_fraction {self.reflow_fraction:g}: "
-                f"use at least {smallest} samples, a fraction of at least 1/{batch_size}, or 0 for none"
-            )
-        return n
+        return rows_of(self.reflow_fraction, batch_size, "reflow")
 
     def draw(
         self, data: Tensor, *, generator: Generator | None = None, progress: float | None = None

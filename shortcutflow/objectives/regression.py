@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Generator, Tensor
@@ -50,6 +52,22 @@ class ObjectiveSettings(BaseModel):
         if y is None or (self.condition_dropout == 0 and null_y is None):
             return y
         return drop_condition(y, dropped, require_null(null_y))
+
+
+def rows_of(fraction: float, batch_size: int, kind: str) -> int:
+    """How many of batch_size rows are of a kind that gets this share of them.
+
+    Raises:
+        ValueError: if some are asked for and the batch is too small to hold one.
+    """
+    n = int(batch_size * fraction + 1e-6)
+    if n == 0 and fraction > 0:
+        smallest = math.ceil((1 - 1e-6) / fraction)
+        raise ValueError(
+            f"a batch of {batch_size} holds no {kind} row at {kind}_fraction {fraction:g}: "
+            f"use at least {smallest} samples, a fraction of at least 1/{batch_size}, or 0 for none"
+        )
+    return n
 
 
 def check_batch(data: Tensor, y: Tensor | None) -> None:

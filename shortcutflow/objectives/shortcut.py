@@ -10,7 +10,6 @@ and the rows at d = 1/M follow the flow, s(x_t, t, 1/M) <- x_1 - x_0 (eq. 5, Alg
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +18,7 @@ from pydantic import Field, field_validator
 from torch import Generator, Tensor
 
 from shortcutflow.guidance import partly_guided_velocity
-from shortcutflow.objectives.regression import ObjectiveSettings, check_batch, regress, whole_batch
+from shortcutflow.objectives.regression import ObjectiveSettings, check_batch, regress, rows_of, whole_batch
 from shortcutflow.objectives.released import released_bootstrap_sizes, released_guided_rows
 from shortcutflow.path import check_unit_interval, expand_to, interpolate, velocity
 from shortcutflow.schedule import draw_bootstrap_sizes, draw_times_on_grid, levels_of
@@ -154,14 +153,7 @@ class ShortcutObjective(ObjectiveSettings):
         Raises:
             ValueError: if bootstrap_fraction asks for some and the batch is too small to hold one.
         """
-        n = int(batch_size * self.bootstrap_fraction + 1e-6)
-        if n == 0 and self.bootstrap_fraction > 0:
-            smallest = math.ceil((1 - 1e-6) / self.bootstrap_fraction)
-            raise ValueError(
-                f"a batch of {batch_size} holds no bootstrap row at bootstrap_fraction {self.bootstrap_fraction:g}: "
-                f"use at least {smallest} samples, a fraction of at least 1/{batch_size}, or 0 for none"
-            )
-        return n
+        return rows_of(self.bootstrap_fraction, batch_size, "bootstrap")
 
     def draw(self, data: Tensor, *, generator: Generator | None = None) -> ShortcutDraw:
         """Noise, times, step sizes and dropped conditions for a batch of data (b, *shape)."""

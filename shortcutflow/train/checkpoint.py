@@ -7,7 +7,6 @@ final name when all of it, and ``state.json``, is on the disk. Nothing is pickle
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -17,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from shortcutflow.durable import sync
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -209,13 +210,13 @@ class Saver:
         files = {file.name: file.stat().st_size for file in sorted(unfinished.iterdir())}
         (unfinished / STATE).write_text(json.dumps(state | {"files": files}, indent=2) + "\n")
         for file in unfinished.iterdir():
-            _sync(file)
-        _sync(unfinished)
+            sync(file)
+        sync(unfinished)
         final = self.folder / f"{_PREFIX}{step:08d}"
         if final.exists():
             shutil.rmtree(final)
         unfinished.replace(final)
-        _sync(self.folder)
+        sync(self.folder)
         for checkpoint in all_in(self.folder)[: -self._keep]:
             if not self._keep_every or checkpoint.step % self._keep_every:
                 shutil.rmtree(checkpoint.folder)
@@ -269,15 +270,6 @@ def _cause(error: BaseException) -> str:
         rank, (cause, _) = next(iter(failures.items()))
         return f"rank {rank}: {cause}"
     return str(error)
-
-
-def _sync(path: Path) -> None:
-    """Force a file or folder onto the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _quiet() -> None:

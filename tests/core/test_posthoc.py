@@ -222,7 +222,7 @@ def test_a_half_written_snapshot_does_not_count(tmp_path: Path, monkeypatch: pyt
     def full_disk(path: Path) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(posthoc, "_sync", full_disk)
+    monkeypatch.setattr(posthoc, "sync", full_disk)
     for step in (10, 20):
         with pytest.raises(OSError, match="no space"):
             write_snapshot(tmp_path, "ema", step, 0.1, {"w": torch.zeros(2)})
