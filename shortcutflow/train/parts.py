@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from shortcutflow import __version__
 from shortcutflow.config import CURRENT, RunConfig
+from shortcutflow.data.source import DataInfo
 from shortcutflow.data.stream import BatchStream
 from shortcutflow.ema import Average, PowerAverageConfig, copy_weights
 from shortcutflow.evaluation.runs import load_run
@@ -34,6 +35,7 @@ class Parts(NamedTuple):
         teacher: what the second phase of two learns from, as it is saved; None without one.
         net, target_net, teacher_net: the networks as an objective calls them: compiled, in DistributedDataParallel, or
             as they are.
+        info: what the network fits; asked for once, since the answer may lie in a file far away.
         forward_flops: of one sample; None if unknown.
     """
 
@@ -45,6 +47,7 @@ class Parts(NamedTuple):
     net: Network
     target_net: Network
     teacher_net: Network | None
+    info: DataInfo
     forward_flops: int | None
 
     def weights(self, name: str) -> nn.Module:
@@ -69,7 +72,8 @@ def build_parts(config: RunConfig, world: World) -> Parts:
         if not hasattr(network, "gradient_checkpointing"):
             raise ValueError(f"backbone {config.backbone.name!r} has no gradient checkpointing")
         network.gradient_checkpointing = True
-    flops = forward_flops(network, config.data.describe().num_classes)
+    info = config.data.describe()
+    flops = forward_flops(network, info.num_classes)
     teacher = _trained_teacher(config, world)
     if teacher is not None:
         network.load_state_dict(teacher.state_dict())
@@ -93,7 +97,7 @@ def build_parts(config: RunConfig, world: World) -> Parts:
     net, target_net, teacher_net = called
     if world.size > 1 and not sharded:
         net = replicate(net, world)
-    return Parts(network, averages, optimizer, stream, teacher, net, target_net, teacher_net, flops)
+    return Parts(network, averages, optimizer, stream, teacher, net, target_net, teacher_net, info, flops)
 
 
 def _trained_teacher(config: RunConfig, world: World) -> nn.Module | None:

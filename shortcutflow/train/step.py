@@ -25,8 +25,7 @@ def backward_pass(
     The random numbers are those of the global batch in one piece, however many processes and parts share it.
     """
     refresh_teacher(config, parts, step)
-    settings, null_y = config.training, config.data.describe().null_y
-    reports = []
+    settings, reports = config.training, []
     for part in range(settings.accumulation):
         watchdog.beat(step, "objective")
         rows = slice(part, None, settings.accumulation)
@@ -38,7 +37,7 @@ def backward_pass(
                 report = config.objective(
                     parts.net, batch.data[rows], batch.y[rows] if batch.y is not None else None,
                     target_net=parts.target_net, teacher=parts.teacher_net, progress=step / settings.steps,
-                    null_y=null_y, generator=draws, share=share,
+                    null_y=parts.info.null_y, generator=draws, share=share,
                 )  # fmt: skip
             watchdog.beat(step, "backward")
             (report.loss / settings.accumulation).backward()

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from recipes.digits import recipe
 from shortcutflow.config import RunConfig, with_overrides
+from shortcutflow.data.digits import DigitsData
+from shortcutflow.data.source import DataInfo
 from shortcutflow.evaluation.runs import WEIGHTS_FILE, load_run
 from shortcutflow.train.loop import train
 from shortcutflow.train.metrics import METRICS_FILE, MetricsLog, read_metrics
@@ -112,3 +114,19 @@ def test_cut_off_metrics_line_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
     assert read_metrics(path) == [{"step": 1}]
+
+
+def test_steps_do_not_ask_the_data_what_it_is(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer may lie in a large manifest, or behind a URL: it is asked for before the steps, and for pictures."""
+    calls: list[int] = []
+    describe = DigitsData.describe
+
+    def counted(self: DigitsData) -> DataInfo:
+        calls.append(1)
+        return describe(self)
+
+    monkeypatch.setattr(DigitsData, "describe", counted)
+    train(tiny(shards, "training.steps=2"), tmp_path / "short")
+    few = len(calls)
+    train(tiny(shards, "training.steps=9"), tmp_path / "long")
+    assert len(calls) - few == few
