@@ -30,7 +30,8 @@ from benchmarks.loop import CLASSES, LATENT, PAGE, Row, made_run
 from benchmarks.record import print_rows, put_into_readme, write_result
 from shortcutflow.config import RunConfig
 from shortcutflow.network import BackboneConfig
-from shortcutflow.train.distributed import joined, local
+from shortcutflow.sharded import local
+from shortcutflow.train.distributed import joined
 from shortcutflow.train.parts import Parts, build_parts
 from shortcutflow.train.step import backward_pass, update
 from shortcutflow.train.watchdog import Watchdog

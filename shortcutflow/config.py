@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import nn
 
 from shortcutflow.data import DataConfig
+from shortcutflow.durable import write_whole
 from shortcutflow.ema import AnyAverageConfig, AverageConfig
 from shortcutflow.network import BackboneConfig, build_network
 from shortcutflow.objectives import ObjectiveConfig
@@ -205,9 +205,7 @@ class RunConfig(BaseModel):
 
     def save(self, run_dir: Path) -> None:
         """Write it into the run's folder, whole or not at all."""
-        unfinished = run_dir / f".{CONFIG_FILE}.{os.getpid()}"
-        unfinished.write_text(self.model_dump_json(indent=2) + "\n")
-        unfinished.replace(run_dir / CONFIG_FILE)
+        write_whole(run_dir / CONFIG_FILE, self.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def load(cls, run_dir: Path) -> RunConfig:

@@ -11,6 +11,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from shortcutflow.sharded import local
+
 WIDEST = 12**-0.5
 """The relative width of a plain mean of all weights; a power-function average is narrower."""
 
@@ -106,7 +108,7 @@ class Average:
             self._sharded = [m for net in (self.network, network) for m in net.modules() if hasattr(m, "reshard")]
             _let_go(self._sharded)
             self._mine, self._theirs = list(self.network.parameters()), list(network.parameters())
-        mine, theirs = [_share(p) for p in self._mine], [_share(p) for p in self._theirs]
+        mine, theirs = [local(p) for p in self._mine], [local(p) for p in self._theirs]
         torch._foreach_lerp_(mine, theirs, 1 - self.config.decay_at(step))
         for mine_b, theirs_b in zip(self.network.buffers(), network.buffers(), strict=True):
             mine_b.copy_(theirs_b)
@@ -117,7 +119,7 @@ def copy_weights(into: nn.Module, of: nn.Module) -> None:
     """Give a network the weights and buffers of an equal one, which is sharded as it is, if at all."""
     _let_go([m for net in (into, of) for m in net.modules() if hasattr(m, "reshard")])
     for mine, theirs in zip(into.parameters(), of.parameters(), strict=True):
-        _share(mine).copy_(_share(theirs))
+        local(mine).copy_(local(theirs))
     for mine_b, theirs_b in zip(into.buffers(), of.buffers(), strict=True):
         mine_b.copy_(theirs_b)
 
@@ -127,8 +129,3 @@ def _let_go(sharded: list[Any]) -> None:
     # give targets. Its parameters are then a copy that no update would reach and that the next pass would still use.
     for module in sharded:
         module.reshard()
-
-
-def _share(parameter: Any) -> Tensor:
-    """This process's share of a sharded parameter, as a view; others as they are."""
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter

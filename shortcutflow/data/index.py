@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from shortcutflow.data.manifest import ShardEntry
+from shortcutflow.durable import write_whole
 
 LARGEST_INDEX = 2**30
 LARGEST_SAMPLE = 64 * 2**20
@@ -101,12 +101,7 @@ def write_index(path: Path, builder: IndexBuilder, entry: ShardEntry | None, ski
     # One entry: safetensors keeps several in no fixed order.
     metadata = {"shard": json.dumps({"entry": json.loads(shard), "skipped": skipped})}
     content = save(builder.columns(), metadata)
-    unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
-    with unfinished.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    write_whole(path, content)
     return hashlib.sha256(content).hexdigest()
 
 

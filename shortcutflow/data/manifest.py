@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
+
+from shortcutflow.durable import write_whole
 
 MANIFEST = "manifest.json"
 VERSION = 2
@@ -121,9 +122,7 @@ class Manifest(BaseModel):
 
     def write(self, folder: Path) -> None:
         """Write it into the folder, whole or not at all; last, after the shards."""
-        unfinished = folder / f".{MANIFEST}.{os.getpid()}"
-        unfinished.write_text(self.model_dump_json(indent=2) + "\n")
-        unfinished.replace(folder / MANIFEST)
+        write_whole(folder / MANIFEST, self.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def parse(cls, content: bytes, where: str) -> Manifest:

@@ -6,7 +6,6 @@ on with the same call, and the folder gets the same bytes as without the stop.
 
 from __future__ import annotations
 
-import os
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from shortcutflow.data.raw_items import RawSource
 from shortcutflow.data.raw_parquet import CACHE
 from shortcutflow.data.remote import ShardFolder
 from shortcutflow.data.shards import Skipped, WrittenShard, shard_name, written_shard
+from shortcutflow.durable import write_whole
 
 PREPARATION, SKIPPED, LOCK = "preparation.json", "skipped.txt", ".lock"
 
@@ -134,12 +134,11 @@ def begin(folder: Path, preparation: Preparation) -> None:
                 "remove the folder, or name another"
             )
         _check_same(folder, "versions", found.versions, preparation.versions)
-    for pattern in (".*.unfinished-*", f".{MANIFEST}.*"):
-        for leftover in folder.glob(pattern):
-            leftover.unlink(missing_ok=True)
+    for leftover in folder.glob(".*.unfinished-*"):
+        leftover.unlink(missing_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
     if found is None:
-        _write_whole(folder / PREPARATION, preparation.model_dump_json(indent=2) + "\n")
+        write_whole(folder / PREPARATION, preparation.model_dump_json(indent=2) + "\n")
 
 
 def _check_same(folder: Path, what: str, found: Mapping[str, object], asked: Mapping[str, object]) -> None:
@@ -149,15 +148,6 @@ def _check_same(folder: Path, what: str, found: Mapping[str, object], asked: Map
         raise ValueError(
             f"{folder} was begun with other {what}: {differing}. Use the same again, remove the folder, or name another"
         )
-
-
-def _write_whole(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
-    with unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
 
 
 def shuffled_order(source: RawSource, seed: int) -> list[int]:
@@ -224,7 +214,7 @@ def finish(folder: Path, manifest: Manifest, skipped: Sequence[Skipped]) -> Mani
     """Write the list of skipped items and, last, the manifest, which makes the folder complete."""
     if skipped:
         lines = (f"{_one_line(item.name)}\t{_one_line(item.reason)}\n" for item in skipped)
-        _write_whole(folder / SKIPPED, "".join(lines))
+        write_whole(folder / SKIPPED, "".join(lines))
     else:
         (folder / SKIPPED).unlink(missing_ok=True)
     manifest.write(folder)

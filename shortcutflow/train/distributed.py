@@ -175,13 +175,3 @@ def replicate(network: nn.Module, world: World) -> nn.Module:
         # Newer versions have another name for broadcast_buffers, which older ones do not know.
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor; any other tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together, in every process; any other tensor itself."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

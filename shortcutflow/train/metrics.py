@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shortcutflow.durable import write_whole
 from shortcutflow.types import LossReport
 
 METRICS_FILE = "metrics.jsonl"
@@ -76,9 +77,7 @@ class MetricsLog:
         path = run_dir / METRICS_FILE
         kept = [line for line in read_metrics(path) if line["step"] <= resume_at]
         # Not in place: a kill in the middle would lose lines that no resumed run writes again.
-        unfinished = path.with_name(f".{METRICS_FILE}.unfinished")
-        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        unfinished.replace(path)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_at + 1 if resume_at else None)
 

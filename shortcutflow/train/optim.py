@@ -10,6 +10,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from shortcutflow.sharded import local, whole
+
 
 class OptimizerConfig(BaseModel):
     """AdamW with decoupled weight decay on every parameter, as the released code uses it.
@@ -57,7 +59,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float | None) -> 
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return whole(norm)
 
 
 class UpdateNorms:
@@ -85,7 +87,7 @@ class UpdateNorms:
         return {"parameter_norm": weights, "update_norm": update}
 
     def _parts(self) -> list[Tensor]:
-        return [p.to_local() if hasattr(p, "to_local") else p for p in self._parameters]
+        return [local(p) for p in self._parameters]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

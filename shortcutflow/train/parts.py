@@ -17,9 +17,10 @@ from shortcutflow.data.stream import BatchStream
 from shortcutflow.ema import Average, PowerAverageConfig, copy_weights
 from shortcutflow.evaluation.runs import load_run
 from shortcutflow.posthoc import write_snapshot
+from shortcutflow.sharded import whole
 from shortcutflow.train import checkpoint
 from shortcutflow.train.checkpoint import NETWORK, OPTIMIZER, TEACHER, Saver, average_group, optimizer_tensors
-from shortcutflow.train.distributed import World, replicate, shard, summed_over_shards, whole
+from shortcutflow.train.distributed import World, replicate, shard, summed_over_shards
 from shortcutflow.train.optim import UpdateNorms, build_optimizer
 from shortcutflow.train.speed import forward_flops
 from shortcutflow.types import Network

@@ -98,12 +98,12 @@ def test_killed_while_resuming_keeps_the_lines(tmp_path: Path, monkeypatch: pyte
     path = tmp_path / METRICS_FILE
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 6)))
 
-    def cut_off(self: Path, text: str) -> None:
-        self.open("w").write(text[:length])
+    def cut_off(self: Path, content: bytes) -> None:
+        self.open("wb").write(content[:length])
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_text", cut_off)
+        patched.setattr(Path, "write_bytes", cut_off)
         with pytest.raises(KeyboardInterrupt):
             MetricsLog(tmp_path, resume_at=3)
     MetricsLog(tmp_path, resume_at=3).close()
