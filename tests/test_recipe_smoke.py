@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from shortcutflow.cli import load_recipe, main
+from shortcutflow.cli import main
+from shortcutflow.commands.recipes import load_recipe
 from shortcutflow.config import RunConfig
 from shortcutflow.data.imagefolder import ImageFolderData
 from shortcutflow.data.manifest import Manifest

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import backbones
-from shortcutflow.cli import RECIPE_GROUP, load_recipe
+from shortcutflow.commands.recipes import RECIPE_GROUP, load_recipe
 from shortcutflow.config import RunConfig, validated
 from shortcutflow.data.imagefolder import ImageFolderData
 from shortcutflow.train.speed import PEAK_BFLOAT16

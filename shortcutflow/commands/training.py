@@ -1,0 +1,95 @@
+"""Commands around a training run: train, sample, average, show-config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shortcutflow.commands.recipes import DryRun, ObjectiveName, Overrides, Resume, RunDir, Smoke, load_recipe
+from shortcutflow.config import RunConfig
+from shortcutflow.launch import Options, run_recipe
+
+
+def train_command(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, or the path of its file.")],
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+    smoke: Smoke = False,
+    dry_run: DryRun = False,
+    objective: ObjectiveName = None,
+) -> None:
+    """Train a recipe and evaluate it."""
+    run_recipe(load_recipe(recipe), overrides or [], Options(run_dir, resume, smoke, dry_run, objective))
+
+
+def sample_command(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or a folder of runs (the newest is taken).")],
+    steps: Annotated[list[int] | None, typer.Option(help="Sampling budgets, a row each. [default: 1 4 128]")] = None,
+    labels: Annotated[list[int] | None, typer.Option(help="A label a sample. [default: all in turn]")] = None,
+    count: Annotated[int | None, typer.Option(help="Samples a row, where no labels are given. [default: 10]")] = None,
+    out: Annotated[Path, typer.Option(help="The picture to write (PNG).")] = Path("samples.png"),
+    seed: Annotated[int, typer.Option(help="Of the noise; every budget starts from the same.")] = 0,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0,
+    weights: Annotated[
+        str | None, typer.Option(help="An average's name, 'current', or a .safetensors file. [default: the run's]")
+    ] = None,
+) -> None:
+    """Sample a run at several budgets into one picture."""
+    from shortcutflow.evaluation.grids import save_picture
+    from shortcutflow.evaluation.runs import load_run
+    from shortcutflow.evaluation.sheet import sample_sheet
+
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out must name a .png file, got {out}")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
+    loaded = load_run(run, weights=weights)
+    picture = sample_sheet(
+        loaded, budgets=steps or [1, 4, 128], labels=labels, count=count, seed=seed, guidance_scale=guidance_scale
+    )
+    save_picture(picture, str(out))
+    print(f"{out}: {loaded.folder} at step {loaded.step}, weights {loaded.weights}")
+
+
+def average_command(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or a folder of runs (the newest is taken).")],
+    sigma_rel: Annotated[float, typer.Option(help="Width of the average, as a share of training.")],
+    out: Annotated[Path, typer.Option(help="The file to write (.safetensors).")],
+    step: Annotated[int | None, typer.Option(help="Up to this step. [default: the last snapshot]")] = None,
+) -> None:
+    """Make an average of any width from the snapshots of a run's power-function averages; sample it with --weights."""
+    from safetensors.torch import save_file
+
+    from shortcutflow.evaluation.runs import find_run
+    from shortcutflow.posthoc import find_snapshots, posthoc_average
+
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out must name a .safetensors file, got {out}")
+    folder = find_run(run)
+    snapshots = find_snapshots(folder)
+    if not snapshots:
+        raise FileNotFoundError(
+            f'{folder} holds no snapshots: train with averages.NAME=\'{{"sigma_rel":0.05,"snapshot_every":1000}}\''
+        )
+    step = snapshots[-1].step if step is None else step
+    tensors = posthoc_average(snapshots, sigma_rel=sigma_rel, step=step)
+    save_file(tensors, out, metadata={"sigma_rel": str(sigma_rel), "step": str(step)})
+    print(f"{out}: width {sigma_rel:g} at step {step}, of {folder}")
+
+
+def show_config_command(
+    run_or_recipe: Annotated[str, typer.Argument(help="A run's folder, a recipe's name or its file.")],
+    overrides: Overrides = None,
+) -> None:
+    """Print the complete config of a run or a recipe, as JSON."""
+    from shortcutflow.config import with_overrides
+    from shortcutflow.evaluation.runs import find_run
+
+    if Path(run_or_recipe).is_dir():
+        config = RunConfig.load(find_run(Path(run_or_recipe)))
+    else:
+        config = load_recipe(run_or_recipe)
+    print(with_overrides(config, overrides or []).model_dump_json(indent=2))
