@@ -283,8 +283,12 @@ def _change_kind(values: dict[str, Any], section: str, kind: str) -> None:
     kinds = {model.model_fields["kind"].default: model for model in models}
     if kind not in kinds:
         raise ValueError(f"{section}.kind is {kind!r}; known: {', '.join(sorted(kinds))}")
-    kept = {name: value for name, value in values[section].items() if name in kinds[kind].model_fields}
-    values[section] = kept | {"kind": kind}
+    fields = kinds[kind].model_fields
+    defaults = {
+        name: field.get_default(call_default_factory=True) for name, field in fields.items() if not field.is_required()
+    }
+    kept = {name: value for name, value in values[section].items() if name in fields}
+    values[section] = defaults | kept | {"kind": kind}
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

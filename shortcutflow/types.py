@@ -124,11 +124,18 @@ class Objective(Protocol):
     def tells_step_size(self) -> bool:
         """Whether the network it trains may be told step sizes above 1/M when it is sampled."""
 
-    def draw(self, data: Tensor, *, generator: Generator | None = None) -> Any:
+    def draw(self, data: Tensor, *, generator: Generator | None = None, progress: float | None = None) -> Any:
         """Take every random number of one evaluation."""
 
     def targets(
-        self, net: Network, data: Tensor, y: Tensor | None, draw: Any, *, null_y: Tensor | float | None = None
+        self,
+        net: Network,
+        data: Tensor,
+        y: Tensor | None,
+        draw: Any,
+        *,
+        teacher: Network | None = None,
+        null_y: Tensor | float | None = None,
     ) -> Targets:
         """Make the rows of the regression; deterministic, without gradient. ``net`` gives the bootstrap targets."""
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from shortcutflow.guidance import predict
-from shortcutflow.objectives.baseline import BaselineObjective, FinestSteps, magnitudes
+from shortcutflow.objectives.objective import FinestSteps, TrainingObjective, magnitudes
 from shortcutflow.path import data_end, expand_to
 from shortcutflow.types import Network, SamplerKind, Targets
 
 
-class ConsistencyObjective(BaselineObjective):
+class ConsistencyObjective(TrainingObjective):
     """Base of the two. The network is told d = 1 - t, in training and by its sampler."""
 
     finest_steps: FinestSteps = 128

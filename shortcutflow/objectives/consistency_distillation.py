@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from shortcutflow.guidance import guided_velocity
-from shortcutflow.objectives.baseline import GuidanceScale, StepDraw, guided_evaluations, require_teacher
 from shortcutflow.objectives.consistency import ConsistencyObjective, same_end
+from shortcutflow.objectives.objective import GuidanceScale, StepDraw, guided_evaluations, require_teacher
 from shortcutflow.objectives.regression import check_batch
 from shortcutflow.path import interpolate
 from shortcutflow.types import Network, Targets

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from shortcutflow.objectives.baseline import StepDraw, stage_of
 from shortcutflow.objectives.consistency import ConsistencyObjective, same_end
+from shortcutflow.objectives.objective import StepDraw, stage_of
 from shortcutflow.objectives.regression import check_batch
 from shortcutflow.path import interpolate, velocity
 from shortcutflow.schedule import levels_of

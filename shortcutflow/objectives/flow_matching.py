@@ -9,10 +9,11 @@ import torch
 from pydantic import Field, field_validator
 from torch import Generator, Tensor
 
-from shortcutflow.objectives.regression import ObjectiveSettings, check_batch, regress, whole_batch
+from shortcutflow.objectives.objective import TrainingObjective
+from shortcutflow.objectives.regression import check_batch
 from shortcutflow.path import interpolate, velocity
 from shortcutflow.schedule import draw_times_on_grid, levels_of
-from shortcutflow.types import WHOLE, LossReport, Network, Share, Targets
+from shortcutflow.types import Network, Share, Targets
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class FlowDraw:
         return FlowDraw(self.noise[share.rows], self.t[share.rows], self.dropped[share.rows])
 
 
-class FlowMatchingObjective(ObjectiveSettings):
+class FlowMatchingObjective(TrainingObjective):
     """Plain flow matching, the network told d = 0: the contrast to a shortcut model.
 
     >>> FlowMatchingObjective(condition_dropout=0.1)
@@ -62,7 +63,7 @@ class FlowMatchingObjective(ObjectiveSettings):
         """False: such a network knows the flow alone, so a sampler must not tell it larger steps."""
         return False
 
-    def draw(self, data: Tensor, *, generator: Generator | None = None) -> FlowDraw:
+    def draw(self, data: Tensor, *, generator: Generator | None = None, progress: float | None = None) -> FlowDraw:
         """Noise, times and dropped conditions for a batch of data (b, *shape)."""
         b, device = len(data), data.device
         noise = torch.randn(data.shape, dtype=data.dtype, generator=generator, device=device)
@@ -73,9 +74,16 @@ class FlowMatchingObjective(ObjectiveSettings):
         return FlowDraw(noise, t, self.draw_dropped(b, generator, device))
 
     def targets(
-        self, net: Network, data: Tensor, y: Tensor | None, draw: FlowDraw, *, null_y: Tensor | float | None = None
+        self,
+        net: Network,
+        data: Tensor,
+        y: Tensor | None,
+        draw: FlowDraw,
+        *,
+        teacher: Network | None = None,
+        null_y: Tensor | float | None = None,
     ) -> Targets:
-        """v = x_1 - x_0 at x_t; ``net`` is not called."""
+        """v = x_1 - x_0 at x_t; neither ``net`` nor ``teacher`` is called."""
         check_batch(data, y)
         return Targets(
             x_t=interpolate(draw.noise, data, draw.t, self.sigma_min),
@@ -84,25 +92,3 @@ class FlowMatchingObjective(ObjectiveSettings):
             y=self.drop(y, draw.dropped, null_y),
             v=velocity(draw.noise, data, self.sigma_min),
         )
-
-    def __call__(
-        self,
-        net: Network,
-        data: Tensor,
-        y: Tensor | None = None,
-        *,
-        target_net: Network | None = None,
-        teacher: Network | None = None,
-        progress: float | None = None,
-        null_y: Tensor | float | None = None,
-        generator: Generator | None = None,
-        share: Share = WHOLE,
-    ) -> LossReport:
-        """The loss of net on a batch, or a share of one; ``target_net``, ``teacher`` and ``progress`` are not used.
-
-        Raises:
-            ValueError: for shapes that do not fit together, or a dropped condition without null_y.
-        """
-        check_batch(data, y)
-        draw = self.draw(whole_batch(data, share), generator=generator).of(share)
-        return regress(net, self.targets(net, data, y, draw, null_y=null_y))

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
-from shortcutflow.objectives.baseline import BaselineObjective, FinestSteps, GuidanceScale, guided_evaluations
+from shortcutflow.objectives.objective import FinestSteps, GuidanceScale, TrainingObjective, guided_evaluations
 from shortcutflow.objectives.pairs import end_of_flow
 from shortcutflow.objectives.regression import check_batch, rows_of
 from shortcutflow.path import interpolate, velocity
@@ -61,7 +61,7 @@ class LiveReflowDraw:
         )
 
 
-class LiveReflowObjective(BaselineObjective):
+class LiveReflowObjective(TrainingObjective):
     """Flow matching, and reflow from the network's own flow.
 
     >>> objective = LiveReflowObjective(finest_steps=128, reflow_fraction=0.25)

@@ -9,11 +9,11 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from shortcutflow.guidance import guided_velocity
-from shortcutflow.objectives.baseline import (
-    BaselineObjective,
+from shortcutflow.objectives.objective import (
     FinestSteps,
     GuidanceScale,
     StepDraw,
+    TrainingObjective,
     guided_evaluations,
     magnitudes,
     require_teacher,
@@ -25,7 +25,7 @@ from shortcutflow.schedule import levels_of
 from shortcutflow.types import Network, Targets
 
 
-class ProgressiveDistillationObjective(BaselineObjective):
+class ProgressiveDistillationObjective(TrainingObjective):
     """One step of size d is to do what two steps of size d/2 of the teacher do; d doubles from 2/M to 1.
 
     >>> objective = ProgressiveDistillationObjective(finest_steps=128)

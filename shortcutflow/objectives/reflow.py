@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
-from shortcutflow.objectives.baseline import BaselineObjective, GuidanceScale, guided_evaluations, require_teacher
+from shortcutflow.objectives.objective import GuidanceScale, TrainingObjective, guided_evaluations, require_teacher
 from shortcutflow.objectives.pairs import end_of_flow
 from shortcutflow.objectives.regression import check_batch
 from shortcutflow.path import interpolate, velocity
@@ -48,7 +48,7 @@ class ReflowDraw:
         return ReflowDraw(self.noise[share.rows], self.t[share.rows], self.dropped[share.rows])
 
 
-class ReflowObjective(BaselineObjective):
+class ReflowObjective(TrainingObjective):
     """Flow matching whose samples are the teacher's, made anew for each batch; the data give shapes and conditions.
 
     >>> objective = ReflowObjective(teacher_steps=128)

@@ -10,71 +10,31 @@ and the rows at d = 1/M follow the flow, s(x_t, t, 1/M) <- x_1 - x_0 (eq. 5, Alg
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, model_validator
 from torch import Generator, Tensor
 
-from shortcutflow.guidance import partly_guided_velocity
-from shortcutflow.objectives.regression import ObjectiveSettings, check_batch, regress, rows_of, whole_batch
+from shortcutflow.guidance import partly_guided_velocity, predict
+from shortcutflow.objectives.objective import (
+    FinestSteps,
+    GuidanceScale,
+    TrainingObjective,
+    magnitudes,
+    require_progress,
+    require_teacher,
+)
+from shortcutflow.objectives.regression import check_batch, rows_of
 from shortcutflow.objectives.released import released_bootstrap_sizes, released_guided_rows
+from shortcutflow.objectives.shortcut_draw import ShortcutDraw
 from shortcutflow.path import check_unit_interval, expand_to, interpolate, velocity
 from shortcutflow.schedule import draw_bootstrap_sizes, draw_times_on_grid, levels_of
-from shortcutflow.types import WHOLE, LossReport, Network, Share, Targets
+from shortcutflow.types import Network, Targets
 
 
-@dataclass(frozen=True)
-class ShortcutDraw:
-    """The random numbers of one evaluation, a row each: bootstrap rows first, then flow rows.
-
-    Attributes:
-        noise: x_0, (r, *shape).
-        t, d: (r,) float32; t is a multiple of d.
-        dropped: (r,) bool, rows that lose their condition.
-        n_bootstrap: how many rows are bootstrap rows.
-        source: (r,) int64, the sample each row uses; None means row i uses sample i.
-        guided: (n_bootstrap,) bool, rows whose two half steps are guided.
-        n_may_be_guided: guided rows lie among the first so many.
-    """
-
-    noise: Tensor
-    t: Tensor
-    d: Tensor
-    dropped: Tensor
-    n_bootstrap: int
-    guided: Tensor
-    n_may_be_guided: int
-    source: Tensor | None = None
-
-    def of(self, share: Share) -> ShortcutDraw:
-        """The rows of a share, bootstrap rows first as in the whole.
-
-        Raises:
-            ValueError: if a share would have no bootstrap row while another has, or rows that use another's samples.
-        """
-        if share.total == 1:
-            return self
-        n = self.n_bootstrap
-        if 0 < n < share.total:
-            raise ValueError(f"{n} bootstrap rows cannot be shared by {share.total} processes: use larger batches")
-        if self.source is not None and n % share.total:
-            raise ValueError(f"the released rows need bootstrap rows that {share.total} shares divide, there are {n}")
-        return ShortcutDraw(
-            noise=self.noise[share.rows],
-            t=self.t[share.rows],
-            d=self.d[share.rows],
-            dropped=self.dropped[share.rows],
-            n_bootstrap=share.rows_among_first(n),
-            guided=self.guided[share.rows],
-            n_may_be_guided=share.rows_among_first(self.n_may_be_guided),
-            # Sample i lies in share i % count, at place i // count there.
-            source=None if self.source is None else self.source[share.rows] // share.total,
-        )
-
-
-class ShortcutObjective(ObjectiveSettings):
+class ShortcutObjective(TrainingObjective):
     """The self-consistency objective of shortcut models.
 
     >>> objective = ShortcutObjective(finest_steps=128, bootstrap_fraction=0.25)
@@ -93,20 +53,27 @@ class ShortcutObjective(ObjectiveSettings):
         clip: bound on the state between the half steps and on the target; None for none.
         sigma_min: share of the noise left at t = 1.
         rows: "each_once" as above; "released" and "released_dt_bias" as the released code builds them.
+        bootstrap_from, guidance_from: shares of the training before which all rows are flow rows, or no target is
+            guided: the stages in which a trained flow is made a shortcut model.
+        flow_of: whose flow steps of 1/M follow. "data": x_1 - x_0 as in eq. 5. "teacher": a frozen network's velocity
+            at x_t, which is their mean already; it makes the half steps of 1/M as well, so targets stand on it alone.
     """
 
     kind: Literal["shortcut"] = "shortcut"
-    finest_steps: int = Field(default=128, description="M: the smallest step size is 1/M")
+    finest_steps: FinestSteps = 128
     bootstrap_fraction: float = Field(default=0.25, ge=0, le=1, description="k: share of self-consistency rows")
-    guidance_scale: float = Field(default=1.0, ge=0, description="guidance of the half steps at d = 1/M; 1 is none")
+    guidance_scale: GuidanceScale = 1.0
     clip: float | None = Field(default=None, gt=0, description="bound on half-way states and targets")
     rows: Literal["each_once", "released", "released_dt_bias"] = "each_once"
+    bootstrap_from: float = Field(default=0.0, ge=0, lt=1, description="share of the training with flow rows only")
+    guidance_from: float = Field(default=0.0, ge=0, lt=1, description="share of the training with unguided targets")
+    flow_of: Literal["data", "teacher"] = "data"
 
-    @field_validator("finest_steps")
-    @classmethod
-    def _power_of_two(cls, value: int) -> int:
-        levels_of(value)
-        return value
+    @model_validator(mode="after")
+    def _parts_fit(self) -> ShortcutObjective:
+        if self.rows != "each_once" and (self.flow_of == "teacher" or self.bootstrap_from or self.guidance_from):
+            raise ValueError(f"rows {self.rows!r} are the released code's, which knows neither a teacher nor stages")
+        return self
 
     @classmethod
     def released(
@@ -142,10 +109,22 @@ class ShortcutObjective(ObjectiveSettings):
         """True: such a network may be told any step size when it is sampled."""
         return True
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether its flow is that of a trained network."""
+        return self.flow_of == "teacher"
+
     def target_evaluations(self, batch_size: int) -> float:
-        """Two half steps on each bootstrap row, and again without condition on those that may be guided."""
+        """Two half steps on each bootstrap row, again without condition on those that may be guided, and a teacher's
+        part; the mean over all stages.
+        """
         n = self.n_bootstrap(batch_size)
-        return 2 * (n + self._n_may_be_guided(n)) / batch_size
+        bootstrapped, guided = 1 - self.bootstrap_from, 1 - max(self.bootstrap_from, self.guidance_from)
+        of_net = 2 * n * bootstrapped + 2 * self._n_may_be_guided(n) * guided
+        of_teacher = 0.0
+        if self.flow_of == "teacher":
+            of_teacher = batch_size - n * bootstrapped + 2 * self._n_at_finest(n) * bootstrapped
+        return (of_net + of_teacher) / batch_size
 
     def n_bootstrap(self, batch_size: int) -> int:
         """How many of batch_size rows are bootstrap rows.
@@ -155,12 +134,16 @@ class ShortcutObjective(ObjectiveSettings):
         """
         return rows_of(self.bootstrap_fraction, batch_size, "bootstrap")
 
-    def draw(self, data: Tensor, *, generator: Generator | None = None) -> ShortcutDraw:
-        """Noise, times, step sizes and dropped conditions for a batch of data (b, *shape)."""
+    def draw(self, data: Tensor, *, generator: Generator | None = None, progress: float | None = None) -> ShortcutDraw:
+        """Noise, times, step sizes and dropped conditions for a batch of data (b, *shape).
+
+        Raises:
+            ValueError: with stages and without progress, the share of the training that is done.
+        """
         if self.rows != "each_once":
             return self.draw_released(data, generator=generator)
         b, device, M = len(data), data.device, self.finest_steps
-        n = self.n_bootstrap(b)
+        n = self.n_bootstrap(b) if self._has_begun(self.bootstrap_from, progress) else 0
         d = torch.full((b,), 1 / M, device=device)
         if n > 0:
             d[:n] = draw_bootstrap_sizes(n, M, generator=generator, device=device)
@@ -173,15 +156,21 @@ class ShortcutObjective(ObjectiveSettings):
             n_bootstrap=n,
             # Sizes come finest first.
             guided=d[:n] == 2 / M,
-            n_may_be_guided=self._n_may_be_guided(n),
+            n_may_be_guided=self._n_may_be_guided(n) if self._has_begun(self.guidance_from, progress) else 0,
         )
 
+    def _has_begun(self, stage: float, progress: float | None) -> bool:
+        return stage == 0 or require_progress(progress, self.kind) >= stage
+
     def _n_may_be_guided(self, n: int) -> int:
-        """Rows at the finest bootstrapped size: each size has at most one row more than its share of n."""
         if self.guidance_scale == 1:
             return 0
         if self.rows != "each_once":
             return released_guided_rows(n, self.finest_steps, bias=self.rows == "released_dt_bias")
+        return self._n_at_finest(n)
+
+    def _n_at_finest(self, n: int) -> int:
+        """At most so many of n rows have d = 2/M: each size has at most one row more than its share."""
         return min(n, n // levels_of(self.finest_steps) + 1)
 
     def draw_released(
@@ -241,7 +230,14 @@ class ShortcutObjective(ObjectiveSettings):
 
     @torch.no_grad()
     def targets(
-        self, net: Network, data: Tensor, y: Tensor | None, draw: ShortcutDraw, *, null_y: Tensor | float | None = None
+        self,
+        net: Network,
+        data: Tensor,
+        y: Tensor | None,
+        draw: ShortcutDraw,
+        *,
+        teacher: Network | None = None,
+        null_y: Tensor | float | None = None,
     ) -> Targets:
         """The rows of the regression, from a network that is asked for two half steps on the bootstrap rows.
 
@@ -250,12 +246,17 @@ class ShortcutObjective(ObjectiveSettings):
             data: x_1, (b, *shape).
             y: condition, (b, ...) or None.
             draw: what :meth:`draw` returned, or numbers of your own.
+            teacher: the network whose flow is followed, with ``flow_of="teacher"``; called with d = 1/M.
             null_y: the null condition, for dropped rows and guidance.
 
         Raises:
-            ValueError: for shapes that do not fit together, times or sizes outside [0, 1], or a missing null_y.
+            ValueError: for shapes that do not fit together, times or sizes outside [0, 1], a missing null_y or teacher.
         """
         check_batch(data, y)
+        if self.flow_of == "teacher":
+            teacher = require_teacher(teacher, "a shortcut model with flow_of='teacher'")
+        else:
+            teacher = None
         check_unit_interval(draw.d, "d")
         if draw.source is not None:
             data = data[draw.source]
@@ -264,64 +265,59 @@ class ShortcutObjective(ObjectiveSettings):
         x_t = interpolate(draw.noise, data, draw.t, self.sigma_min)
         v = velocity(draw.noise, data, self.sigma_min)
         n = draw.n_bootstrap
+        if teacher is not None:
+            followed = predict(teacher, x_t[n:], draw.t[n:], draw.d[n:], y[n:] if y is not None else None)
+            v = torch.cat([v[:n], followed.to(v.dtype)])
         if n == 0:
             return Targets(x_t, draw.t, draw.d, y, v)
-        bootstrap_v, metrics = self._two_half_steps(net, x_t[:n], y[:n] if y is not None else None, draw, null_y)
+        half_step = self._half_step_of(net, teacher, y[:n] if y is not None else None, draw, null_y)
+        bootstrap_v, metrics = self._two_half_steps(half_step, x_t[:n], draw)
         v = torch.cat([bootstrap_v.to(v.dtype), v[n:]])
         metrics["v_magnitude_flow"] = v[n:].square().mean().sqrt()
         return Targets(x_t, draw.t, draw.d, y, v, n, metrics)
 
     def _two_half_steps(
-        self, net: Network, x_t: Tensor, y: Tensor | None, draw: ShortcutDraw, null_y: Tensor | float | None
+        self, half_step: Callable[[Tensor, Tensor], Tensor], x_t: Tensor, draw: ShortcutDraw
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The average velocity of two steps of size d/2 from x_t, and the root mean squares of its parts."""
         t, half = draw.t[: len(x_t)], draw.d[: len(x_t)] / 2
+        v1 = half_step(x_t, t)
+        x_half_way = self._clipped(x_t + expand_to(half, x_t) * v1)
+        v2 = half_step(x_half_way, t + half)
+        v = self._clipped((v1 + v2) / 2)
+        return v, magnitudes(bootstrap=v, b1=v1, b2=v2)
 
-        def step_velocity(x: Tensor, t: Tensor) -> Tensor:
+    def _half_step_of(
+        self, net: Network, teacher: Network | None, y: Tensor | None, draw: ShortcutDraw, null_y: Tensor | float | None
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """The velocity (n, *shape) of a step of size d/2 from states (n, *shape) at times (n,)."""
+        n = draw.n_bootstrap
+        half = draw.d[:n] / 2
+
+        def of_net(x: Tensor, t: Tensor) -> Tensor:
             return partly_guided_velocity(
                 net, x, t, half, y,
                 guided=draw.guided, at_most=draw.n_may_be_guided, scale=self.guidance_scale, null_y=null_y,
             )  # fmt: skip
 
-        v1 = step_velocity(x_t, t)
-        x_half_way = self._clipped(x_t + expand_to(half, x_t) * v1)
-        v2 = step_velocity(x_half_way, t + half)
-        v = self._clipped((v1 + v2) / 2)
-        parts = {"v_magnitude_bootstrap": v, "v_magnitude_b1": v1, "v_magnitude_b2": v2}
-        return v, {name: part.float().square().mean().sqrt() for name, part in parts.items()}
+        if teacher is None:
+            return of_net
+        # Sizes come finest first; how many rows have it differs from draw to draw, this bound does not.
+        head = slice(self._n_at_finest(n))
+        y_head = y[head] if y is not None else None
+        at_finest = draw.d[head] == 2 / self.finest_steps
+
+        def of_both(x: Tensor, t: Tensor) -> Tensor:
+            v = predict(net, x, t, half, y)
+            followed = partly_guided_velocity(
+                teacher, x[head], t[head], half[head], y_head,
+                guided=draw.guided[head], at_most=draw.n_may_be_guided, scale=self.guidance_scale, null_y=null_y,
+            )  # fmt: skip
+            mask = at_finest.view(-1, *(1,) * (x.ndim - 1))
+            chosen = torch.where(mask, followed.to(v.dtype), v[head])
+            return torch.cat([chosen, v[head.stop :]])
+
+        return of_both
 
     def _clipped(self, x: Tensor) -> Tensor:
         return x if self.clip is None else x.clamp(-self.clip, self.clip)
-
-    def __call__(
-        self,
-        net: Network,
-        data: Tensor,
-        y: Tensor | None = None,
-        *,
-        target_net: Network | None = None,
-        teacher: Network | None = None,
-        progress: float | None = None,
-        null_y: Tensor | float | None = None,
-        generator: Generator | None = None,
-        share: Share = WHOLE,
-    ) -> LossReport:
-        """The loss of net on a batch, or on a share of one.
-
-        Args:
-            net: the network to train, called as net(x_t, t, d, y).
-            data: x_1, (b, *shape), float.
-            y: labels (b,), any condition tensor (b, ...), or None.
-            target_net: gives the bootstrap targets, usually an exponential average of net; None uses net itself.
-            teacher, progress: not used.
-            null_y: the condition that stands for "none": needed for condition_dropout and guidance.
-            generator: where the random numbers come from, on data's device.
-            share: which rows of the global batch data is; each share draws as if it were the whole.
-
-        Raises:
-            ValueError: for a batch too small for bootstrap_fraction, shapes that do not fit, or a missing null_y.
-        """
-        check_batch(data, y)
-        draw = self.draw(whole_batch(data, share), generator=generator).of(share)
-        targets = self.targets(net if target_net is None else target_net, data, y, draw, null_y=null_y)
-        return regress(net, targets)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import shortcutflow as sf
-from shortcutflow.objectives.shortcut import ShortcutDraw
+from shortcutflow.objectives.shortcut_draw import ShortcutDraw
 from shortcutflow.types import Network, Objective
 from tests.core.gaussian import Gaussian, order_of
 

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 import shortcutflow as sf
 from shortcutflow.objectives.flow_matching import FlowDraw
-from shortcutflow.objectives.shortcut import ShortcutDraw
+from shortcutflow.objectives.shortcut_draw import ShortcutDraw
 from shortcutflow.types import Objective, Targets
 from tests.core.networks import Falsy, Learner, Recorder, affine, zero
 

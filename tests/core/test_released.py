@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 import shortcutflow as sf
-from shortcutflow.objectives.shortcut import ShortcutDraw
+from shortcutflow.objectives.shortcut_draw import ShortcutDraw
 from shortcutflow.types import Targets
 from tests.core.networks import Recorder, affine, zero
 

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 import shortcutflow as sf
 from shortcutflow.guidance import guided_velocity, partly_guided_velocity
-from shortcutflow.objectives.shortcut import ShortcutDraw
+from shortcutflow.objectives.shortcut_draw import ShortcutDraw
 from shortcutflow.path import expand_to
 from shortcutflow.types import Targets
 from tests.core.networks import Recorder, affine

@@ -17,7 +17,7 @@ from backbones.dit import DiT
 from shortcutflow.interop.released_names import from_released, to_released
 from shortcutflow.objectives.flow_matching import FlowDraw
 from shortcutflow.objectives.released import released_bootstrap_sizes
-from shortcutflow.objectives.shortcut import ShortcutDraw
+from shortcutflow.objectives.shortcut_draw import ShortcutDraw
 
 
 @dataclass(frozen=True)

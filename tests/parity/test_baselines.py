@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from shortcutflow import sample
-from shortcutflow.objectives.baseline import BaselineObjective, StepDraw
 from shortcutflow.objectives.consistency_distillation import ConsistencyDistillationObjective
 from shortcutflow.objectives.consistency_training import ConsistencyTrainingObjective
 from shortcutflow.objectives.live_reflow import LiveReflowDraw, LiveReflowObjective
+from shortcutflow.objectives.objective import StepDraw, TrainingObjective
 from shortcutflow.objectives.progressive_distillation import ProgressiveDistillationObjective
 from shortcutflow.objectives.regression import regress
 from shortcutflow.types import SamplerKind, Targets
@@ -59,7 +59,7 @@ def kind_of(config: dict[str, Any]) -> str:
     return TYPES.get(config["train_type"], config["train_type"])
 
 
-def objective_of(config: dict[str, Any]) -> BaselineObjective:
+def objective_of(config: dict[str, Any]) -> TrainingObjective:
     """The objective under the released code's own switches."""
     T = config["denoise_timesteps"]
     match kind_of(config):

@@ -1,4 +1,4 @@
-"""What the paper's baselines share: the call, draws of one step size, and the needs that a training loop asks for."""
+"""What all objectives share: the call. And what the paper's baselines share: draws of one step size, their costs."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class StepDraw:
         return replace(self, noise=self.noise[share.rows], t=self.t[share.rows], dropped=self.dropped[share.rows])
 
 
-class BaselineObjective(ObjectiveSettings, ABC):
-    """Base of the paper's baselines, which may need a teacher, or to know how far training is."""
+class TrainingObjective(ObjectiveSettings, ABC):
+    """Base of the objectives: three steps, and the call that takes them one after the other."""
 
     @abstractmethod
     def draw(self, data: Tensor, *, generator: Generator | None = None, progress: float | None = None) -> Any:
@@ -117,18 +117,23 @@ def require_teacher(teacher: Network | None, kind: str) -> Network:
     return teacher
 
 
+def require_progress(progress: float | None, kind: str) -> float:
+    """Give progress back, or raise ValueError unless it is in [0, 1]."""
+    if progress is None or not 0 <= progress <= 1:
+        raise ValueError(
+            f"{kind} follows a schedule: pass progress=step/total_steps, a number from 0 to 1, got {progress!r}"
+        )
+    return progress
+
+
 def stage_of(progress: float | None, stages: int, kind: str) -> int:
     """floor(progress * stages): how many equal parts of the training are over, from 0 to stages.
 
     Raises:
         ValueError: without a progress in [0, 1].
     """
-    if progress is None or not 0 <= progress <= 1:
-        raise ValueError(
-            f"{kind} follows a schedule: pass progress=step/total_steps, a number from 0 to 1, got {progress!r}"
-        )
     # step/total may round down just below the stage that begins there.
-    return int(progress * stages + 1e-9)
+    return int(require_progress(progress, kind) * stages + 1e-9)
 
 
 def guided_evaluations(scale: float) -> int:

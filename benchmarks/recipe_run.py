@@ -1,0 +1,48 @@
+"""A recipe run to its end in a process of its own: what several benchmarks are made of."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Trained(NamedTuple):
+    """A finished run.
+
+    Attributes:
+        folder: of the run.
+        seconds: of training.
+        report: its evaluation, or {} if the recipe has none.
+    """
+
+    folder: Path
+    seconds: float
+    report: dict[str, Any]
+
+
+def run_recipe(recipe: str, run_dir: Path, overrides: Sequence[str], *, threads: int | None = None) -> Trained:
+    """Run ``recipes/RECIPE.py`` with these overrides; what an earlier call left there is resumed, or just read.
+
+    Raises:
+        RuntimeError: with the end of what the run said, if it failed.
+    """
+    finished = run_dir / "finished.json"
+    if not finished.exists():
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), "--run-dir", str(run_dir), *overrides]
+        command += ["--resume"] * (run_dir / "config.json").exists()
+        environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads is not None else {})
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr[-3000:]}")
+        finished.write_text(json.dumps({"seconds": float(done.stdout.split("trained in ")[1].split()[0])}))
+    report = run_dir / "evaluation.json"
+    seconds = json.loads(finished.read_text())["seconds"]
+    return Trained(run_dir, seconds, json.loads(report.read_text()) if report.exists() else {})
