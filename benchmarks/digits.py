@@ -9,35 +9,25 @@ A run is `recipes/digits.py` with its own settings but the seed and the objectiv
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.recipe_run import ROOT, run_recipe
 from benchmarks.record import put_into_readme, write_result
 from recipes.digits import recipe
 
-ROOT = Path(__file__).parent.parent
 START, END = "<!-- digits table: benchmarks/digits.py writes it -->", "<!-- end of digits table -->"
 
 
 def measure(objective: str, seed: int, folder: Path) -> dict[str, Any]:
-    """One run of the recipe: its seconds in all and its evaluation's rows."""
-    run_dir = folder / f"{objective}-{seed}"
-    start = time.perf_counter()
-    recipe_file = str(ROOT / "recipes" / "digits.py")
-    options = [f"seed={seed}", "--objective", objective, "--run-dir", str(run_dir)]
-    subprocess.run([sys.executable, recipe_file, *options], check=True, cwd=folder)
-    seconds = time.perf_counter() - start
-    report = json.loads((run_dir / "evaluation.json").read_text())
-    extra = {key: report[key] for key in ("classifier_held_out_accuracy", "real_against_real")}
-    return {"objective": objective, "seed": seed, "seconds": seconds, **extra, "rows": report["rows"]}
+    """One run of the recipe: its seconds of training and its evaluation's rows."""
+    trained = run_recipe("digits", folder / f"{objective}-{seed}", [f"seed={seed}", "--objective", objective])
+    extra = {key: trained.report[key] for key in ("classifier_held_out_accuracy", "real_against_real")}
+    return {"objective": objective, "seed": seed, "seconds": trained.seconds, **extra, "rows": trained.report["rows"]}
 
 
 def markdown_table(result: dict[str, Any]) -> str:

@@ -17,8 +17,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -29,12 +27,12 @@ import torch
 
 import backbones
 import shortcutflow as sf
+from benchmarks.recipe_run import run_recipe
 from benchmarks.record import put_into_readme, write_result
 from benchmarks.train_step import Step, seconds_of
 from recipes.digits import recipe
 from shortcutflow.train.optim import OptimizerConfig
 
-ROOT = Path(__file__).parent.parent
 START, END = "<!-- families table: benchmarks/families.py writes it -->", "<!-- end of families table -->"
 BUDGETS = (1, 128)
 
@@ -86,18 +84,15 @@ def time_families(families: list[str], rounds: int) -> dict[str, dict[str, float
 
 def train(family: str, seed: int, folder: Path, threads: int) -> dict[str, Any]:
     """One run of the recipe with this family; its seconds of training and its quality by budget."""
-    run_dir = folder / f"{family}-{seed}"
-    command = [
-        sys.executable, str(ROOT / "recipes" / "digits.py"), "--run-dir", str(run_dir), f"seed={seed}",
-        f"backbone.name={family}", f"backbone.options={json.dumps(DIGITS_SIZED[family])}",
+    overrides = [
+        f"seed={seed}", f"backbone.name={family}", f"backbone.options={json.dumps(DIGITS_SIZED[family])}",
         f"training.steps={steps_of(family)}", f"evaluation.steps={list(BUDGETS)}",
     ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    out = subprocess.run(command, check=True, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True).stdout
-    seconds = float(out.split("trained in ")[1].split()[0])
-    print(f"{family}, seed {seed}: {out[out.index('steps   Fr') :].split('picture')[0].rstrip()}", flush=True)
-    rows = json.loads((run_dir / "evaluation.json").read_text())["rows"]
-    return {"seed": seed, "training_seconds": seconds, "quality": {str(row["steps"]): row for row in rows}}
+    trained = run_recipe("digits", folder / f"{family}-{seed}", overrides, threads=threads)
+    quality = {str(row["steps"]): row for row in trained.report["rows"]}
+    told = ", ".join(f"{n} steps: {row['frechet']:.2f}" for n, row in quality.items())
+    print(f"{family}, seed {seed}: {told}", flush=True)
+    return {"seed": seed, "training_seconds": trained.seconds, "quality": quality}
 
 
 def markdown_table(result: dict[str, Any]) -> str:

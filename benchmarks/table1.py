@@ -23,16 +23,16 @@ from typing import Any
 
 import torch
 
+from benchmarks.compute import evaluations_a_step
 from benchmarks.recipe_run import ROOT, Trained, run_recipe
 from benchmarks.record import put_into_readme, write_result
 from benchmarks.table1_datasets import BUDGETS, DATASETS, Dataset
 from benchmarks.table1_paper import PAPER
-from shortcutflow.config import RunConfig, with_overrides
+from shortcutflow.config import with_overrides
 
 START, END = "<!-- table 1: benchmarks/table1.py writes it -->", "<!-- end of table 1 -->"
 TEACHERS_SHARE = 0.5
 """Of the compute of a method of two phases."""
-FORWARD_AND_BACKWARD = 3
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,6 @@ METHODS = (
     Method("Live reflow", "live_reflow"),
     Method("Shortcut", "shortcut"),
 )
-
-
-def evaluations_a_step(config: RunConfig) -> float:
-    """What one training step costs, in forward passes of a sample."""
-    batch = config.training.global_batch_size
-    return batch * (FORWARD_AND_BACKWARD + config.objective.target_evaluations(batch))
 
 
 def overrides_of(method: Method, dataset: Dataset, evaluations: float, seed: int, teacher: Path | None) -> list[str]:

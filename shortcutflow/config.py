@@ -138,8 +138,9 @@ class RunConfig(BaseModel):
         averages: averages of the weights, by name.
         target_weights: what makes bootstrap targets: an average's name or "current".
         sample_weights: what is sampled and evaluated: likewise.
-        teacher: for objectives that learn from a trained network: the folder of its run. Training starts from its
-            weights.
+        teacher: for objectives that learn from a trained network: the folder of its run or model, or its hub id.
+        start: likewise, whose weights training begins with; None is the teacher, or a new network without one. If it
+            knows the flow alone, step sizes change nothing until they are trained.
         evaluation: what is measured at the end; None nothing.
     """
 
@@ -155,6 +156,7 @@ class RunConfig(BaseModel):
     target_weights: str = "ema"
     sample_weights: str = "ema"
     teacher: Path | None = None
+    start: Path | None = None
     training: TrainingConfig
     evaluation: EvaluationConfig | None = None
 

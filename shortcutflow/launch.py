@@ -58,7 +58,7 @@ def run_recipe(config: RunConfig, overrides: Sequence[str] = (), options: Option
             print(f"would train {config.training.steps} steps into {folder}")
         return None
     if options.smoke:
-        config = _with_data(config)
+        config = _with_models(_with_data(config))
     _train_and_evaluate(config, folder, resume=resume)
     return folder
 
@@ -159,3 +159,17 @@ def _with_data(config: RunConfig) -> RunConfig:
     if _is_first():
         print(stand_in.said, flush=True)
     return config.model_copy(update={"data": stand_in.data})
+
+
+def _with_models(config: RunConfig) -> RunConfig:
+    """The same run, which begins with a random model of its own small size in place of trained ones."""
+    trained = {use: path for use in ("start", "teacher") if (path := getattr(config, use)) is not None}
+    if not trained:
+        return config
+    from shortcutflow.interop.standin import stand_in_model
+
+    folder = stand_in_model(config)
+    if _is_first():
+        uses, instead_of = " and ".join(trained), ", ".join(sorted({str(path) for path in trained.values()}))
+        print(f"stand-in {uses}: random weights in {folder}, not {instead_of}", flush=True)
+    return config.model_copy(update=dict.fromkeys(trained, folder))

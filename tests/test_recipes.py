@@ -22,7 +22,7 @@ from shortcutflow.train.speed import PEAK_BFLOAT16
 
 ROOT = Path(__file__).parent.parent
 PAPER = ["dit_b_celebahq", "dit_b_imagenet", "dit_xl_imagenet"]
-LARGE = [*PAPER, "unet_cifar10"]
+LARGE = [*PAPER, "unet_cifar10", "finetune_from_sit"]
 
 
 def installed() -> list[str]:
@@ -130,7 +130,7 @@ def test_cifar_takes_under_an_hour_at_a_tenth_of_the_peak() -> None:
     ("name", "num_classes", "millions"),
     [
         ("dit_b_celebahq", None, 130.32), ("dit_b_imagenet", 1000, 131.09), ("dit_xl_imagenet", 1000, 676.44),
-        ("unet_cifar10", None, 38.77), ("dit_b_celebahq_released", None, 130.32),
+        ("unet_cifar10", None, 38.77), ("finetune_from_sit", 1000, 676.44), ("dit_b_celebahq_released", None, 130.32),
         ("dit_b_imagenet_released", 1000, 131.09), ("dit_xl_imagenet_released", 1000, 676.44),
     ],
 )  # fmt: skip

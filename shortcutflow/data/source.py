@@ -77,21 +77,21 @@ class DataSettings(BaseModel):
         return self.model_dump(include=set(DataSettings.model_fields))
 
 
-def written_once(folder: Path, write: Callable[[Path], object]) -> Path:
-    """The folder of shards, written by ``write`` (given a folder beside it) unless it is complete already.
+def written_once(folder: Path, write: Callable[[Path], object], *, marker: str = MANIFEST) -> Path:
+    """The folder, written by ``write`` (given a folder beside it) unless it is complete: has a file called ``marker``.
 
     Several processes may ask at once: the first to finish is taken, and nobody's complete folder is touched.
     """
-    if (folder / MANIFEST).is_file():
+    if (folder / marker).is_file():
         return folder
     unfinished = folder.with_name(f"{folder.name}.unfinished-{os.getpid()}")
     write(unfinished)
-    if folder.exists() and not (folder / MANIFEST).is_file():
+    if folder.exists() and not (folder / marker).is_file():
         shutil.rmtree(folder)
     try:
         unfinished.replace(folder)
     except OSError:
-        if not (folder / MANIFEST).is_file():
+        if not (folder / marker).is_file():
             raise
         shutil.rmtree(unfinished)
     return folder

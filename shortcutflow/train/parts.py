@@ -15,7 +15,6 @@ from shortcutflow.config import CURRENT, RunConfig
 from shortcutflow.data.source import DataInfo
 from shortcutflow.data.stream import BatchStream
 from shortcutflow.ema import Average, PowerAverageConfig, copy_weights
-from shortcutflow.evaluation.runs import load_run
 from shortcutflow.posthoc import write_snapshot
 from shortcutflow.sharded import whole
 from shortcutflow.train import checkpoint
@@ -23,6 +22,7 @@ from shortcutflow.train.checkpoint import NETWORK, OPTIMIZER, TEACHER, Saver, av
 from shortcutflow.train.distributed import World, replicate, shard, summed_over_shards
 from shortcutflow.train.optim import UpdateNorms, build_optimizer
 from shortcutflow.train.speed import forward_flops
+from shortcutflow.train.starts import load_start, open_teacher
 from shortcutflow.types import Network
 
 
@@ -75,9 +75,9 @@ def build_parts(config: RunConfig, world: World) -> Parts:
         network.gradient_checkpointing = True
     info = config.data.describe()
     flops = forward_flops(network, info.num_classes)
-    teacher = _trained_teacher(config, world)
-    if teacher is not None:
-        network.load_state_dict(teacher.state_dict())
+    opened = open_teacher(config, world.device)
+    load_start(config, network, opened)
+    teacher = opened.network if opened is not None else None
     # Copied before they are sharded, which a sharded network could not be.
     averages = {name: Average(network, of) for name, of in config.averages.items()}
     every: list[Any] = [network, *(average.network for average in averages.values()), *([teacher] if teacher else [])]
@@ -99,23 +99,6 @@ def build_parts(config: RunConfig, world: World) -> Parts:
     if world.size > 1 and not sharded:
         net = replicate(net, world)
     return Parts(network, averages, optimizer, stream, teacher, net, target_net, teacher_net, info, flops)
-
-
-def _trained_teacher(config: RunConfig, world: World) -> nn.Module | None:
-    """The network of the teacher's run, frozen.
-
-    Raises:
-        ValueError: if it is of another kind than the network that starts from it.
-    """
-    if config.teacher is None:
-        return None
-    run = load_run(config.teacher, device=world.device)
-    if run.config.backbone != config.backbone:
-        raise ValueError(
-            f"training starts from its teacher's weights, so both need the same backbone: {run.folder} has "
-            f"{run.config.backbone!r}, this run {config.backbone!r}"
-        )
-    return run.network.requires_grad_(False)
 
 
 def refresh_teacher(config: RunConfig, parts: Parts, step: int) -> None:

@@ -1,0 +1,41 @@
+"""A random model in the place of a trained one, so that a recipe that begins with one can be tried from nothing."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from shortcutflow.config import CONFIG_FILE, CURRENT, RunConfig
+from shortcutflow.data.source import written_once
+from shortcutflow.interop.model import Model
+from shortcutflow.interop.model_folder import ModelConfig
+from shortcutflow.seeds import generator_for
+
+
+def stand_in_model(config: RunConfig) -> Path:
+    """The folder of a flow model with the run's network and random weights, below ``data/``, written if need be."""
+    info, options = config.data.describe(), config.sampler_options()
+    described = ModelConfig(
+        backbone=config.backbone, shape=info.shape, num_classes=info.num_classes, condition_shape=info.condition_shape,
+        null_y=options["null_y"], finest_steps=config.finest_steps, flow_only=True, weights=(CURRENT,),
+        default_weights=CURRENT, about={"weights": "random numbers, to try a recipe with"},
+    )  # fmt: skip
+    known_by = hashlib.sha256(described.model_dump_json().encode()).hexdigest()[:12]
+    network = _disturbed(config.build_network())
+
+    def write(folder: Path) -> None:
+        Model(network, described, CURRENT, folder).save(folder)
+
+    return written_once(Path("data") / f"smoke-model-{known_by}", write, marker=CONFIG_FILE)
+
+
+@torch.no_grad()
+def _disturbed(network: nn.Module) -> nn.Module:
+    """The network with a little noise on its weights: as it starts, it gives zero whatever it is asked."""
+    generator = generator_for(0, "stand-in model")
+    for parameter in network.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
+    return network
