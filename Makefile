@@ -37,9 +37,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version}"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	# For one test. timm asks for torchvision, whose newer builds crash beside a torch they were not built for; 0.15.2
-	# loads beside any. Where it cannot be had (Python 3.12 on) that test is skipped and says so.
-	-$(BIN)/python -m pip install --quiet --no-deps timm==1.0.31 torchvision==0.15.2
+	# clean-fid and timm ask for torchvision, whose newer builds crash beside a torch they were not built for; 0.15.2 loads
+	# beside any. Where it cannot be had (Python 3.12 on) the tests that need it are skipped and say so.
+	-$(BIN)/python -m pip install --quiet --no-deps clean-fid==0.1.35 timm==1.0.31 torchvision==0.15.2
 	touch $@
 
 clean:

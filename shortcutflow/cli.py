@@ -8,13 +8,15 @@ from collections.abc import Callable, Sequence
 import typer
 
 from shortcutflow.commands.data import prepare_command
+from shortcutflow.commands.evaluate import evaluate_command
 from shortcutflow.commands.models import convert_command, export_command
+from shortcutflow.commands.plot import plot_app
 from shortcutflow.commands.recipes import DryRun, ObjectiveName, Overrides, Resume, RunDir, Smoke
 from shortcutflow.commands.training import average_command, sample_command, show_config_command, train_command
 from shortcutflow.config import RunConfig
 from shortcutflow.launch import Options, run_recipe
 
-LISTS = ("--steps", "--labels")
+LISTS = ("--steps", "--labels", "--metrics")
 """Options that take several values: ``--steps 1 4 128`` is ``--steps 1 --steps 4 --steps 128``."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -29,6 +31,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "prepare": prepare_command,
     "train": train_command,
     "sample": sample_command,
+    "evaluate": evaluate_command,
     "average": average_command,
     "convert": convert_command,
     "export": export_command,
@@ -36,6 +39,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
+app.add_typer(plot_app, name="plot")
 
 
 def launch(config: RunConfig, argv: Sequence[str] | None = None) -> None:

@@ -6,25 +6,41 @@ import torch
 from torch import Tensor
 
 from shortcutflow.sampling import sample
-from shortcutflow.seeds import generator_for
+from shortcutflow.seeds import seed_for
 from shortcutflow.types import Network, SamplerKind
 
 
-def noise_of(seed: int, count: int, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
-    """The noise of samples 0 ... count - 1, (count, *shape), drawn on the CPU so that every device gets the same."""
-    return _draws(seed, "noise", range(count), shape).to(device)
+def noise_of(seed: int, samples: int | range, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
+    """The noise of some samples, (n, *shape), drawn on the CPU so that every device gets the same.
+
+    Args:
+        seed: of all samples.
+        samples: their numbers, or how many from 0 on.
+        shape: of a sample.
+        device: where it goes then.
+    """
+    return _draws(seed, "noise", _numbers(samples), shape).to(device)
 
 
 def _draws(seed: int, purpose: str, samples: range, shape: tuple[int, ...], *, index: int = 0) -> Tensor:
     """Normal numbers for each sample by itself, (len(samples), *shape), on the CPU."""
-    return torch.stack(
-        [torch.randn(shape, generator=generator_for(seed, purpose, step=i, index=index)) for i in samples]
-    )
+    draws = torch.empty((len(samples), *shape))
+    generator = torch.Generator()  # one for all: making it costs as much as the numbers of a small image
+    for row, i in zip(draws, samples, strict=True):
+        torch.randn(shape, generator=generator.manual_seed(seed_for(seed, purpose, step=i, index=index)), out=row)
+    return draws
 
 
-def labels_of(count: int, num_classes: int | None, device: torch.device | str = "cpu") -> Tensor | None:
-    """Labels in turn, 0, 1, ..., (count,) int64; None if there are none."""
-    return None if num_classes is None else torch.arange(count, device=device) % num_classes
+def labels_of(samples: int | range, num_classes: int | None, device: torch.device | str = "cpu") -> Tensor | None:
+    """Labels in turn, sample i has i mod num_classes, (n,) int64; None if there are none."""
+    if num_classes is None:
+        return None
+    numbers = _numbers(samples)
+    return torch.arange(numbers.start, numbers.stop, numbers.step, device=device) % num_classes
+
+
+def _numbers(samples: int | range) -> range:
+    return range(samples) if isinstance(samples, int) else samples
 
 
 @torch.no_grad()
@@ -41,17 +57,19 @@ def generate(
     flow_only: bool = False,
     sampler: SamplerKind = "euler",
     seed: int = 0,
+    first: int = 0,
     progress: bool = False,
 ) -> Tensor:
     """As :func:`shortcutflow.sample`, in batches: (n, *shape) from noise (n, *shape).
 
-    ``seed`` is that of the noise which the sampler "consistency" adds after its steps; sample i gets its own.
+    ``seed`` is that of the noise which the sampler "consistency" adds after its steps; sample i gets its own,
+    counted from ``first``, the number of the first sample here.
     """
     made = []
     for start in range(0, len(noise), batch_size):
         part = slice(start, start + batch_size)
 
-        def fresh_noise(step: int, samples: range = range(len(noise))[part]) -> Tensor:
+        def fresh_noise(step: int, samples: range = range(first, first + len(noise))[part]) -> Tensor:
             return _draws(seed, "fresh_noise", samples, noise.shape[1:], index=step).to(noise)
 
         made.append(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from shortcutflow.evaluation.decoded import as_pictures
-from shortcutflow.evaluation.generate import generate, labels_of, noise_of
+from shortcutflow.evaluation.generate import generate
 from shortcutflow.evaluation.grids import sample_grid
 from shortcutflow.evaluation.runs import Run
+from shortcutflow.evaluation.starts import starts_of
 
 
 def sample_sheet(
@@ -41,30 +41,14 @@ def sample_sheet(
         raise ValueError(f"run {run.folder} makes no pictures: its samples have shape {info.shape}")
     if not all(budget >= 1 for budget in budgets):
         raise ValueError(f"steps must be at least 1, got {', '.join(map(str, budgets))}")
-    if labels is not None and count is not None:
-        raise ValueError("give labels or a count, not both: each label is one sample")
-    if count is not None and count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
     device = next(run.network.parameters()).device
-    if labels is None:
-        y = labels_of(count or 10, info.num_classes, device)
-        n = count or 10
-    else:
-        _check_labels(labels, info.num_classes)
-        y, n = torch.tensor(labels, device=device), len(labels)
-    noise = noise_of(seed, n, info.shape, device)
+    noise, y = starts_of(info, labels=labels, count=count, seed=seed, device=device)
     rows = [
-        generate(run.network, noise, y, steps=budget, guidance_scale=guidance_scale, **config.sampler_options())
+        generate(
+            run.network, noise, y, steps=budget, guidance_scale=guidance_scale, seed=seed, **config.sampler_options()
+        )
         for budget in budgets
     ]
     return sample_grid(
         [as_pictures(row, info) for row in rows], [f"{budget} step{'s' * (budget > 1)}" for budget in budgets]
     )
-
-
-def _check_labels(labels: Sequence[int], num_classes: int | None) -> None:
-    if num_classes is None:
-        raise ValueError("this run was trained without labels: leave --labels out")
-    wrong = [label for label in labels if not 0 <= label < num_classes]
-    if wrong:
-        raise ValueError(f"labels must be from 0 to {num_classes - 1}, got {', '.join(map(str, wrong))}")

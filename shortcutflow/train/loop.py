@@ -27,7 +27,7 @@ from shortcutflow.train.parts import (
     save_snapshots,
     saver_for,
 )
-from shortcutflow.train.pictures import save_grid, shows_grid, training_grid
+from shortcutflow.train.pictures import save_pictures, shows_grid, training_pictures
 from shortcutflow.train.reporter import Reporter
 from shortcutflow.train.signals import StoppedBySignal, StopRequest
 from shortcutflow.train.step import agree, backward_pass, update
@@ -125,9 +125,10 @@ def _run_steps(
             save(config, parts, saver, done, bad_steps.skipped)
         if shows_grid(config, done):
             watchdog.beat(step, "evaluate")
-            grid = training_grid(config, parts.weights(config.sample_weights), world.device)
+            made = training_pictures(config, parts.weights(config.sample_weights), world.device)
             if log is not None:
-                log.picture(done, "samples", save_grid(config, grid, run_dir, done))
+                for name, pixels in save_pictures(config, made, run_dir, done).items():
+                    log.picture(done, name, pixels)
         if stopping and not is_last:
             saver.wait()
             signals = filter(None, world.gather(stop.requested))

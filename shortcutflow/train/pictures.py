@@ -77,16 +77,10 @@ def save_pictures(config: RunConfig, made: Made, run_dir: Path, step: int) -> di
     """Draw all of it, save the samples in the run's folder, and give the pictures by name, (height, width, 3) uint8."""
     info = config.data.describe()
     return {
-        "samples": save_grid(config, made.grid, run_dir, step),
+        "samples": _save_grid(config, made.grid, run_dir, step),
         "reconstruction": reconstruction_picture(made.ends, made.real.y, info),
         "interpolation": interpolation_picture({1: made.between}, made.pair_labels, info),
     }
-
-
-def training_grid(config: RunConfig, network: nn.Module, device: torch.device) -> list[Tensor]:
-    """Samples, a row a budget; every process must call it where the network is sharded."""
-    with _asked(config, network, device):
-        return _grid(config, network, device)
 
 
 def _grid(config: RunConfig, network: nn.Module, device: torch.device) -> list[Tensor]:
@@ -102,15 +96,17 @@ def _grid(config: RunConfig, network: nn.Module, device: torch.device) -> list[T
 def _asked(config: RunConfig, network: nn.Module, device: torch.device) -> Iterator[None]:
     """The network is in eval mode, and computes as in training."""
     was_training = network.training
-    network.eval()
     bfloat16 = config.training.precision == "bfloat16"
     # As in training: units of a sharded network then hold bfloat16 weights, which only autocast can use.
     with torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext():
-        yield
-    network.train(was_training)
+        network.eval()
+        try:
+            yield
+        finally:
+            network.train(was_training)
 
 
-def save_grid(config: RunConfig, rows: list[Tensor], run_dir: Path, step: int) -> np.ndarray:
+def _save_grid(config: RunConfig, rows: list[Tensor], run_dir: Path, step: int) -> np.ndarray:
     """Draw rows of samples, save the picture in the run's folder and give it, (height, width, 3) uint8."""
     info = config.data.describe()
     rows = [as_pictures(row, info) for row in rows]

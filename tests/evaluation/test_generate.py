@@ -8,6 +8,7 @@ import torch
 
 from shortcutflow.evaluation.generate import generate, labels_of, noise_of
 from shortcutflow.evaluation.grids import sample_grid, to_uint8
+from shortcutflow.seeds import generator_for
 
 
 def network(x: torch.Tensor, t: torch.Tensor, d: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
@@ -29,11 +30,29 @@ def test_noise_of_sample_i() -> None:
     assert abs(float(many.std()) - 1) < 0.02
 
 
+@pytest.mark.parametrize("shape", [(3,), (1, 8, 8), (4, 5, 3)], ids=str)
+def test_noise_is_that_of_a_generator_for_each_sample(shape: tuple[int, ...]) -> None:
+    expected = [torch.randn(shape, generator=generator_for(7, "noise", step=i)) for i in range(20)]
+    assert torch.equal(noise_of(7, 20, shape), torch.stack(expected))
+    assert torch.equal(noise_of(7, range(5, 9), shape), torch.stack(expected[5:9]))
+
+
 def test_labels_in_turn() -> None:
-    labels = labels_of(12, 10)
+    labels, later = labels_of(12, 10), labels_of(range(9, 12), 10)
     assert labels is not None
+    assert later is not None
     assert labels.tolist() == [*range(10), 0, 1]
+    assert later.tolist() == [9, 0, 1]
     assert labels_of(3, None) is None
+
+
+def test_samples_made_in_parts_are_those_of_the_whole() -> None:
+    """Also where the sampler adds noise after each step, which depends on the sample's number."""
+    noise = noise_of(3, 20, (1, 4, 4))
+    whole = generate(network, noise, None, steps=3, sampler="consistency", seed=5)
+    part = noise_of(3, range(8, 20), (1, 4, 4))
+    assert torch.equal(generate(network, part, None, steps=3, sampler="consistency", seed=5, first=8), whole[8:])
+    assert not torch.equal(generate(network, part, None, steps=3, sampler="consistency", seed=5), whole[8:])
 
 
 def test_grid_shows_each_image_in_its_place() -> None:

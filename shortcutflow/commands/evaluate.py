@@ -1,0 +1,175 @@
+"""The command that measures the quality of samples by named protocols, and makes the statistics to compare with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from shortcutflow.evaluation.subject import Subject
+    from shortcutflow.interop.model import Model
+
+STEPS, METRICS, SAMPLES, BATCH_SIZE = (1, 2, 4, 128), ("fid",), 50_000, 250
+
+
+def evaluate_command(
+    model: Annotated[
+        str | None, typer.Argument(help="A run's or model's folder, a folder of runs (the newest), or a hub id.")
+    ] = None,
+    steps: Annotated[list[int] | None, typer.Option(help="Sampling budgets. [default: 1 2 4 128]")] = None,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(help="Of fid, kid, is, precision, recall, density, coverage. [default: fid]"),
+    ] = None,
+    protocol: Annotated[
+        str,
+        typer.Option(help="clean-fid, released-code, adm, adm-spatial, dinov2, pixels, digits, or file:TORCHSCRIPT."),
+    ] = "clean-fid",
+    extractor_weights: Annotated[Path | None, typer.Option(help="The protocol's file of weights.")] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="Statistics (.npz), pictures, or clean-fid:DATASET-SPLIT. [default: what the run was trained on]"
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Samples a budget.")] = SAMPLES,
+    batch_size: Annotated[int, typer.Option(help="Samples at once.")] = BATCH_SIZE,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0,
+    weights: Annotated[
+        str | None, typer.Option(help="An average's name, 'current', or a .safetensors file. [default: the run's]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise; every budget starts from the same.")] = 0,
+    precision: Annotated[str, typer.Option(help="Of the network: float32 or bfloat16.")] = "float32",
+    vae: Annotated[str | None, typer.Option(help="Autoencoder of latents. [default: the one they came from]")] = None,
+    device: Annotated[str | None, typer.Option(help="[default: a GPU if there is one]")] = None,
+    save_images: Annotated[Path | None, typer.Option(help="Save the samples in this folder too, as PNG.")] = None,
+    keep_features: Annotated[bool, typer.Option("--keep-features", help="For more metrics later.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="The report, or with --make-stats the .npz. [default: in the run's folder]")
+    ] = None,
+    make_stats: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="Make statistics of these pictures instead."),
+    ] = None,
+    with_features: Annotated[
+        bool, typer.Option("--with-features", help="With --make-stats: for all metrics, not fid alone.")
+    ] = False,
+    size: Annotated[int | None, typer.Option(help="With --make-stats: side to crop raw pictures to.")] = None,
+    crop: Annotated[str, typer.Option(help="With --make-stats: released, adm or stretch.")] = "released",
+) -> None:
+    """Measure samples by named protocols, at several budgets, into one report; or make statistics to compare with."""
+    from shortcutflow.evaluation.protocols import check_protocol
+
+    check_protocol(protocol)
+    by: dict[str, Any] = {"name": protocol, "weights": extractor_weights}
+    if make_stats is not None:
+        if model is not None or reference is not None:
+            raise ValueError("--make-stats looks at pictures only: leave the model and --reference out")
+        _make_stats(make_stats, by, out, device, batch_size, with_features, {"size": size, "crop": crop})
+        return
+    if model is None:
+        raise ValueError("name a run's or a model's folder, or pictures with --make-stats SOURCE")
+    if with_features or size is not None:
+        raise ValueError("--with-features and --size go with --make-stats")
+    from shortcutflow.evaluation.evaluate import Asked
+
+    asked = Asked(
+        tuple(steps or STEPS), tuple(metrics or METRICS), samples, reference, images=save_images,
+        keep_features=keep_features,
+    )  # fmt: skip
+    asked.check()
+    sampling: dict[str, Any] = {
+        "seed": seed, "guidance_scale": guidance_scale, "batch_size": batch_size, "precision": precision, "vae": vae,
+    }  # fmt: skip
+    _evaluate(model, weights, by, asked, sampling, out, device)
+
+
+def _evaluate(
+    place: str, weights: str | None, by: dict[str, Any], asked: Any, sampling: dict[str, Any], out: Path | None,
+    device: str | None,
+) -> None:  # fmt: skip
+    from shortcutflow.data.ranks import Rank
+    from shortcutflow.evaluation.evaluate import evaluate
+    from shortcutflow.evaluation.protocols import open_protocol
+    from shortcutflow.evaluation.report import report_path, table_of
+    from shortcutflow.evaluation.samples import Sampler
+    from shortcutflow.evaluation.together import meeting
+
+    rank = Rank.from_environment()
+    where = rank.device(device)
+    subject = open_subject(place, weights, where)
+    sampler = Sampler(subject, **sampling)
+    protocol = open_protocol(**by, device=where)
+    if out is None:
+        if subject.folder is None:
+            raise ValueError(f"{place} is no folder here: say with --out where the report goes")
+        out = report_path(subject.folder, protocol.name)
+    with meeting(rank) as team:
+        report = evaluate(sampler, protocol, asked, out, team=team)
+    if report is not None:
+        print(f"{table_of(report)}\n{out}")
+
+
+def _make_stats(
+    source: str, by: dict[str, Any], out: Path | None, device: str | None, batch_size: int, with_features: bool,
+    raw: dict[str, Any],
+) -> None:  # fmt: skip
+    from shortcutflow.data.ranks import Rank
+    from shortcutflow.evaluation.parts_on_disk import WORK
+    from shortcutflow.evaluation.pictures import open_pictures
+    from shortcutflow.evaluation.protocols import open_protocol
+    from shortcutflow.evaluation.reference import make_reference
+    from shortcutflow.evaluation.together import meeting
+
+    if out is None or out.suffix != ".npz":
+        raise ValueError(f"--make-stats needs --out FILE.npz, got {out}")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
+    rank = Rank.from_environment()
+    pictures = open_pictures(source, **raw)
+    protocol = open_protocol(**by, device=rank.device(device))
+    with meeting(rank) as team:
+        make_reference(
+            pictures, protocol, out, with_features=with_features, work=out.parent / WORK, team=team,
+            batch_size=batch_size,
+        )  # fmt: skip
+    if team.leads:
+        print(f"{out}: {pictures.count} pictures of {pictures.name}, protocol {protocol.name}")
+
+
+def open_subject(place: str, weights: str | None, device: Any) -> Subject:
+    """The network of a run's folder, of a folder of runs, of a model's folder, or of a hub id.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`shortcutflow.evaluation.runs.load_run` and
+            :func:`shortcutflow.interop.model.load`.
+    """
+    from shortcutflow.config import CONFIG_FILE
+    from shortcutflow.evaluation.runs import load_run
+    from shortcutflow.evaluation.subject import subject_of_run
+    from shortcutflow.interop.model import HUB_ID, load
+    from shortcutflow.interop.model_folder import ModelConfig, read_config
+
+    folder = Path(place)
+    is_model = (folder / CONFIG_FILE).is_file() and isinstance(read_config(folder), ModelConfig)
+    if is_model or (not folder.exists() and HUB_ID.fullmatch(place) and not folder.parent.exists()):
+        return _subject_of_model(place, load(place, weights=weights, device=device), device)
+    return subject_of_run(load_run(folder, weights=weights, device=device))
+
+
+def _subject_of_model(place: str, model: Model, device: Any) -> Subject:
+    from shortcutflow.data.autoencoder import weights_sha256
+    from shortcutflow.data.source import DataInfo
+    from shortcutflow.evaluation.subject import Subject
+
+    config = model.config
+    identity = {"network": config.backbone.model_dump(), "weights_sha256": weights_sha256(model.network.state_dict())}
+    return Subject(
+        name=Path(place).resolve().name if Path(place).is_dir() else place,
+        network=model.network, info=DataInfo(config.shape, config.num_classes, config.condition_shape, config.vae),
+        device=device, identity=identity, weights=model.weights, step=config.step, finest_steps=config.finest_steps,
+        null_y=config.null_y, flow_only=config.flow_only, sampler=config.sampler,
+        folder=Path(place) if Path(place).is_dir() else None,
+    )  # fmt: skip

@@ -1,0 +1,262 @@
+"""Features of pictures: any network behind any resize, a TorchScript file, or the pixels themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shortcutflow.evaluation.resize import (
+    Prepare,
+    clean_fid_resize,
+    default_workers,
+    on_threads,
+    plain_bilinear,
+    tensorflow_bilinear,
+    unresized,
+)
+from shortcutflow.evaluation.torchscript import LARGEST, load_torchscript
+from shortcutflow.evaluation.weights_files import read_file
+
+BATCH_SIZE = 64
+"""Pictures that go through a network at once."""
+MOST_PIXEL_VALUES = 4096
+ResizeName = Literal["clean-fid", "bilinear", "tensorflow-1"]
+
+
+class Extracted(NamedTuple):
+    """What a network says of n pictures.
+
+    Attributes:
+        features: (n, k) float32, finite.
+        logits: (n, classes) float32, before the softmax, for the Inception score; None if there are no classes.
+    """
+
+    features: np.ndarray
+    logits: np.ndarray | None
+
+
+class Extractor(Protocol):
+    """Pictures to features.
+
+    Attributes:
+        name: for reports; it tells apart everything that changes the features, with the SHA-256 of a file of weights.
+        width: of the features, if it is known before the first pictures.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def width(self) -> int | None: ...
+
+    def __call__(self, images: np.ndarray) -> Extracted:
+        """Features of images (n, h, w, 3) uint8 of any size, resized as the protocol says."""
+        ...
+
+
+class NetworkExtractor:
+    """A network behind a resize; while it computes on one batch, the next is resized.
+
+    The numbers do not depend on how many pictures are given at once, but for the last digits.
+
+    Args:
+        network: a batch as ``prepare`` made it, on ``device``, to features (b, k) and logits (b, classes) or None.
+        prepare: images (b, h, w, 3) uint8 to a tensor with b rows, on the CPU.
+        name: for reports.
+        device: where the network is.
+        batch_size: pictures at once.
+        probe_size: side of a grey picture that is put through at once, to find the width and mistakes early; None: not.
+
+    Raises:
+        ValueError: if the network's answer to the grey picture is no finite (1, k).
+    """
+
+    def __init__(
+        self,
+        network: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+        prepare: Prepare,
+        *,
+        name: str,
+        device: torch.device | str = "cpu",
+        batch_size: int = BATCH_SIZE,
+        probe_size: int | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.name = name
+        self.width: int | None = None
+        self._network, self._prepare, self._device, self._batch_size = network, prepare, device, batch_size
+        if probe_size is not None:
+            grey = np.full((1, probe_size, probe_size, 3), 128, np.uint8)
+            self.width = self(grey).features.shape[1]
+
+    def __call__(self, images: np.ndarray) -> Extracted:
+        """See :class:`Extractor`.
+
+        Raises:
+            ValueError: for other images, or if the network's answer is no finite (n, k).
+        """
+        check_images(images)
+        answers = [self._answer(batch) for batch in self._prepared(images)]
+        features = np.concatenate([features for features, _ in answers])
+        logits = [logits for _, logits in answers if logits is not None]
+        return Extracted(features, np.concatenate(logits) if logits else None)
+
+    def _prepared(self, images: np.ndarray) -> Iterator[Tensor]:
+        batches = np.array_split(images, range(self._batch_size, len(images), self._batch_size))
+        with ThreadPoolExecutor(1, thread_name_prefix="prepare") as ahead:
+            pending = ahead.submit(self._prepare, batches[0])
+            for following in batches[1:]:
+                ready, pending = pending, ahead.submit(self._prepare, following)
+                yield ready.result()
+            yield pending.result()
+
+    @torch.no_grad()
+    def _answer(self, batch: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+        with exact_float32():
+            try:
+                features, logits = self._network(batch.to(self._device))
+            except (RuntimeError, AttributeError, TypeError) as error:
+                # TorchScript says where it happened first, and last what happened.
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+                raise ValueError(f"extractor {self.name} fails on images {tuple(batch.shape)}: {reason}") from error
+        for what, values in (("features", features), ("logits", logits)):
+            if values is None and what == "logits":
+                continue
+            if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != len(batch):
+                shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                raise ValueError(f"extractor {self.name} must give {what} ({len(batch)}, k), it gave {shape}")
+            if not values.isfinite().all():
+                raise ValueError(f"extractor {self.name} gave {what} that are not finite")
+        return _numpy(features), None if logits is None else _numpy(logits)
+
+
+def extractor_of_module(
+    module: Callable[[Tensor], Any],
+    *,
+    name: str,
+    size: int | None,
+    value_range: tuple[float, float] = (0, 255),
+    resize: ResizeName = "clean-fid",
+    device: torch.device | str = "cpu",
+    batch_size: int = BATCH_SIZE,
+    resize_workers: int | None = None,
+) -> NetworkExtractor:
+    """An extractor from any callable of images.
+
+    Args:
+        module: images (b, 3, size, size) float32 in ``value_range`` to features (b, k), or to (features, logits).
+        name: for reports.
+        size: of the images it takes; None: pictures come unresized.
+        value_range: what 0 and 255 become.
+        resize: one of "clean-fid" (Pillow's bicubic of float channels), "bilinear" and "tensorflow-1"; see
+            :mod:`shortcutflow.evaluation.resize`.
+        device: where the module is.
+        batch_size: pictures at once.
+        resize_workers: threads that resize; None: a thread a core.
+
+    Raises:
+        ValueError: for an unknown resize, a range that is none, or an answer that is no (b, k).
+        ImportError: if the resize is clean-fid's and it is not installed.
+    """
+    low, high = value_range
+    if not low < high:
+        raise ValueError(f"value_range must be (low, high) with low < high, got {value_range}")
+    on_device = {"bilinear": plain_bilinear, "tensorflow-1": tensorflow_bilinear}
+    if resize != "clean-fid" and resize not in on_device:
+        raise ValueError(f"unknown resize {resize!r}; known: clean-fid, {', '.join(on_device)}")
+    prepare: Prepare = unresized
+    if size is not None and resize == "clean-fid":
+        prepare = on_threads(clean_fid_resize(size), resize_workers or default_workers())
+
+    def network(images: Tensor) -> tuple[Tensor, Tensor | None]:
+        pixels = images.float()
+        if size is not None and resize in on_device:
+            pixels = on_device[resize](pixels, size)
+        # The usual range stays as it is, to the last bit.
+        scaled = pixels if (low, high) == (0, 255) else pixels * ((high - low) / 255) + low
+        answer = module(scaled)
+        features, logits = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, None)
+        return features, logits
+
+    return NetworkExtractor(network, prepare, name=name, device=device, batch_size=batch_size, probe_size=size)
+
+
+def extractor_of_file(
+    path: Path | str,
+    *,
+    size: int | None = None,
+    value_range: tuple[float, float] = (0, 255),
+    device: torch.device | str = "cpu",
+    batch_size: int = BATCH_SIZE,
+) -> NetworkExtractor:
+    """An extractor from a TorchScript file; its name holds the file's SHA-256.
+
+    The file is a program, and only as trustworthy as its source: see :mod:`shortcutflow.evaluation.torchscript`.
+
+    Args:
+        path: of what ``torch.jit.save`` wrote: images (b, 3, h, w) float32 in ``value_range`` to features (b, k), or to
+            (features, logits).
+        size: clean-fid's resize to this size comes before it; None: pictures come as they are.
+        value_range: what 0 and 255 become.
+        device: where it computes.
+        batch_size: pictures at once.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no TorchScript, or too large, or its answer is no finite (b, k).
+    """
+    file = read_file(Path(path), LARGEST)
+    return extractor_of_module(
+        load_torchscript(file, device), name=f"file:{file.path.name} sha256:{file.sha256}", size=size,
+        value_range=value_range, device=device, batch_size=batch_size,
+    )  # fmt: skip
+
+
+class PixelExtractor:
+    """The values of small pictures themselves, in [-1, 1], row by row, the three channels of a pixel side by side."""
+
+    name = "pixels"
+    width = None
+
+    def __call__(self, images: np.ndarray) -> Extracted:
+        """See :class:`Extractor`.
+
+        Raises:
+            ValueError: for pictures of more than 4096 values.
+        """
+        check_images(images)
+        if (values := images[0].size) > MOST_PIXEL_VALUES:
+            raise ValueError(
+                f"pictures of {images.shape[1]}x{images.shape[2]} have {values} values, pixels are compared up to "
+                f"{MOST_PIXEL_VALUES}: take a protocol with a network, such as clean-fid"
+            )
+        return Extracted(images.reshape(len(images), -1).astype(np.float32) / 127.5 - 1, None)
+
+
+def check_images(images: np.ndarray) -> None:
+    """Refuse what are no pictures.
+
+    Raises:
+        ValueError: unless images are (n, h, w, 3) uint8 with n, h and w at least 1.
+    """
+    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or not images.size:
+        raise ValueError(f"images must be (n, h, w, 3) uint8, got {images.shape} {images.dtype}")
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Convolutions in full float32 with algorithms that repeat, so that a GPU's features are those of a CPU."""
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        yield
+
+
+def _numpy(values: Tensor) -> np.ndarray:
+    return values.float().cpu().numpy()

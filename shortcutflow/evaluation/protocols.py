@@ -1,0 +1,125 @@
+"""Ways of measuring, by name. Two numbers compare only if their protocols are the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shortcutflow.evaluation.extractors import BATCH_SIZE, Extractor, PixelExtractor, extractor_of_file
+
+FILE_PREFIX = "file:"
+DESCRIPTIONS = {
+    "clean-fid": (
+        "clean-fid's mode clean: each float channel resized to 299 by Pillow's bicubic with antialias, "
+        "(x - 128) / 128, Inception 2015-12-05, 2048 pooled features; Inception score from logits without bias"
+    ),
+    "released-code": (
+        "the shortcut models' released evaluation: 8-bit pictures to [-1, 1], resized to 299 bilinearly without "
+        "antialias, clipped to [-1, 1], Inception 2015-12-05, 2048 pooled features"
+    ),
+    "adm": (
+        "ADM's evaluation suite: 8-bit pictures resized to 299 inside the network as TensorFlow 1 did (bilinear, no "
+        "antialias, corners at 0), Inception 2015-12-05, 2048 pooled features; Inception score from logits without bias"
+    ),
+    "adm-spatial": (
+        "ADM's spatial features, whose FID is sFID: as adm, but the first 7 channels of mixed_6/conv at 17x17 places, "
+        "2023 features"
+    ),
+    "dinov2": (
+        "FD-DINOv2 as in dgm-eval: 8-bit pictures resized to 224 by Pillow's bicubic with antialias, ImageNet's "
+        "normalisation, DINOv2 ViT-L/14 without registers, 1024 features of the class token"
+    ),
+    "pixels": "the values of small pictures in [-1, 1], three channels (a grey picture counts three times)",
+    "digits": (
+        "64 features of a perceptron that reads 8x8 digits, trained on 4 of 5 of the 1,797 real ones; Inception score "
+        "from its 10 logits"
+    ),
+}
+"""A sentence for each name, for reports."""
+
+
+@dataclass(frozen=True)
+class EvaluationProtocol:
+    """A named way of measuring.
+
+    Attributes:
+        name: one of :func:`protocol_names`, or ``file:NAME``.
+        description: one sentence that says what happens to a picture.
+        extractor: pictures to features; its name holds the SHA-256 of its file of weights.
+    """
+
+    name: str
+    description: str
+    extractor: Extractor
+
+
+def protocol_names() -> tuple[str, ...]:
+    """The protocols that are built in; beside them ``file:PATH`` names a TorchScript file."""
+    return tuple(DESCRIPTIONS)
+
+
+def open_protocol(
+    name: str,
+    *,
+    device: torch.device | str = "cpu",
+    weights: Path | None = None,
+    batch_size: int = BATCH_SIZE,
+    resize_workers: int | None = None,
+) -> EvaluationProtocol:
+    """A protocol ready to measure: its weights are found, checked and loaded.
+
+    Args:
+        name: one of :func:`protocol_names`, or ``file:PATH`` for a TorchScript file that takes pictures
+            (b, 3, h, w) float32 in [0, 255] as they are and gives features (b, k), or (features, logits).
+        device: where the network computes.
+        weights: the file of its weights; None: looked for in the cache, and fetched if need be.
+        batch_size: pictures that go through the network at once.
+        resize_workers: threads that resize; None: a thread a core.
+
+    Raises:
+        ValueError: for an unknown name, weights where there are none, or a file that is not what it should be.
+        OSError: if weights are nowhere and cannot be fetched; says where to put them.
+        ImportError: if clean-fid or scikit-learn is needed and not installed.
+    """
+    # Loaded here, so that the names cost nothing.
+    from shortcutflow.evaluation.digit_features import DigitExtractor
+    from shortcutflow.evaluation.dinov2 import dinov2_extractor
+    from shortcutflow.evaluation.inception import inception_extractor
+
+    check_protocol(name)
+    if weights is not None and (name in ("pixels", "digits") or name.startswith(FILE_PREFIX)):
+        raise ValueError(f"the protocol {name} takes no weights, got {weights}")
+    if resize_workers is not None and resize_workers < 1:
+        raise ValueError(f"resize_workers must be at least 1, got {resize_workers}")
+    extractor: Extractor
+    if name.startswith(FILE_PREFIX):
+        path = Path(name.removeprefix(FILE_PREFIX))
+        extractor = extractor_of_file(path, device=device, batch_size=batch_size)
+        described = f"features of the TorchScript file {path.name}, which gets the 8-bit pictures as floats in [0, 255]"
+        return EvaluationProtocol(f"{FILE_PREFIX}{path.name}", described, extractor)
+    match name:
+        case "pixels":
+            extractor = PixelExtractor()
+        case "digits":
+            extractor = DigitExtractor()
+        case "dinov2":
+            extractor = dinov2_extractor(
+                device=device, weights=weights, batch_size=batch_size, resize_workers=resize_workers
+            )
+        case _:
+            extractor = inception_extractor(
+                name, device=device, weights=weights, batch_size=batch_size, resize_workers=resize_workers
+            )
+    return EvaluationProtocol(name, DESCRIPTIONS[name], extractor)
+
+
+def check_protocol(name: str) -> None:
+    """Refuse a name that is none, before anything is loaded.
+
+    Raises:
+        ValueError: listing the names.
+    """
+    if name not in DESCRIPTIONS and not (name.startswith(FILE_PREFIX) and name != FILE_PREFIX):
+        raise ValueError(f"unknown protocol {name!r}; known: {', '.join(DESCRIPTIONS)}, or file:PATH")

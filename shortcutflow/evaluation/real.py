@@ -1,0 +1,39 @@
+"""Real data for pictures: some samples, or all of them once, in blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from shortcutflow.data.source import DataSettings
+from shortcutflow.data.stream import ShardStream
+from shortcutflow.types import Batch
+
+
+def some_data(settings: DataSettings, count: int, *, seed: int = 0) -> Batch:
+    """The first samples of the first epoch in a seed's order, not mirrored, the same in every process.
+
+    Raises:
+        ValueError: for a count below 1.
+    """
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    return next(_stream(settings, batch_size=count, seed=seed))
+
+
+def all_data(settings: DataSettings, *, block: int = 512) -> Iterator[Batch]:
+    """Every sample once, not mirrored, in blocks of so many, of which no two are held; always in the same order.
+
+    Latents are those of one draw.
+    """
+    stream = _stream(settings, batch_size=block, seed=0)
+    left = stream.manifest.samples
+    while left > 0:
+        batch = next(stream)
+        # The last block goes on into the next epoch.
+        yield Batch(batch.data[:left], None if batch.y is None else batch.y[:left], batch.keys[:left])
+        left -= block
+
+
+def _stream(settings: DataSettings, *, batch_size: int, seed: int) -> ShardStream:
+    options = settings.stream_options() | {"workers": 0, "cache_bytes": 0, "horizontal_flip": False}
+    return ShardStream(settings.prepare(), batch_size=batch_size, seed=seed, **options)

@@ -1,0 +1,270 @@
+"""What samples are compared with: statistics of real pictures, and their features where a metric needs them.
+
+::
+
+    NAME.npz           mean and covariance of the features, in the authors' layout
+    NAME.json          which pictures, which protocol, how many; and the hash of the statistics it belongs to
+    NAME.safetensors   features of at most 50,000 of the pictures, if they were asked for
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from tqdm import tqdm
+
+import shortcutflow
+from shortcutflow.durable import write_whole
+from shortcutflow.evaluation.clock import Clock
+from shortcutflow.evaluation.extractors import Extractor
+from shortcutflow.evaluation.measures import MOST_ROWS, Real
+from shortcutflow.evaluation.parts_on_disk import (
+    Features,
+    Merged,
+    PartsFolder,
+    cut,
+    file_name,
+    held_by,
+    joined,
+    merged,
+    share_of,
+)
+from shortcutflow.evaluation.pictures import Pictures
+from shortcutflow.evaluation.protocols import EvaluationProtocol
+from shortcutflow.evaluation.statistics import load_statistics, save_statistics, statistics_hash
+from shortcutflow.evaluation.together import ALONE, Team
+
+CLEAN_FID = "clean-fid:"
+"""Begins the names of clean-fid's own statistics."""
+
+
+@dataclass(frozen=True)
+class ReferenceRecord:
+    """What is known of a reference, for reports and the file beside it.
+
+    Attributes:
+        pictures: where they came from.
+        protocol, extractor: by which their features were made; None if nobody wrote it down.
+        images: how many; None likewise.
+        statistics_sha256: of the statistics.
+        features: how many pictures' own features are there.
+        fingerprint: of the pictures.
+        version: of this library that made it.
+    """
+
+    pictures: str
+    protocol: str | None
+    extractor: str | None
+    images: int | None
+    statistics_sha256: str
+    features: int = 0
+    fingerprint: str | None = None
+    version: str | None = None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference, ready to compare with.
+
+    Attributes:
+        real: its statistics, and features or None.
+        record: what is known of it.
+    """
+
+    real: Real
+    record: ReferenceRecord
+
+
+def make_reference(
+    pictures: Pictures,
+    protocol: EvaluationProtocol,
+    path: Path,
+    *,
+    with_features: bool,
+    work: Path,
+    team: Team = ALONE,
+    batch_size: int = 100,
+    side: tuple[int, int] | None = None,
+) -> None:
+    """Extract the features of pictures, and write the reference; all processes of a team call this together.
+
+    The same call goes on after a stop.
+
+    Args:
+        pictures: real ones.
+        protocol: whose extractor sees them.
+        path: the .npz file; the others lie beside it.
+        with_features: write those too.
+        work: a folder for what is unfinished.
+        team: the processes that share the work.
+        batch_size: pictures extracted at once.
+        side: (height, width) that they must have, in pixels; None takes any.
+
+    Raises:
+        ValueError: for pictures that cannot be read or have another size, naming them.
+    """
+    if pictures.count < 2:
+        raise ValueError(f"a reference needs at least 2 pictures, {pictures.name} holds {pictures.count}")
+    key = {
+        "pictures": pictures.fingerprint(), "protocol": protocol.name, "extractor": protocol.extractor.name,
+        "version": shortcutflow.__version__,
+    }  # fmt: skip
+    folder, parts = PartsFolder(work, f"reference-{file_name(protocol.name)}", key), cut(pictures.count)
+    with held_by(team, [folder]):
+        missing = [part for part in share_of(team.rank, parts) if not folder.holds(part)]
+        with tqdm(total=sum(map(len, missing)), desc="reference", unit="image", disable=not team.leads) as bar:
+            for part in missing:
+                folder.make(part, _part(pictures, part, protocol.extractor, batch_size, side, bar))
+        team.wait()
+        if team.leads:
+            found = merged(folder, parts, keep=MOST_ROWS if with_features else 0)
+            _write(path, found, _record_of(pictures, protocol, found))
+            folder.remove()
+        team.wait()
+
+
+def _record_of(pictures: Pictures, protocol: EvaluationProtocol, found: Merged) -> ReferenceRecord:
+    return ReferenceRecord(
+        pictures=pictures.name, protocol=protocol.name, extractor=protocol.extractor.name, images=pictures.count,
+        statistics_sha256=statistics_hash(found.statistics), fingerprint=pictures.fingerprint(),
+        features=len(found.features) if found.features is not None else 0, version=shortcutflow.__version__,
+    )  # fmt: skip
+
+
+def _part(
+    pictures: Pictures, part: range, extractor: Extractor, batch_size: int, side: tuple[int, int] | None, bar: tqdm
+) -> Features:
+    clock, made = Clock(), []
+    for batch in _batches(pictures.read(part), batch_size):
+        if side is not None and batch.shape[1:3] != side:
+            raise ValueError(
+                f"{pictures.name} holds a picture of {batch.shape[2]}x{batch.shape[1]} pixels, the samples have "
+                f"{side[1]}x{side[0]}: make a reference of the same size with --make-stats --size {side[0]}"
+            )
+        with clock.phase("extraction"):
+            extracted = extractor(batch)
+        made.append(Features(extracted.features, None, {}))
+        bar.update(len(batch))
+    return joined(made)._replace(seconds=clock.seconds)
+
+
+def _batches(pictures: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Pictures of the same size together, in their order."""
+    batch: list[np.ndarray] = []
+    for picture in pictures:
+        if batch and (len(batch) == size or picture.shape != batch[0].shape):
+            yield np.stack(batch)
+            batch = []
+        batch.append(picture)
+    if batch:
+        yield np.stack(batch)
+
+
+def _write(path: Path, found: Merged, record: ReferenceRecord) -> None:
+    """Write the files of a reference; the statistics come last, so that a reference with them is complete."""
+    path.with_suffix(".npz").unlink(missing_ok=True)
+    features = path.with_suffix(".safetensors")
+    features.unlink(missing_ok=True)
+    if found.features is not None:
+        write_whole(
+            features, save({"features": found.features}, metadata={"statistics_sha256": record.statistics_sha256})
+        )
+    write_whole(path.with_suffix(".json"), json.dumps(asdict(record), indent=2, ensure_ascii=False) + "\n")
+    save_statistics(path, found.statistics)
+
+
+def load_reference(
+    path: Path, protocol: EvaluationProtocol, *, with_features: bool, name: str | None = None
+) -> Reference:
+    """Read a reference.
+
+    Args:
+        path: the .npz file.
+        protocol: by which samples will be compared with it.
+        with_features: whether features are needed.
+        name: for reports; None is the path.
+
+    Raises:
+        FileNotFoundError: without the file, or without features that are needed, saying how to make them.
+        ValueError: if it was made by another protocol, or its files do not belong together.
+    """
+    statistics = load_statistics(path)
+    digest = statistics_hash(statistics)
+    record = _record(path, digest, name or str(path))
+    for what, theirs, ours in (
+        ("protocol", record.protocol, protocol.name), ("extractor", record.extractor, protocol.extractor.name)
+    ):  # fmt: skip
+        if theirs is not None and theirs != ours:
+            raise ValueError(f"{path} was made by {what} {theirs!r}, not by {ours!r}: their numbers do not compare")
+    return Reference(Real(statistics, _features(path, digest) if with_features else None), record)
+
+
+def _record(path: Path, digest: str, name: str) -> ReferenceRecord:
+    file = path.with_suffix(".json")
+    if not file.is_file():
+        return ReferenceRecord(name, protocol=None, extractor=None, images=None, statistics_sha256=digest)
+    try:
+        record = ReferenceRecord(**json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} does not describe a reference ({error}); remove it if it is something else") from None
+    if record.statistics_sha256 != digest:
+        raise ValueError(f"{file} describes other statistics than {path} holds: make the reference again")
+    return record
+
+
+def _features(path: Path, digest: str) -> np.ndarray:
+    file = path.with_suffix(".safetensors")
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{path} holds only mean and covariance: every metric but 'fid' and 'is' needs the features of the real "
+            f"pictures too, in {file.name} beside it, which `shortcutflow evaluate --make-stats SOURCE --out FILE.npz "
+            "--with-features` writes; or name the pictures themselves"
+        )
+    try:
+        with safe_open(file, framework="np") as tensors:
+            if (tensors.metadata() or {}).get("statistics_sha256") != digest:
+                raise ValueError(f"{file} belongs to other statistics than {path} holds: make the reference again")
+            return tensors.get_tensor("features")
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def clean_fid_statistics(name: str, protocol: str) -> Path:
+    """The file of clean-fid's own statistics, "DATASET-SPLIT" or "DATASET-SPLIT-SIZE", in clean-fid's folder of them.
+
+    Raises:
+        ValueError: if the name has another form, or the protocol is not clean-fid's.
+        FileNotFoundError: if the file is not there, naming it and its place.
+        ImportError: without clean-fid.
+    """
+    if protocol != "clean-fid":
+        raise ValueError(f"{CLEAN_FID}{name} goes with --protocol clean-fid, not {protocol}")
+    asked = re.fullmatch(r"(\w+)-(\w+?)(?:-(\d+|na))?", name)
+    if asked is None:
+        raise ValueError(f"clean-fid's statistics are named as {CLEAN_FID}cifar10-train or -train-32, got {name!r}")
+    from importlib.util import find_spec
+
+    spec = find_spec("cleanfid")
+    if spec is None or spec.origin is None:
+        raise ImportError("clean-fid's statistics come with clean-fid: pip install 'shortcutflow[eval]'")
+    stats = Path(spec.origin).parent / "stats"
+    stem = f"{asked[1]}_clean_{asked[2]}".lower()  # as clean-fid names its files
+    found = [path for path in sorted(stats.glob(f"{stem}_*.npz")) if path.stem.removeprefix(f"{stem}_").isalnum()]
+    if asked[3]:
+        found = [path for path in found if path.stem == f"{stem}_{asked[3]}"]
+    if not found:
+        raise FileNotFoundError(
+            f"there is no {stem}_{asked[3] or 'SIZE'}.npz in {stats}: clean-fid fetches it there when it is first asked "
+            "for, or put it there by hand"
+        )
+    if len(found) > 1:
+        sizes = ", ".join(path.stem.removeprefix(f"{stem}_") for path in found)
+        raise ValueError(f"clean-fid's statistics {name} are there for sizes {sizes}: add one, as in {name}-32")
+    return found[0]

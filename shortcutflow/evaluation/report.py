@@ -1,0 +1,132 @@
+"""What an evaluation found, as one JSON file and as a table: every number beside all that it takes to repeat it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import shortcutflow
+from shortcutflow.durable import write_whole
+from shortcutflow.evaluation.measures import METRICS
+from shortcutflow.evaluation.parts_on_disk import file_name
+from shortcutflow.evaluation.protocols import EvaluationProtocol
+from shortcutflow.evaluation.reference import Reference
+from shortcutflow.evaluation.samples import Sampler
+
+
+@dataclass(frozen=True)
+class BudgetRow:
+    """One sampling budget.
+
+    Attributes:
+        steps: of the sampler.
+        values: by the metric's name.
+        seconds: of all processes together, by phase; those of parts that an earlier call made count too.
+    """
+
+    steps: int
+    values: dict[str, float]
+    seconds: dict[str, float]
+
+
+def report_path(folder: Path, protocol: str) -> Path:
+    """Where a report goes unless somebody says otherwise."""
+    return folder / f"evaluation-{file_name(protocol)}.json"
+
+
+def report_of(
+    sampler: Sampler,
+    protocol: EvaluationProtocol,
+    reference: Reference | None,
+    rows: Sequence[BudgetRow],
+    *,
+    samples: int,
+    processes: int,
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """The report, as JSON.
+
+    Args:
+        sampler: of the subject.
+        protocol: by which the features were made.
+        reference: what samples were compared with, or None.
+        rows: one a budget.
+        samples: how many a budget.
+        processes: that shared the work.
+        seconds: of this call in its first process: the whole, and by phase.
+    """
+    subject, vae = sampler.subject, sampler.autoencoder
+    metrics = [name for name in rows[0].values if name in METRICS] if rows else []
+    return {
+        "format": "shortcutflow-evaluation",
+        "subject": {
+            "name": subject.name, "folder": str(subject.folder) if subject.folder else None,
+            "weights": subject.weights, "step": subject.step, **subject.identity,
+        },
+        "protocol": {
+            "name": protocol.name, "description": protocol.description, "extractor": protocol.extractor.name,
+        },
+        "reference": asdict(reference.record) if reference is not None else None,
+        "metrics": {name: METRICS[name] for name in metrics},
+        "samples": samples,
+        "seed": sampler.seed,
+        "labels": _labels(subject.info.num_classes),
+        "guidance_scale": sampler.guidance_scale,
+        **subject.sampler_options(),
+        "vae": {"name": vae.name, "sha256": vae.sha256} if vae is not None else None,
+        "pictures": {"height": sampler.side[0], "width": sampler.side[1], "values": "uint8, rounded from [-1, 1]"},
+        "precision": sampler.precision,
+        "batch_size": sampler.batch_size,
+        "rows": [asdict(row) for row in rows],
+        "seconds": dict(seconds),
+        "processes": processes,
+        "device": _device_name(subject.device),
+        "versions": {
+            "shortcutflow": shortcutflow.__version__, "torch": torch.__version__, "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
+def _labels(num_classes: int | None) -> str:
+    return "none" if num_classes is None else f"in turn: sample i has label i mod {num_classes}"
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def write_report(report: Mapping[str, Any], path: Path) -> None:
+    """Write it, whole or not at all."""
+    write_whole(path, json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def table_of(report: Mapping[str, Any]) -> str:
+    """The rows for people, with a line that says how they were measured."""
+    reference = report["reference"]
+    against = f" against {reference['pictures']}" if reference is not None else ""
+    names = list(report["rows"][0]["values"])
+    lines = [
+        f"{report['subject']['name']}, weights {report['subject']['weights']}, {report['samples']} samples{against}",
+        f"protocol {report['protocol']['name']}: {report['protocol']['description']}",
+        "steps" + "".join(f"{name:>12}" for name in names) + "     seconds",
+    ]
+    for row in report["rows"]:
+        values = "".join(f"{_short(row['values'][name]):>12}" for name in names)
+        lines.append(f"{row['steps']:5d}{values}{sum(row['seconds'].values()):12.1f}")
+    return "\n".join(lines)
+
+
+def _short(value: float) -> str:
+    return f"{value:.2f}" if abs(value) >= 100 else f"{value:.4f}"

@@ -1,0 +1,203 @@
+"""Mean and covariance of features: gathered part by part, kept in an .npz file as the authors keep theirs."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from shortcutflow.durable import write_whole
+
+WIDEST = 8192
+"""Features; Inception's pool has 2048."""
+
+BLOCK = 4096
+"""Rows that are turned into float64 at once: 64 MB of Inception features."""
+
+
+class Statistics(NamedTuple):
+    """Moments of features: mu (k,) and sigma (k, k), float64."""
+
+    mu: np.ndarray
+    sigma: np.ndarray
+
+
+def load_statistics(path: Path | str) -> Statistics:
+    """Read ``mu`` and ``sigma``, without unpickling and without believing more than the file can hold.
+
+    Raises:
+        ValueError: with one line that says what is wrong: no .npz, an array missing, of the wrong shape or type,
+            numbers that are not finite, or a covariance that is not symmetric.
+    """
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            mu, sigma = _member(archive, "mu"), _member(archive, "sigma")
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, NotImplementedError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{path} holds no FID statistics: {error}") from None
+    require_statistics(str(path), Statistics(mu, sigma))
+    return Statistics(mu, sigma)
+
+
+def save_statistics(path: Path | str, statistics: Statistics) -> None:
+    """Write ``mu`` and ``sigma`` as float64 in the authors' layout; the file is whole or not there.
+
+    Equal statistics give equal files.
+
+    Raises:
+        ValueError: for what ``load_statistics`` would refuse.
+        OSError: if the file cannot be written.
+    """
+    if statistics.mu.size > WIDEST:
+        raise ValueError(f"the statistics are of {statistics.mu.size} features; at most {WIDEST} are allowed")
+    require_statistics("the statistics", statistics)
+    file = io.BytesIO()
+    np.savez(file, mu=statistics.mu.astype("<f8"), sigma=np.ascontiguousarray(statistics.sigma, "<f8"))
+    write_whole(Path(path), file.getvalue())
+
+
+def statistics_hash(statistics: Statistics) -> str:
+    """Sha256 (hex) of the numbers of mu and sigma, as float64: the same for a file and its compressed copy."""
+    digest = hashlib.sha256()
+    for array in statistics:
+        digest.update(np.ascontiguousarray(array, "<f8").data)
+    return digest.hexdigest()
+
+
+def require_statistics(name: str, statistics: Statistics) -> None:
+    """Refuse what is no mean and covariance; ``name`` begins the message.
+
+    Raises:
+        ValueError: with one line that says what is wrong.
+    """
+    mu, sigma = statistics
+    if mu.ndim != 1 or len(mu) == 0 or sigma.shape != (len(mu), len(mu)):
+        raise ValueError(f"{name}: mu must be (k,) and sigma (k, k), they are {mu.shape} and {sigma.shape}")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError(f"{name}: mu or sigma hold numbers that are not finite")
+    if np.abs(sigma - sigma.T).max() > 1e-6 * np.abs(sigma).max():
+        raise ValueError(f"{name}: sigma is not symmetric, so it is no covariance")
+    if (np.diag(sigma) < 0).any():
+        raise ValueError(f"{name}: sigma has a negative variance on its diagonal")
+
+
+def require_features(name: str, features: np.ndarray, rows: int = 0) -> None:
+    """Refuse what is no (n, k) array of finite real numbers with at least ``rows`` rows.
+
+    Raises:
+        ValueError: with one line that says what is wrong.
+    """
+    if features.ndim != 2 or len(features) < rows or features.shape[1] == 0:
+        least = f" with at least {rows} row{'s' * (rows > 1)}" if rows else ""
+        raise ValueError(f"{name} must be (n, k){least}, got {features.shape}")
+    if features.dtype.kind not in "fiu":
+        raise ValueError(f"{name} must hold real numbers, they are {features.dtype}")
+    finite = np.isfinite(features)
+    if not finite.all():
+        bad = np.flatnonzero(~finite.all(1))
+        raise ValueError(
+            f"{name} hold values that are not finite, in {len(bad)} of {len(features)} rows; the first is row {bad[0]}"
+        )
+
+
+class Moments:
+    """Mean and covariance of features that come in parts, in float64.
+
+    Each part is centred on its own mean and joined by the rule of Chan, Golub and LeVeque (1983), so features far from
+    0 lose nothing, unlike sums of squares; order and sizes of the parts change the result by rounding only.
+
+    Attributes:
+        count: rows so far.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean = np.zeros(0)
+        self._scatter = np.zeros((0, 0))
+
+    def add(self, features: np.ndarray) -> None:
+        """Take in rows (n, k) of any real type; n may be 0.
+
+        Raises:
+            ValueError: for another number of axes, another width than before, or values that are not finite.
+        """
+        require_features("features", features)
+        self._require_width(features.shape[1])
+        for start in range(0, len(features), BLOCK):
+            rows = features[start : start + BLOCK].astype(np.float64)
+            mean = rows.mean(0)
+            rows -= mean
+            delta = mean - self._mean
+            total = self.count + len(rows)
+            # The shift between the old mean and this part's enters as one more row: one product, no second matrix.
+            shift = delta * math.sqrt(self.count * len(rows) / total)
+            rows = np.concatenate([rows, shift[None]])
+            self._scatter += rows.T @ rows
+            self._mean += delta * ((total - self.count) / total)
+            self.count = total
+
+    def merge(self, other: Moments) -> None:
+        """Take in all rows of another; the other stays as it is.
+
+        Raises:
+            ValueError: for another width.
+        """
+        if other.count == 0:
+            return
+        self._require_width(len(other._mean))
+        total = self.count + other.count
+        delta = other._mean - self._mean
+        self._scatter += other._scatter + np.outer(delta, delta) * (self.count * other.count / total)
+        self._mean += delta * (other.count / total)
+        self.count = total
+
+    def statistics(self) -> Statistics:
+        """The mean (k,) and the unbiased covariance (k, k), as ``np.cov`` divides: by the number of rows less one.
+
+        Raises:
+            ValueError: for fewer than two rows, or numbers whose squares pass float64.
+        """
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 rows of features, got {self.count}")
+        found = Statistics(self._mean.copy(), self._scatter / (self.count - 1))
+        if not np.isfinite(found.sigma).all():
+            raise ValueError("the features are so large that their covariance is not finite")
+        return found
+
+    def _require_width(self, width: int) -> None:
+        if self.count == 0:
+            self._mean, self._scatter = np.zeros(width), np.zeros((width, width))
+        elif width != len(self._mean):
+            raise ValueError(f"features must have the same width, got {len(self._mean)} and then {width}")
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    infos = [info for info in archive.infolist() if info.filename == f"{name}.npy"]
+    if len(infos) != 1:
+        there = ", ".join(info.filename.removesuffix(".npy") for info in archive.infolist()[:5])
+        raise ValueError(f"there must be one array {name!r}; it holds: {there}")
+    with archive.open(infos[0]) as file:
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise ValueError(f"{name} is written in version {version} of .npy, not (1, 0)")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype.newbyteorder("=") not in (np.dtype("f4"), np.dtype("f8")):
+            raise ValueError(f"{name} must hold float32 or float64, it is {dtype}")
+        if len(shape) > 2 or any(size > WIDEST for size in shape):
+            raise ValueError(f"{name} has shape {shape}; at most {WIDEST} features are allowed")
+        count = int(np.prod(shape, dtype=np.int64))
+        # The header is checked against the size the archive states before any memory is asked for.
+        if count * dtype.itemsize > infos[0].file_size:
+            raise ValueError(f"{name} claims {count} numbers, more than its {infos[0].file_size} bytes hold")
+        content = file.read(count * dtype.itemsize)
+    if len(content) < count * dtype.itemsize:
+        raise ValueError(f"{name} is cut off")
+    array = np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
+    return array.astype(np.float64)

@@ -1,0 +1,94 @@
+"""Evaluations in several processes and after a kill give the numbers of one process that was left alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shortcutflow.train.loop import train
+from tests.evaluation.evaluating import Job, command, small_run
+from tests.train.launched import ROOT, environment, run
+
+
+def values_of(out: Path) -> list[dict[str, float]]:
+    return [row["values"] for row in json.loads(out.read_text())["rows"]]
+
+
+def pictures_in(folder: Path) -> dict[str, np.ndarray]:
+    return {path.name: np.asarray(Image.open(path)) for path in sorted(folder.iterdir())}
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """Of a plain network every pixel is the same; of a trained one the distances are, whatever the batches."""
+    train(small_run(tmp_path), tmp_path / "run")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+
+    def jobs(name: str, batch_size: int) -> tuple[Job, ...]:
+        plain = Job(str(tmp_path / name / "plain.json"), samples=1200, batch_size=batch_size, steps=(1, 3))
+        trained = Job(
+            str(tmp_path / name / "trained.json"), run=str(tmp_path / "run"), protocol="digits", samples=1200,
+            batch_size=batch_size, metrics=("fid", "is", "coverage"),
+        )  # fmt: skip
+        return replace(plain, images=str(tmp_path / name / "images")), trained
+
+    for job in jobs("one", batch_size=7):
+        job.do()
+    done = run(command(*jobs("two", batch_size=64), processes=2))
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    for steps in ("steps-1", "steps-3"):
+        one, two = (pictures_in(tmp_path / name / "images" / steps) for name in ("one", "two"))
+        assert len(one) == 1200
+        assert one.keys() == two.keys()
+        assert all(np.array_equal(one[name], two[name]) for name in one)
+    other = pictures_in(tmp_path / "one" / "images" / "steps-1")
+    assert not np.array_equal(other["00000000.png"], other["00000010.png"]), "the control: samples do differ"
+    assert values_of(tmp_path / "one" / "plain.json") == values_of(tmp_path / "two" / "plain.json")
+    (alone,), (together,) = (values_of(tmp_path / name / "trained.json") for name in ("one", "two"))
+    assert alone.keys() == together.keys() == {"fid", "is", "is_std", "coverage"}
+    for name, value in alone.items():
+        assert together[name] == pytest.approx(value, rel=1e-4, abs=2e-3 if name == "coverage" else 1e-5), name
+    assert json.loads((tmp_path / "two" / "trained.json").read_text())["processes"] == 2
+    assert not list(tmp_path.glob("*/evaluation-work")), "nothing unfinished stays"
+
+
+def test_a_killed_evaluation_goes_on(tmp_path: Path) -> None:
+    """Parts that were finished before SIGKILL are used as they are, and the numbers are those without the kill."""
+    for name in ("killed", "whole"):
+        (tmp_path / name).mkdir()
+    job = Job(str(tmp_path / "killed" / "report.json"), samples=6500, batch_size=500, keep_features=True)
+    process = subprocess.Popen(command(replace(job, pause=0.15)), cwd=ROOT, env=environment())
+    try:
+        until = time.monotonic() + 120
+        while len(before := finished(tmp_path / "killed")) < 3:
+            assert process.poll() is None, process.returncode
+            assert time.monotonic() < until, "no parts are made"
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    before = finished(tmp_path / "killed")
+    assert 3 <= len(before) < 7
+    assert not (tmp_path / "killed" / "report.json").exists()
+
+    job.do()
+    after = finished(tmp_path / "killed")
+    assert len(after) == 7
+    assert {name: after[name] for name in before} == before, "written again"
+    replace(job, out=str(tmp_path / "whole" / "report.json"), keep_features=False).do()
+    assert values_of(tmp_path / "killed" / "report.json") == values_of(tmp_path / "whole" / "report.json")
+    assert not finished(tmp_path / "whole"), "unless they are to be kept, features go when the report is there"
+
+
+def finished(folder: Path) -> dict[str, Any]:
+    """When each part of the samples was written."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("evaluation-work/steps-*/part-*")}

@@ -1,0 +1,242 @@
+"""Extractors against clean-fid's own code on files, and what they refuse."""
+
+from __future__ import annotations
+
+import pickle
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cleanfid import fid
+from PIL import Image
+from torch import Tensor, nn
+
+from shortcutflow.data.digits import load_digits
+from shortcutflow.evaluation.digit_features import DigitExtractor
+from shortcutflow.evaluation.extractors import PixelExtractor, extractor_of_file, extractor_of_module
+from shortcutflow.evaluation.inception_score import inception_score
+from tests.evaluation.inception_standin import save_torchscript
+from tests.evaluation.test_resize import pictures
+
+RECORDED = [-0.857956, -0.998718, 0.567700, 0.997780]
+"""First features of the first digit."""
+
+
+class SmallNetwork(nn.Module):
+    """(b, 3, h, w) to (b, 12)."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.conv = nn.Conv2d(3, 12, 5, stride=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.conv(x / 255)).mean((2, 3))
+
+
+def digit_pictures() -> tuple[np.ndarray, np.ndarray]:
+    images, labels = load_digits()
+    return np.repeat(np.round((images + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1), 3, axis=3), labels
+
+
+def test_features_are_those_of_clean_fid_on_files(tmp_path: Path) -> None:
+    network, images = SmallNetwork().eval(), pictures(9, 40, 33)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{i:02d}.png")
+    theirs = fid.get_folder_features(
+        str(tmp_path), network, num_workers=0, batch_size=4, device=torch.device("cpu"), verbose=False
+    )
+    ours = extractor_of_module(network, name="small", size=299, batch_size=5, resize_workers=2)(images)
+    assert ours.logits is None
+    assert ours.features.dtype == np.float32
+    np.testing.assert_allclose(ours.features, theirs, atol=1e-6)
+    other = extractor_of_module(network, name="small", size=299, resize="bilinear")(images)
+    assert np.abs(other.features - theirs).max() > 1e-3, "another resize must show"
+
+
+@pytest.mark.parametrize("resize", ["clean-fid", "bilinear", "tensorflow-1"])
+def test_batches_do_not_matter(resize: Any) -> None:
+    network, images = SmallNetwork(), pictures(10, 20, 20)
+    whole = extractor_of_module(network, name="a", size=31, resize=resize, batch_size=100)
+    assert whole.width == 12
+    expected = whole(images).features
+    for batch_size in (1, 3, 10):
+        extractor = extractor_of_module(network, name="a", size=31, resize=resize, batch_size=batch_size)
+        np.testing.assert_allclose(extractor(images).features, expected, atol=1e-6)
+    np.testing.assert_allclose(whole(images[::-1]).features, expected[::-1], atol=1e-6)
+
+
+def test_value_range_and_logits() -> None:
+    def network(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.flatten(1)[:, :4], x.mean((2, 3))
+
+    images = np.stack([np.full((6, 6, 3), value, np.uint8) for value in (0, 51, 255)])
+    extractor = extractor_of_module(network, name="a", size=None, value_range=(-1, 1))
+    assert extractor.width is None
+    features, logits = extractor(images)
+    np.testing.assert_allclose(features[:, 0], [-1, -0.6, 1], atol=1e-6)
+    assert logits is not None
+    np.testing.assert_allclose(logits, np.repeat([[-1], [-0.6], [1]], 3, axis=1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("network", "says"),
+    [
+        (lambda x: x, r"must give features \(2, k\), it gave \(2, 3, 8, 8\)"),
+        (lambda x: x.flatten(1)[:1], r"must give features \(2, k\), it gave \(1, 192\)"),
+        (lambda x: None, "it gave NoneType"),
+        (lambda x: x.flatten(1) / 0, "features that are not finite"),
+        (lambda x: (x.flatten(1), x.flatten(1) / 0), "logits that are not finite"),
+        (lambda x: x.flatten(1) @ torch.ones(5, 5), "extractor mine fails on images"),
+    ],
+    ids=["spatial", "rows", "none", "nan", "nan_logits", "shape"],
+)
+def test_wrong_networks(network: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        extractor_of_module(network, name="mine", size=None)(pictures(2, 8, 8))
+
+
+def test_a_wrong_network_is_told_before_the_first_picture() -> None:
+    with pytest.raises(ValueError, match="must give features"):
+        extractor_of_module(lambda x: x, name="mine", size=16)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        np.zeros((2, 8, 8, 3), np.float32),
+        np.zeros((8, 8, 3), np.uint8),
+        np.zeros((2, 8, 8, 1), np.uint8),
+        np.zeros((0, 8, 8, 3), np.uint8),
+    ],
+    ids=["float", "single", "grey", "none"],
+)
+def test_what_is_no_picture(images: np.ndarray) -> None:
+    for extractor in (PixelExtractor(), extractor_of_module(SmallNetwork(), name="a", size=None)):
+        with pytest.raises(ValueError, match=r"images must be \(n, h, w, 3\) uint8"):
+            extractor(images)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"resize": "nearest"}, "unknown resize 'nearest'; known: clean-fid"),
+        ({"value_range": (1, -1)}, "value_range"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+    ],
+    ids=["resize", "range", "batch"],
+)
+def test_wrong_options(options: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        extractor_of_module(SmallNetwork(), name="a", size=9, **options)
+
+
+def test_torchscript_file(tmp_path: Path) -> None:
+    network, images = SmallNetwork(), pictures(3, 24, 24)
+    file = save_torchscript(network, tmp_path / "net.pt")
+    extractor = extractor_of_file(file)
+    expected = extractor_of_module(network, name="a", size=None)(images).features
+    np.testing.assert_allclose(extractor(images).features, expected, atol=1e-6)
+    assert extractor.name.startswith("file:net.pt sha256:")
+    other = extractor_of_file(save_torchscript(SmallNetwork(seed=1), tmp_path / "other.pt"))
+    assert other.name.split("sha256:")[1] != extractor.name.split("sha256:")[1]
+    assert np.abs(other(images).features - expected).max() > 1e-3
+    resized = extractor_of_file(file, size=48)
+    assert resized.width == 12
+    assert np.abs(resized(images).features - expected).max() > 1e-3
+
+
+class Payload:
+    """A pickle that writes a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
+    torch.save(Payload(tmp_path / "ran"), tmp_path / "pickle.pt")
+    with pytest.raises(ValueError, match="a pickle, which is never loaded"):
+        extractor_of_file(tmp_path / "pickle.pt")
+    # With code beside it, so that it passes as TorchScript.
+    with zipfile.ZipFile(tmp_path / "pickle.pt", "a") as archive:
+        archive.writestr("pickle/code/__torch__.py", "")
+        archive.writestr("pickle/constants.pkl", pickle.dumps(()))
+    with pytest.raises(ValueError, match="cannot be loaded as TorchScript"):
+        extractor_of_file(tmp_path / "pickle.pt")
+    assert not (tmp_path / "ran").exists()
+    torch.save(Payload(tmp_path / "ran"), tmp_path / "again.pt")
+    torch.load(tmp_path / "again.pt", weights_only=False)
+    assert (tmp_path / "ran").exists(), "the payload would have run"
+
+
+def test_damaged_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = save_torchscript(SmallNetwork(), tmp_path / "net.pt")
+    content = file.read_bytes()
+    (tmp_path / "cut.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="no TorchScript file, which is a zip archive"):
+        extractor_of_file(tmp_path / "cut.pt")
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        extractor_of_file(tmp_path / "absent.pt")
+    monkeypatch.setattr("shortcutflow.evaluation.extractors.LARGEST", 100)
+    with pytest.raises(ValueError, match="at most 100 is read"):
+        extractor_of_file(file)
+
+
+def test_an_archive_that_would_unpack_to_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shortcutflow.evaluation.torchscript.LARGEST", 10**6)
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/code/__torch__.py", " " * 2 * 10**6)
+    assert (tmp_path / "bomb.pt").stat().st_size < 10**5
+    with pytest.raises(ValueError, match="would unpack to"):
+        extractor_of_file(tmp_path / "bomb.pt")
+
+
+def test_pixels() -> None:
+    images = pictures(4, 3, 5)
+    features, logits = PixelExtractor()(images)
+    assert logits is None
+    assert features.shape == (4, 45)
+    np.testing.assert_allclose(features[2], images[2].reshape(-1) / 127.5 - 1, atol=1e-6)
+    PixelExtractor()(pictures(1, 36, 36))
+    with pytest.raises(ValueError, match="pictures of 37x37 have 4107 values, pixels are compared up to 4096"):
+        PixelExtractor()(pictures(1, 37, 37))
+
+
+def test_digits_reader() -> None:
+    reader, (images, labels) = DigitExtractor(), digit_pictures()
+    assert reader.accuracy > 0.96
+    features, logits = reader(images)
+    assert features.shape == (1797, 64)
+    assert logits is not None
+    assert (logits.argmax(1) == labels).mean() > 0.98
+    assert np.array_equal(DigitExtractor()(images[:50]).features, reader(images[:50]).features)
+    # Recorded: the same on every machine, or numbers measured on one would not compare with another's.
+    np.testing.assert_allclose(features[0, :4], RECORDED, atol=1e-4)
+
+
+def test_digits_reader_tells_digits_from_noise() -> None:
+    reader, (images, _) = DigitExtractor(), digit_pictures()
+    noise = np.repeat(np.random.default_rng(0).integers(0, 256, (1797, 8, 8, 1), dtype=np.uint8), 3, axis=3)
+    real, flat = reader(images).logits, reader(noise).logits
+    assert real is not None
+    assert flat is not None
+    assert inception_score(real).mean > 9
+    assert inception_score(flat).mean < 6
+
+
+def test_digits_reader_takes_digits_only_and_is_fast() -> None:
+    reader = DigitExtractor()
+    with pytest.raises(ValueError, match="reads 8x8 pictures, these are 9x8"):
+        reader(pictures(2, 9, 8))
+    images = pictures(50_000, 8, 8)
+    start = time.perf_counter()
+    reader(images)
+    assert time.perf_counter() - start < 5
