@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import shortcutflow
 from recipes.digits import recipe
 from shortcutflow.cli import launch, main, spread_lists
 
@@ -70,6 +71,13 @@ def test_sample(inside: Path) -> None:
     assert (inside / "grid.png").read_bytes() == before, "the same seed gives the same picture"
     succeed("sample", "runs/digits/first", "--count", "3", "--seed", "5", "--weights", "current", "--out", "other.png")
     assert (inside / "other.png").read_bytes() != before
+
+
+def test_a_model_folder_is_sampled_as_its_run_is(inside: Path) -> None:
+    shortcutflow.load("runs/digits/first").save("a_model")
+    for place in ("runs/digits/first", "a_model"):
+        succeed("sample", place, "--steps", "4", "--out", f"{Path(place).name}.png")
+    assert (inside / "first.png").read_bytes() == (inside / "a_model.png").read_bytes()
 
 
 def test_show_config_of_recipe_and_run(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shortcutflow.commands.subjects import open_subject
 from shortcutflow.data.source import DataSettings, ShardsData
 
 if TYPE_CHECKING:
@@ -159,7 +160,6 @@ def reconstruction_command(
 
 def _opened(place: str, weights: str | None, guidance_scale: float, device: str | None) -> tuple[Subject, Predictor]:
     """A run or a model, and how it is asked."""
-    from shortcutflow.commands.evaluate import open_subject
     from shortcutflow.data.ranks import Rank
     from shortcutflow.evaluation.predictor import Predictor
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from shortcutflow.commands.recipes import DryRun, ObjectiveName, Overrides, Resume, RunDir, Smoke, load_recipe
+from shortcutflow.commands.subjects import open_subject
 from shortcutflow.config import RunConfig
 from shortcutflow.launch import Options, run_recipe
 
@@ -26,7 +27,9 @@ def train_command(
 
 
 def sample_command(
-    run: Annotated[Path, typer.Argument(help="A run's folder, or a folder of runs (the newest is taken).")],
+    model: Annotated[
+        str, typer.Argument(help="A run's or model's folder, a folder of runs (the newest is taken), or a hub id.")
+    ],
     steps: Annotated[list[int] | None, typer.Option(help="Sampling budgets, a row each. [default: 1 4 128]")] = None,
     labels: Annotated[list[int] | None, typer.Option(help="A label a sample. [default: all in turn]")] = None,
     count: Annotated[int | None, typer.Option(help="Samples a row, where no labels are given. [default: 10]")] = None,
@@ -36,22 +39,24 @@ def sample_command(
     weights: Annotated[
         str | None, typer.Option(help="An average's name, 'current', or a .safetensors file. [default: the run's]")
     ] = None,
+    device: Annotated[str | None, typer.Option(help="[default: a GPU if there is one]")] = None,
 ) -> None:
-    """Sample a run at several budgets into one picture."""
+    """Sample a run or a model at several budgets into one picture."""
+    from shortcutflow.data.ranks import Rank
     from shortcutflow.evaluation.grids import save_picture
-    from shortcutflow.evaluation.runs import load_run
     from shortcutflow.evaluation.sheet import sample_sheet
 
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out must name a .png file, got {out}")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
-    loaded = load_run(run, weights=weights)
+    subject = open_subject(model, weights, Rank().device(device))
     picture = sample_sheet(
-        loaded, budgets=steps or [1, 4, 128], labels=labels, count=count, seed=seed, guidance_scale=guidance_scale
+        subject, budgets=steps or [1, 4, 128], labels=labels, count=count, seed=seed, guidance_scale=guidance_scale
     )
     save_picture(picture, str(out))
-    print(f"{out}: {loaded.folder} at step {loaded.step}, weights {loaded.weights}")
+    step = "" if subject.step is None else f" at step {subject.step}"
+    print(f"{out}: {subject.folder or subject.name}{step}, weights {subject.weights}")
 
 
 def average_command(

@@ -10,6 +10,7 @@ from torch import nn
 from shortcutflow.config import CONFIG_FILE, RunConfig
 from shortcutflow.evaluation.runs import find_run
 from shortcutflow.interop.model import Model, load
+from shortcutflow.interop.start import start_from_flow
 
 
 def load_start(config: RunConfig, network: nn.Module, teacher: Model | None) -> None:
@@ -27,8 +28,6 @@ def load_start(config: RunConfig, network: nn.Module, teacher: Model | None) -> 
     start = open_trained(config.start, config, "start")
     network.load_state_dict(start.network.state_dict())
     if start.config.flow_only:
-        from shortcutflow.interop.start import start_from_flow
-
         start_from_flow(network, config.finest_steps)
 
 

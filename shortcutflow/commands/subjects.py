@@ -1,0 +1,46 @@
+"""Networks as commands name them: a run, a folder of runs, a model's folder, or a hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shortcutflow.evaluation.subject import Subject
+    from shortcutflow.interop.model import Model
+
+
+def open_subject(place: str, weights: str | None, device: Any) -> Subject:
+    """The network of a run's folder, of a folder of runs, of a model's folder, or of a hub id.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`shortcutflow.evaluation.runs.load_run` and
+            :func:`shortcutflow.interop.model.load`.
+    """
+    from shortcutflow.config import CONFIG_FILE
+    from shortcutflow.evaluation.runs import load_run
+    from shortcutflow.evaluation.subject import subject_of_run
+    from shortcutflow.interop.model import HUB_ID, load
+    from shortcutflow.interop.model_folder import ModelConfig, read_config
+
+    folder = Path(place)
+    is_model = (folder / CONFIG_FILE).is_file() and isinstance(read_config(folder), ModelConfig)
+    if is_model or (not folder.exists() and HUB_ID.fullmatch(place) and not folder.parent.exists()):
+        return _subject_of_model(place, load(place, weights=weights, device=device), device)
+    return subject_of_run(load_run(folder, weights=weights, device=device))
+
+
+def _subject_of_model(place: str, model: Model, device: Any) -> Subject:
+    from shortcutflow.data.autoencoder import weights_sha256
+    from shortcutflow.data.source import DataInfo
+    from shortcutflow.evaluation.subject import Subject
+
+    config = model.config
+    identity = {"network": config.backbone.model_dump(), "weights_sha256": weights_sha256(model.network.state_dict())}
+    return Subject(
+        name=Path(place).resolve().name if Path(place).is_dir() else place,
+        network=model.network, info=DataInfo(config.shape, config.num_classes, config.condition_shape, config.vae),
+        device=device, identity=identity, weights=model.weights, step=config.step, finest_steps=config.finest_steps,
+        null_y=config.null_y, flow_only=config.flow_only, sampler=config.sampler,
+        folder=Path(place) if Path(place).is_dir() else None,
+    )  # fmt: skip
