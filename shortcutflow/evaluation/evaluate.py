@@ -20,14 +20,10 @@ from shortcutflow.evaluation.clock import Clock
 from shortcutflow.evaluation.measures import check_metrics, measured, needs_features, needs_reference
 from shortcutflow.evaluation.parts_on_disk import WORK, PartsFolder, cut, file_name, hash_of, held_by, merged, share_of
 from shortcutflow.evaluation.pictures import DIGITS, Pictures, open_pictures
+from shortcutflow.evaluation.probe import Probe
 from shortcutflow.evaluation.protocols import EvaluationProtocol
-from shortcutflow.evaluation.reference import (
-    CLEAN_FID,
-    Reference,
-    clean_fid_statistics,
-    load_reference,
-    make_reference,
-)
+from shortcutflow.evaluation.published import CLEAN_FID, clean_fid_statistics
+from shortcutflow.evaluation.reference import Reference, load_reference, make_reference
 from shortcutflow.evaluation.report import BudgetRow, report_of, write_report
 from shortcutflow.evaluation.samples import Sampler, images_are_there
 from shortcutflow.evaluation.together import ALONE, Team
@@ -149,6 +145,7 @@ def parts_folder(sampler: Sampler, protocol: EvaluationProtocol, steps: int, out
     """Where the parts of a budget lie: another one for other samples, another extractor or another version."""
     key = sampler.key(steps) | {
         "protocol": protocol.name, "extractor": protocol.extractor.name, "version": shortcutflow.__version__,
+        "probe": Probe.of(protocol.extractor, sampler.side).rounded(),
     }  # fmt: skip
     return PartsFolder(out.parent / WORK, f"steps-{steps}", key)
 
@@ -212,7 +209,10 @@ def _reference(sampler: Sampler, protocol: EvaluationProtocol, asked: Asked, out
         return load_reference(Path(source), protocol, with_features=with_features)
     else:
         pictures = open_pictures(source)
-    key = {"pictures": pictures.fingerprint(), "extractor": protocol.extractor.name, "side": sampler.side}
+    key = {
+        "pictures": pictures.fingerprint(), "extractor": protocol.extractor.name,
+        "probe": Probe.of(protocol.extractor, sampler.side).rounded(),
+    }  # fmt: skip
     path = out.parent / f"reference-{file_name(protocol.name)}-{hash_of(key)}.npz"
     # All look before the first of them makes it.
     is_there = path.is_file() and (path.with_suffix(".safetensors").is_file() or not with_features)

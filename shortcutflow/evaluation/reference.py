@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,12 +36,10 @@ from shortcutflow.evaluation.parts_on_disk import (
     share_of,
 )
 from shortcutflow.evaluation.pictures import Pictures
+from shortcutflow.evaluation.probe import Probe
 from shortcutflow.evaluation.protocols import EvaluationProtocol
 from shortcutflow.evaluation.statistics import load_statistics, save_statistics, statistics_hash
 from shortcutflow.evaluation.together import ALONE, Team
-
-CLEAN_FID = "clean-fid:"
-"""Begins the names of clean-fid's own statistics."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,7 @@ class ReferenceRecord:
         features: how many pictures' own features are there.
         fingerprint: of the pictures.
         version: of this library that made it.
+        probe: what the extractor saw in one fixed picture.
     """
 
     pictures: str
@@ -67,6 +65,7 @@ class ReferenceRecord:
     features: int = 0
     fingerprint: str | None = None
     version: str | None = None
+    probe: Probe | None = None
 
 
 @dataclass(frozen=True)
@@ -112,9 +111,11 @@ def make_reference(
     """
     if pictures.count < 2:
         raise ValueError(f"a reference needs at least 2 pictures, {pictures.name} holds {pictures.count}")
+    probe = Probe.of(protocol.extractor, next(pictures.read(range(1))).shape[:2])
     key = {
         "pictures": pictures.fingerprint(), "protocol": protocol.name, "extractor": protocol.extractor.name,
         "version": shortcutflow.__version__,
+        "probe": probe.rounded(),
     }  # fmt: skip
     folder, parts = PartsFolder(work, f"reference-{file_name(protocol.name)}", key), cut(pictures.count)
     with held_by(team, [folder]):
@@ -125,16 +126,17 @@ def make_reference(
         team.wait()
         if team.leads:
             found = merged(folder, parts, keep=MOST_ROWS if with_features else 0)
-            _write(path, found, _record_of(pictures, protocol, found))
+            _write(path, found, _record_of(pictures, protocol, found, probe))
             folder.remove()
         team.wait()
 
 
-def _record_of(pictures: Pictures, protocol: EvaluationProtocol, found: Merged) -> ReferenceRecord:
+def _record_of(pictures: Pictures, protocol: EvaluationProtocol, found: Merged, probe: Probe) -> ReferenceRecord:
     return ReferenceRecord(
         pictures=pictures.name, protocol=protocol.name, extractor=protocol.extractor.name, images=pictures.count,
         statistics_sha256=statistics_hash(found.statistics), fingerprint=pictures.fingerprint(),
         features=len(found.features) if found.features is not None else 0, version=shortcutflow.__version__,
+        probe=probe,
     )  # fmt: skip
 
 
@@ -203,6 +205,11 @@ def load_reference(
     ):  # fmt: skip
         if theirs is not None and theirs != ours:
             raise ValueError(f"{path} was made by {what} {theirs!r}, not by {ours!r}: their numbers do not compare")
+    if record.probe is not None and not record.probe.agrees_with(protocol.extractor):
+        raise ValueError(
+            f"{path} was made by another {protocol.extractor.name!r} than this one, in version {record.version}: "
+            "make it again"
+        )
     return Reference(Real(statistics, _features(path, digest) if with_features else None), record)
 
 
@@ -211,8 +218,9 @@ def _record(path: Path, digest: str, name: str) -> ReferenceRecord:
     if not file.is_file():
         return ReferenceRecord(name, protocol=None, extractor=None, images=None, statistics_sha256=digest)
     try:
-        record = ReferenceRecord(**json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
+        said = json.loads(file.read_text())
+        record = ReferenceRecord(**said | {"probe": Probe(**said["probe"]) if said.get("probe") else None})
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} does not describe a reference ({error}); remove it if it is something else") from None
     if record.statistics_sha256 != digest:
         raise ValueError(f"{file} describes other statistics than {path} holds: make the reference again")
@@ -234,37 +242,3 @@ def _features(path: Path, digest: str) -> np.ndarray:
             return tensors.get_tensor("features")
     except SafetensorError as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
-
-
-def clean_fid_statistics(name: str, protocol: str) -> Path:
-    """The file of clean-fid's own statistics, "DATASET-SPLIT" or "DATASET-SPLIT-SIZE", in clean-fid's folder of them.
-
-    Raises:
-        ValueError: if the name has another form, or the protocol is not clean-fid's.
-        FileNotFoundError: if the file is not there, naming it and its place.
-        ImportError: without clean-fid.
-    """
-    if protocol != "clean-fid":
-        raise ValueError(f"{CLEAN_FID}{name} goes with --protocol clean-fid, not {protocol}")
-    asked = re.fullmatch(r"(\w+)-(\w+?)(?:-(\d+|na))?", name)
-    if asked is None:
-        raise ValueError(f"clean-fid's statistics are named as {CLEAN_FID}cifar10-train or -train-32, got {name!r}")
-    from importlib.util import find_spec
-
-    spec = find_spec("cleanfid")
-    if spec is None or spec.origin is None:
-        raise ImportError("clean-fid's statistics come with clean-fid: pip install 'shortcutflow[eval]'")
-    stats = Path(spec.origin).parent / "stats"
-    stem = f"{asked[1]}_clean_{asked[2]}".lower()  # as clean-fid names its files
-    found = [path for path in sorted(stats.glob(f"{stem}_*.npz")) if path.stem.removeprefix(f"{stem}_").isalnum()]
-    if asked[3]:
-        found = [path for path in found if path.stem == f"{stem}_{asked[3]}"]
-    if not found:
-        raise FileNotFoundError(
-            f"there is no {stem}_{asked[3] or 'SIZE'}.npz in {stats}: clean-fid fetches it there when it is first asked "
-            "for, or put it there by hand"
-        )
-    if len(found) > 1:
-        sizes = ", ".join(path.stem.removeprefix(f"{stem}_") for path in found)
-        raise ValueError(f"clean-fid's statistics {name} are there for sizes {sizes}: add one, as in {name}-32")
-    return found[0]

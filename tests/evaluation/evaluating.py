@@ -114,4 +114,5 @@ def command(*jobs: Job, processes: int | None = None) -> list[str]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for described in json.loads(sys.argv[1]):
-        Job(**{name: tuple(value) if isinstance(value, list) else value for name, value in described.items()}).do()
+        settings: dict[str, Any] = described | {name: tuple(described[name]) for name in ("metrics", "steps")}
+        Job(**settings).do()

@@ -17,7 +17,8 @@ from shortcutflow.evaluation import reference as reference_module
 from shortcutflow.evaluation.extractors import Extracted
 from shortcutflow.evaluation.pictures import DigitPictures, open_pictures
 from shortcutflow.evaluation.protocols import EvaluationProtocol, open_protocol
-from shortcutflow.evaluation.reference import clean_fid_statistics, load_reference, make_reference
+from shortcutflow.evaluation.published import clean_fid_statistics
+from shortcutflow.evaluation.reference import load_reference, make_reference
 from shortcutflow.evaluation.statistics import Statistics, save_statistics
 
 
@@ -79,6 +80,7 @@ def test_raw_pictures_as_they_are_and_cropped(tmp_path: Path) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(found, made.values(), strict=True))
     make_reference(raw, means(), tmp_path / "r.npz", with_features=True, work=tmp_path / "work")
     features = load_reference(tmp_path / "r.npz", means(), with_features=True).real.features
+    assert features is not None
     np.testing.assert_allclose(features, [pixels.mean((0, 1)) for pixels in made.values()], rtol=1e-6)
 
     cropped = open_pictures(tmp_path / "raw", size=4)
@@ -115,7 +117,7 @@ def test_a_stopped_call_goes_on(tmp_path: Path) -> None:
     assert not (tmp_path / "r.npz").exists()
     again = Means()
     make_reference(pictures, means(again), tmp_path / "r.npz", with_features=False, work=work)
-    assert again.seen == 797, "the first part is there"
+    assert again.seen == 797 + 1, "the first part is there, and the extractor is probed"
     make_reference(pictures, means(), tmp_path / "whole.npz", with_features=False, work=work)
     assert (tmp_path / "r.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
 
@@ -126,6 +128,7 @@ def test_at_most_so_many_features_are_kept(tmp_path: Path, monkeypatch: pytest.M
     make_reference(open_pictures("digits"), means(), tmp_path / "r.npz", with_features=True, work=tmp_path / "work")
     found = load_reference(tmp_path / "r.npz", means(), with_features=True)
     every = digit_pixels().mean((1, 2))
+    assert found.real.features is not None
     np.testing.assert_allclose(found.real.features, every[np.arange(100) * 1797 // 100], rtol=1e-6)
     np.testing.assert_allclose(found.real.statistics.mu, every.mean(0), rtol=1e-6)
 
@@ -159,6 +162,24 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         load_reference(path, means(), with_features=True)
     found = load_reference(path, means(name="others"), with_features=False)
     assert found.record.protocol is None, "anybody's statistics serve; the report says that nobody knows their protocol"
+
+
+def test_an_extractor_that_has_changed_under_its_name_is_noticed(tmp_path: Path) -> None:
+    class Changed(Means):
+        """The same name, other numbers."""
+
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.factor = factor
+
+        def __call__(self, images: np.ndarray) -> Extracted:
+            return Extracted(super().__call__(images).features * np.float32(self.factor), None)
+
+    path = tmp_path / "r.npz"
+    make_reference(open_pictures("digits"), means(), path, with_features=False, work=tmp_path / "work")
+    load_reference(path, means(Changed(1.001)), with_features=False)  # as another device would
+    with pytest.raises(ValueError, match="was made by another 'means' than this one"):
+        load_reference(path, means(Changed(1.05)), with_features=False)
 
 
 def test_statistics_of_clean_fid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
