@@ -8,6 +8,7 @@ as ``net(x_t, t, d, y)``. Add one with :func:`register`, or from another package
 ``shortcutflow.backbones``, whose entries name a mapping from name to builder.
 """
 
+from backbones import diffusers_unet as _diffusers_unet
 from backbones import dit as _dit
 from backbones import lstm as _lstm
 from backbones import mamba as _mamba
@@ -16,7 +17,7 @@ from backbones import unet as _unet
 from backbones.adapt import Adapted, adapt
 from backbones.registry import BUILDERS, create, names, register
 
-for _family in (_dit, _lstm, _mamba, _transformer, _unet):
+for _family in (_diffusers_unet, _dit, _lstm, _mamba, _transformer, _unet):
     BUILDERS.update(_family.PRESETS)
 
 __all__ = ["BUILDERS", "Adapted", "adapt", "create", "names", "register"]

@@ -64,7 +64,7 @@ class Backbone(nn.Module):
         """The repeated parts, in the order they run: units for FSDP's ``fully_shard``, compilation and checkpoints."""
         raise NotImplementedError
 
-    def run(self, unit: nn.Module, *inputs: Tensor) -> Any:
+    def run(self, unit: nn.Module, *inputs: Any) -> Any:
         """Call one unit of the shard plan, keeping its inside for the backward pass or not."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             # Nothing in a unit is random, so there is no state of a generator to bring back.

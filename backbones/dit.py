@@ -1,11 +1,13 @@
 """DiT: the token skeleton with self-attention (Peebles & Xie, arXiv 2212.09748).
 
-``released=True`` gives the released shortcut code's conventions exactly.
+``released=True`` gives the released shortcut code's conventions exactly; ``time_scale`` and the options after it give
+those of SiT, of the DiT that predicts noise, and of diffusers' DiT, whose weights then fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +30,11 @@ class DiT(TokenNetwork):
         ignore_step_size: embed d = 1 whatever d is, as the released code does for its baselines.
         released: the released code's conventions: attention scaled by 1/head size instead of its square root, t
             not multiplied by 1000, blocks' modulation not started at zero, and its unused table of log-variances.
+        time_scale: factor on the time that is embedded; None is 1000, or 1 with ``released``.
+        time_frequency_shift: see :class:`backbones.embeddings.SinusoidalEmbedding`.
+        mlp_norm_eps: of the norm before a block's perceptron.
+        diffusion: options of :class:`backbones.diffusion.Diffusion`, for weights that were trained to undo diffusion:
+            the time that is embedded is the diffusion's, and the prediction is turned into the velocity.
 
     Raises:
         ValueError: if sizes do not divide, or at a call if x_t, t, d or y do not fit.
@@ -47,13 +54,20 @@ class DiT(TokenNetwork):
         mlp_ratio: float = 4.0,
         ignore_step_size: bool = False,
         released: bool = False,
+        time_scale: float | None = None,
+        time_frequency_shift: int = 0,
+        mlp_norm_eps: float = 1e-6,
+        diffusion: Mapping[str, Any] | None = None,
     ) -> None:
         scale = heads / width if released else None
+        if time_scale is None:
+            time_scale = 1.0 if released else 1000.0
         super().__init__(
-            lambda: Block(width, Attention(width, heads, scale), mlp_ratio, zero_modulation=not released),
+            lambda: Block(width, Attention(width, heads, scale), mlp_ratio, not released, mlp_norm_eps),
             shape=shape, num_classes=num_classes, condition_shape=condition_shape, finest_steps=finest_steps,
             width=width, depth=depth, patch=patch,
-            time_scale=1.0 if released else 1000.0, ignore_step_size=ignore_step_size,
+            time_scale=time_scale, ignore_step_size=ignore_step_size, time_frequency_shift=time_frequency_shift,
+            diffusion=diffusion,
         )  # fmt: skip
         if released:
             # Nothing reads it; it is there so that the authors' weights load and save completely. The released code

@@ -34,13 +34,14 @@ class SinusoidalEmbedding(nn.Module):
         width: size of the embedding.
         scale: factor on the value. 1000 spreads t in [0, 1] over the frequencies; the released code has 1.
         features: number of cosines and sines together.
+        frequency_shift: s in frequencies 10000^(-i/(128 - s)); 1 in most of diffusers' networks.
     """
 
     frequencies: Tensor
 
-    def __init__(self, width: int, scale: float = 1.0, features: int = 256) -> None:
+    def __init__(self, width: int, scale: float = 1.0, features: int = 256, frequency_shift: int = 0) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.frequency_shift = scale, frequency_shift
         self.register_buffer("frequencies", torch.empty(features // 2), persistent=False)
         self.hidden = nn.Linear(features, width)
         self.out = nn.Linear(width, width)
@@ -50,7 +51,7 @@ class SinusoidalEmbedding(nn.Module):
         """Draw the perceptron (standard deviation 0.02) and compute the frequencies."""
         half = len(self.frequencies)
         steps = torch.arange(half, device=self.frequencies.device)
-        self.frequencies.copy_(self.scale * torch.exp(-math.log(10000) * steps / half))
+        self.frequencies.copy_(self.scale * torch.exp(-math.log(10000) * steps / (half - self.frequency_shift)))
         for linear in (self.hidden, self.out):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
@@ -103,6 +104,7 @@ class Condition(nn.Module):
         time_scale: factor on t, see :class:`SinusoidalEmbedding`.
         ignore_step_size: embed d = 1 whatever d is, as the released code does for its baselines.
         embeds_time: False for a network that embeds t elsewhere.
+        time_features, time_frequency_shift: of the embedding of t, see :class:`SinusoidalEmbedding`.
 
     Raises:
         ValueError: if both kinds of condition are asked for, or at a call if y does not fit or t or d leave [0, 1].
@@ -118,6 +120,8 @@ class Condition(nn.Module):
         time_scale: float = 1000.0,
         ignore_step_size: bool = False,
         embeds_time: bool = True,
+        time_features: int = 256,
+        time_frequency_shift: int = 0,
     ) -> None:
         super().__init__()
         if num_classes is not None and condition_shape is not None:
@@ -126,7 +130,9 @@ class Condition(nn.Module):
         self.num_classes = num_classes
         self.condition_shape = None if condition_shape is None else tuple(condition_shape)
         self.finest_steps, self.ignore_step_size = finest_steps, ignore_step_size
-        self.time = SinusoidalEmbedding(width, scale=time_scale) if embeds_time else None
+        self.time: SinusoidalEmbedding | None = None
+        if embeds_time:
+            self.time = SinusoidalEmbedding(width, time_scale, time_features, time_frequency_shift)
         self.step = SinusoidalEmbedding(width)
         self.label = nn.Embedding(num_classes + 1, width) if num_classes is not None else None
         self.given: nn.Sequential | None = None
@@ -147,13 +153,16 @@ class Condition(nn.Module):
                 if isinstance(layer, nn.Linear):
                     layer.reset_parameters()
 
-    def forward(self, t: Tensor, d: Tensor, y: Tensor | None) -> Tensor:
-        """t, d (b,) and y (b,) int64 or (b, *condition_shape) or None, to (b, width)."""
+    def forward(self, t: Tensor, d: Tensor, y: Tensor | None, time: Tensor | None = None) -> Tensor:
+        """t, d (b,) and y (b,) int64 or (b, *condition_shape) or None, to (b, width).
+
+        ``time`` (b,) is embedded in place of t, for a network that counts time otherwise.
+        """
         self._check(t, d, y)
         level = torch.zeros_like(t) if self.ignore_step_size else step_level(d, self.finest_steps)
         c = self.step(level)
         if self.time is not None:
-            c = self.time(t) + c
+            c = self.time(t if time is None else time) + c
         if self.label is not None:
             labels = torch.full_like(t, self.label.num_embeddings - 1, dtype=torch.int64) if y is None else y
             c = c + self.label(labels)

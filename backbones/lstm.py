@@ -51,7 +51,9 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, n, width) to the same."""
-        layer = recurrent_layer if torch.compiler.is_compiling() else run_layer
+        # An exported graph runs where the operator is not installed.
+        as_operator = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        layer = recurrent_layer if as_operator else run_layer
         return layer(x, list(self.parameters()), self.cell, not self.causal)
 
 

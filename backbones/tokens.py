@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbones.backbone import Backbone
+from backbones.diffusion import Diffusion
 from backbones.embeddings import Condition, require_positive, sincos_positions
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LN(x) (1 + scale) + shift, with x (b, n, w) and shift, scale (b, 1, w); the norm has no weights, eps 1e-6."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """LN(x) (1 + scale) + shift, with x (b, n, w) and shift, scale (b, 1, w); the norm has no weights."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
 
 
 class Block(nn.Module):
@@ -33,11 +34,19 @@ class Block(nn.Module):
         mixer: maps tokens (b, n, width) to the same; has ``reset_parameters``.
         mlp_ratio: hidden size of the perceptron over the width.
         zero_modulation: start every block as the identity.
+        mlp_norm_eps: of the norm before the perceptron; that before the mixer has 1e-6.
     """
 
-    def __init__(self, width: int, mixer: nn.Module, mlp_ratio: float = 4.0, zero_modulation: bool = True) -> None:
+    def __init__(
+        self,
+        width: int,
+        mixer: nn.Module,
+        mlp_ratio: float = 4.0,
+        zero_modulation: bool = True,
+        mlp_norm_eps: float = 1e-6,
+    ) -> None:
         super().__init__()
-        self.zero_modulation = zero_modulation
+        self.zero_modulation, self.mlp_norm_eps = zero_modulation, mlp_norm_eps
         self.modulation = nn.Linear(width, 6 * width)
         self.mixer = mixer
         self.mlp = nn.Sequential(
@@ -61,7 +70,7 @@ class Block(nn.Module):
             self.modulation(c).unsqueeze(1).chunk(6, dim=-1)
         )
         x = torch.addcmul(x, gate_mixer, self.mixer(modulated_norm(x, shift_mixer, scale_mixer)))
-        return torch.addcmul(x, gate_mlp, self.mlp(modulated_norm(x, shift_mlp, scale_mlp)))
+        return torch.addcmul(x, gate_mlp, self.mlp(modulated_norm(x, shift_mlp, scale_mlp, self.mlp_norm_eps)))
 
 
 class Head(nn.Module):
@@ -92,7 +101,8 @@ class TokenNetwork(Backbone):
         shape, num_classes, condition_shape, finest_steps: as for every backbone; see :class:`Condition`.
         width, depth: size of the stack.
         patch: side of a patch; must divide height and width, or the length. None is 2 for images, 1 for sequences.
-        time_scale, ignore_step_size: see :class:`Condition`.
+        time_scale, time_frequency_shift, ignore_step_size: see :class:`Condition`.
+        diffusion: options of :class:`backbones.diffusion.Diffusion`, for blocks that were trained to undo diffusion.
 
     Raises:
         ValueError: if sizes do not divide, or at a call if x_t, t, d or y do not fit.
@@ -113,6 +123,8 @@ class TokenNetwork(Backbone):
         patch: int | None,
         time_scale: float = 1000.0,
         ignore_step_size: bool = False,
+        time_frequency_shift: int = 0,
+        diffusion: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(shape)
         require_positive(width=width, depth=depth)
@@ -124,8 +136,9 @@ class TokenNetwork(Backbone):
         self.register_buffer("positions", self._positions(), persistent=False)
         self.condition = Condition(
             width, num_classes=num_classes, condition_shape=condition_shape, finest_steps=finest_steps,
-            time_scale=time_scale, ignore_step_size=ignore_step_size,
+            time_scale=time_scale, ignore_step_size=ignore_step_size, time_frequency_shift=time_frequency_shift,
         )  # fmt: skip
+        self.diffusion = None if diffusion is None else Diffusion.of(diffusion)
         self.blocks = nn.ModuleList(block() for _ in range(depth))
         self.head = Head(width, values)
         xavier(self.patch_embedding)
@@ -134,7 +147,7 @@ class TokenNetwork(Backbone):
         """Xavier-uniform weights, zero biases; blocks that start as the identity and a head that starts at zero."""
         xavier(self.patch_embedding)
         self.positions.copy_(self._positions())
-        for module in (self.condition, *self.blocks, self.head):
+        for module in (self.condition, *self.blocks, self.head, *([] if self.diffusion is None else [self.diffusion])):
             reset: Any = module.reset_parameters
             reset()
 
@@ -154,12 +167,18 @@ class TokenNetwork(Backbone):
             The shape of x_t, in x_t's dtype or autocast's.
         """
         self.check_inputs(x_t, t, d)
-        c = F.silu(self.condition(t, d, y))
-        x = self._to_tokens(x_t)
-        x = self.patch_embedding(x) + self._positions_of(x).to(x_t.dtype)
+        if self.diffusion is None:
+            return self._predict(x_t, self.condition(t, d, y))
+        c = self.condition(t, d, y, self.diffusion.time(t))
+        return self.diffusion.velocity(self._predict(self.diffusion.state(x_t, t), c), x_t, t)
+
+    def _predict(self, x: Tensor, c: Tensor) -> Tensor:
+        """What the blocks make of a sample (b, *shape) and the condition (b, width)."""
+        c, tokens = F.silu(c), self._to_tokens(x)
+        tokens = self.patch_embedding(tokens) + self._positions_of(tokens).to(x.dtype)
         for block in self.blocks:
-            x = self.run(block, x, c)
-        return self._from_tokens(self.head(x, c))
+            tokens = self.run(block, tokens, c)
+        return self._from_tokens(self.head(tokens, c))
 
     def _to_tokens(self, x: Tensor) -> Tensor:
         if self.is_image:

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from benchmarks.record import device_name, print_rows, put_into_readme, write_result
 from recipes.digits import recipe
+from shortcutflow.evaluation.distances.statistics import Statistics, save_statistics
 from shortcutflow.evaluation.evaluate import Asked, evaluate
-from shortcutflow.evaluation.extractors import extractor_of_module
-from shortcutflow.evaluation.protocols import EvaluationProtocol, open_protocol
+from shortcutflow.evaluation.features.extractors import extractor_of_module
+from shortcutflow.evaluation.features.protocols import EvaluationProtocol, open_protocol
 from shortcutflow.evaluation.samples import Sampler
-from shortcutflow.evaluation.statistics import Statistics, save_statistics
 from shortcutflow.evaluation.subject import Subject
 
 SHOWN = ("sampling", "extraction", "distances")

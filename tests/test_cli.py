@@ -74,8 +74,8 @@ def test_sample(inside: Path) -> None:
 
 
 def test_a_model_folder_is_sampled_as_its_run_is(inside: Path) -> None:
-    shortcutflow.load("runs/digits/first").save("a_model")
-    for place in ("runs/digits/first", "a_model"):
+    shortcutflow.load("runs/digits/first").save("models/a_model")
+    for place in ("runs/digits/first", "models/a_model"):
         succeed("sample", place, "--steps", "4", "--out", f"{Path(place).name}.png")
     assert (inside / "first.png").read_bytes() == (inside / "a_model.png").read_bytes()
 

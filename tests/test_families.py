@@ -16,7 +16,7 @@ from shortcutflow.launch import Options, run_recipe
 
 
 def test_every_family_is_measured() -> None:
-    """Of this package; unet1d is for Push-T, and diffusers_unet2d for weights that were trained elsewhere."""
+    """Of this package; unet1d is for Push-T, and diffusers_unet for weights that were trained elsewhere."""
     families = {name.split("_")[0] for name in backbones.BUILDERS}
     assert families == DIGITS_SIZED.keys() | {"unet1d", "diffusers"}
 

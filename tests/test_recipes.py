@@ -18,7 +18,9 @@ import backbones
 from shortcutflow.commands.recipes import RECIPE_GROUP, load_recipe
 from shortcutflow.config import RunConfig, validated
 from shortcutflow.data.imagefolder import ImageFolderData
+from shortcutflow.interop.pretrained import convert_pretrained
 from shortcutflow.train.speed import PEAK_BFLOAT16
+from tests.interop.public_layouts import PublicTransformer
 
 ROOT = Path(__file__).parent.parent
 PAPER = ["dit_b_celebahq", "dit_b_imagenet", "dit_xl_imagenet"]
@@ -183,3 +185,19 @@ def test_twin_averages_of_cifar() -> None:
     config = load_recipe("unet_cifar10")
     assert config.averages[config.target_weights].decay_at(10**6) == 0.95
     assert config.averages[config.sample_weights].decay_at(10**6) == 0.9999
+
+
+# Fine-tuning begins with a model of another project
+
+
+def test_sit_converts_to_the_recipes_network(tmp_path: Path) -> None:
+    """Of SiT-XL/2's layout with fewer and narrower blocks: the same options but for those."""
+    config = load_recipe("finetune_from_sit")
+    net = PublicTransformer(size=32, width=64, depth=1, heads=1, classes=1000)
+    torch.save(net.state_dict(), tmp_path / "SiT.pt")
+    converted, _ = convert_pretrained(tmp_path / "SiT.pt", tmp_path / "model")
+    small = {"width": 64, "depth": 1, "heads": 1}
+    assert converted.backbone.name == config.backbone.name
+    assert converted.backbone.options == config.backbone.options | small
+    assert (converted.shape, converted.num_classes) == ((4, 32, 32), 1000)
+    assert converted.flow_only

@@ -58,7 +58,7 @@ def evaluate_command(
     crop: Annotated[str, typer.Option(help="With --make-stats: released, adm or stretch.")] = "released",
 ) -> None:
     """Measure samples by named protocols, at several budgets, into one report; or make statistics to compare with."""
-    from shortcutflow.evaluation.protocols import check_protocol
+    from shortcutflow.evaluation.features.protocols import check_protocol
 
     check_protocol(protocol)
     by: dict[str, Any] = {"name": protocol, "weights": extractor_weights}
@@ -90,7 +90,7 @@ def _evaluate(
 ) -> None:  # fmt: skip
     from shortcutflow.data.ranks import Rank
     from shortcutflow.evaluation.evaluate import evaluate
-    from shortcutflow.evaluation.protocols import open_protocol
+    from shortcutflow.evaluation.features.protocols import open_protocol
     from shortcutflow.evaluation.report import report_path, table_of
     from shortcutflow.evaluation.samples import Sampler
     from shortcutflow.evaluation.together import meeting
@@ -115,9 +115,9 @@ def _make_stats(
     raw: dict[str, Any],
 ) -> None:  # fmt: skip
     from shortcutflow.data.ranks import Rank
+    from shortcutflow.evaluation.features.protocols import open_protocol
     from shortcutflow.evaluation.parts_on_disk import WORK
     from shortcutflow.evaluation.pictures import open_pictures
-    from shortcutflow.evaluation.protocols import open_protocol
     from shortcutflow.evaluation.reference import make_reference
     from shortcutflow.evaluation.together import meeting
 

@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 
 def convert_command(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of the released JAX code, a pickle.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            help="A checkpoint of the released JAX code (a pickle), of SiT or DiT (.pt), or a diffusers folder."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The model's folder to write.")],
-    heads: Annotated[int | None, typer.Option(help="Of attention. [default: found from the file]")] = None,
+    kind: Annotated[str | None, typer.Option(help="sit or dit, if the name of a .pt does not tell.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Of attention. [default: found, or the usual number]")] = None,
     image_size: Annotated[int | None, typer.Option(help="Side of a sample. [default: the usual one]")] = None,
-    finest_steps: Annotated[int, typer.Option(help="The training's denoise_timesteps.")] = 128,
+    finest_steps: Annotated[int, typer.Option(help="M, the training's denoise_timesteps.")] = 128,
 ) -> None:
-    """Turn a checkpoint of the released JAX code into safetensors and a config, without JAX."""
+    """Turn the authors' checkpoints, or pretrained flow and diffusion models, into safetensors and a config."""
     from shortcutflow.interop.convert import convert
+    from shortcutflow.interop.pretrained import convert_pretrained, is_pretrained
 
-    config, notes = convert(checkpoint, out, heads=heads, image_size=image_size, finest_steps=finest_steps)
+    sizes: dict[str, Any] = {"heads": heads, "image_size": image_size, "finest_steps": finest_steps}
+    if is_pretrained(checkpoint):
+        # A word here; what it may be is checked where it is used.
+        config, notes = convert_pretrained(checkpoint, out, **(sizes | {"kind": kind}))
+    elif kind is not None:
+        raise ValueError(f"--kind is for .pt files of SiT and DiT, {checkpoint} is none")
+    else:
+        config, notes = convert(checkpoint, out, **sizes)
     for note in notes:
         print(f"assumed {note}")
-    print(f"{out}: {config.backbone.name} {config.backbone.options}, samples {config.shape}, step {config.step}")
+    step = "" if config.step is None else f", step {config.step}"
+    print(f"{out}: {config.backbone.name} {config.backbone.options}, samples {config.shape}{step}")
 
 
 def export_command(

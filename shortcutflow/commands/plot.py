@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from shortcutflow.evaluation.predictor import Predictor
+    from shortcutflow.evaluation.drawing.predictor import Predictor
     from shortcutflow.evaluation.subject import Subject
     from shortcutflow.types import Batch
 
@@ -42,8 +42,8 @@ def quality_command(
     protocol: Annotated[str | None, typer.Option(help="Draws evaluation-PROTOCOL.json, of several reports.")] = None,
 ) -> None:
     """Quality against the number of steps, a curve a run."""
-    from shortcutflow.evaluation.curves import SUFFIXES, draw_quality, save_figure
-    from shortcutflow.evaluation.quality import find_report, read_report
+    from shortcutflow.evaluation.drawing.curves import SUFFIXES, draw_quality, save_figure
+    from shortcutflow.evaluation.drawing.quality import find_report, read_report
 
     _check_out(out, SUFFIXES)
     reports = [read_report(find_report(run, protocol=protocol)) for run in runs]
@@ -65,8 +65,8 @@ def trajectory_command(
     device: Device = None,
 ) -> None:
     """The states a sampler goes through, and where the network says that each will end."""
-    from shortcutflow.evaluation.starts import starts_of
-    from shortcutflow.evaluation.trajectories import trajectory_picture
+    from shortcutflow.evaluation.drawing.starts import starts_of
+    from shortcutflow.evaluation.drawing.trajectories import trajectory_picture
 
     out = _checked(out, "trajectory")
     subject, predictor = _opened(run, weights, guidance_scale, device)
@@ -89,8 +89,8 @@ def interpolation_command(
     device: Device = None,
 ) -> None:
     """Samples on the way from one noise to another."""
-    from shortcutflow.evaluation.interpolation import interpolate_samples, interpolation_picture
-    from shortcutflow.evaluation.starts import pairs_of
+    from shortcutflow.evaluation.drawing.interpolation import interpolate_samples, interpolation_picture
+    from shortcutflow.evaluation.drawing.starts import pairs_of
 
     out = _checked(out, "interpolation")
     subject, predictor = _opened(run, weights, guidance_scale, device)
@@ -117,9 +117,9 @@ def neighbours_command(
     data: Data = None,
 ) -> None:
     """The training samples that are nearest to generated ones: were they learnt by heart?"""
-    from shortcutflow.evaluation.neighbours import neighbours_in, neighbours_picture, said
-    from shortcutflow.evaluation.predictor import fresh_noise_of
-    from shortcutflow.evaluation.starts import starts_of
+    from shortcutflow.evaluation.drawing.neighbours import neighbours_in, neighbours_picture, said
+    from shortcutflow.evaluation.drawing.predictor import fresh_noise_of
+    from shortcutflow.evaluation.drawing.starts import starts_of
 
     out = _checked(out, "neighbours")
     subject, predictor = _opened(run, weights, guidance_scale, device)
@@ -144,9 +144,9 @@ def reconstruction_command(
     data: Data = None,
 ) -> None:
     """Real data with noise on it, sent back by one step of each size that the network knows."""
-    from shortcutflow.evaluation.real import some_data
-    from shortcutflow.evaluation.reconstruction import reconstruct, reconstruction_picture
-    from shortcutflow.evaluation.starts import starts_of
+    from shortcutflow.evaluation.drawing.real import some_data
+    from shortcutflow.evaluation.drawing.reconstruction import reconstruct, reconstruction_picture
+    from shortcutflow.evaluation.drawing.starts import starts_of
 
     out = _checked(out, "reconstruction")
     subject, predictor = _opened(run, weights, guidance_scale, device)
@@ -161,7 +161,7 @@ def reconstruction_command(
 def _opened(place: str, weights: str | None, guidance_scale: float, device: str | None) -> tuple[Subject, Predictor]:
     """A run or a model, and how it is asked."""
     from shortcutflow.data.ranks import Rank
-    from shortcutflow.evaluation.predictor import Predictor
+    from shortcutflow.evaluation.drawing.predictor import Predictor
 
     subject = open_subject(place, weights, Rank().device(device))
     return subject, Predictor(subject.network, guidance_scale=guidance_scale, **subject.sampler_options())
@@ -186,7 +186,7 @@ def _data(subject: Subject, folder: Path | None) -> DataSettings:
 
 def _labels_in(batch: Batch, subject: Subject) -> Tensor | None:
     """The labels of real data, which the network must know."""
-    from shortcutflow.evaluation.starts import check_labels
+    from shortcutflow.evaluation.drawing.starts import check_labels
 
     if subject.info.num_classes is None:
         return None
@@ -216,7 +216,7 @@ def _or(count: int | None, labels: list[int] | None, default: int) -> int | None
 
 
 def _write(picture: np.ndarray, out: Path, subject: Subject) -> None:
-    from shortcutflow.evaluation.grids import save_picture
+    from shortcutflow.evaluation.drawing.grids import save_picture
 
     save_picture(picture, out)
     step = "" if subject.step is None else f" at step {subject.step}"

@@ -43,8 +43,8 @@ def sample_command(
 ) -> None:
     """Sample a run or a model at several budgets into one picture."""
     from shortcutflow.data.ranks import Rank
-    from shortcutflow.evaluation.grids import save_picture
-    from shortcutflow.evaluation.sheet import sample_sheet
+    from shortcutflow.evaluation.drawing.grids import save_picture
+    from shortcutflow.evaluation.drawing.sheet import sample_sheet
 
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out must name a .png file, got {out}")

@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 import shortcutflow
 from shortcutflow.evaluation.clock import Clock
+from shortcutflow.evaluation.features.protocols import EvaluationProtocol
 from shortcutflow.evaluation.measures import check_metrics, measured, needs_features, needs_reference
 from shortcutflow.evaluation.parts_on_disk import WORK, PartsFolder, cut, file_name, hash_of, held_by, merged, share_of
 from shortcutflow.evaluation.pictures import DIGITS, Pictures, open_pictures
 from shortcutflow.evaluation.probe import Probe
-from shortcutflow.evaluation.protocols import EvaluationProtocol
 from shortcutflow.evaluation.published import CLEAN_FID, clean_fid_statistics
 from shortcutflow.evaluation.reference import Reference, load_reference, make_reference
 from shortcutflow.evaluation.report import BudgetRow, report_of, write_report

@@ -8,12 +8,12 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from shortcutflow.evaluation.frechet import frechet_between
-from shortcutflow.evaluation.inception_score import inception_score
-from shortcutflow.evaluation.kernel_distance import kernel_distance
-from shortcutflow.evaluation.manifold import manifold_metrics
+from shortcutflow.evaluation.distances.frechet import frechet_between
+from shortcutflow.evaluation.distances.inception_score import inception_score
+from shortcutflow.evaluation.distances.kernel_distance import kernel_distance
+from shortcutflow.evaluation.distances.manifold import manifold_metrics
+from shortcutflow.evaluation.distances.statistics import Statistics
 from shortcutflow.evaluation.parts_on_disk import Merged
-from shortcutflow.evaluation.statistics import Statistics
 
 Found = TypeVar("Found")
 MANIFOLD = ("precision", "recall", "density", "coverage")

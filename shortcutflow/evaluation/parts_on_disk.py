@@ -22,7 +22,7 @@ from safetensors.numpy import save
 
 from shortcutflow.data.ranks import Rank
 from shortcutflow.durable import write_whole
-from shortcutflow.evaluation.statistics import Moments, Statistics
+from shortcutflow.evaluation.distances.statistics import Moments, Statistics
 from shortcutflow.evaluation.together import Team
 
 PART_SIZE = 1000

@@ -13,9 +13,9 @@ import numpy as np
 
 from shortcutflow.config import PixelEvaluation
 from shortcutflow.data.digits import load_digits
-from shortcutflow.evaluation.frechet import frechet_distance
+from shortcutflow.evaluation.distances.frechet import frechet_distance
+from shortcutflow.evaluation.drawing.grids import sample_grid, save_picture
 from shortcutflow.evaluation.generate import generate, labels_of, noise_of
-from shortcutflow.evaluation.grids import sample_grid, save_picture
 from shortcutflow.evaluation.runs import PICTURE_FILE, Run, write_report
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shortcutflow.evaluation.extractors import Extractor
+from shortcutflow.evaluation.features.extractors import Extractor
 
 SHOWN = 16
 """Features that are compared."""

@@ -22,7 +22,9 @@ from tqdm import tqdm
 import shortcutflow
 from shortcutflow.durable import write_whole
 from shortcutflow.evaluation.clock import Clock
-from shortcutflow.evaluation.extractors import Extractor
+from shortcutflow.evaluation.distances.statistics import load_statistics, save_statistics, statistics_hash
+from shortcutflow.evaluation.features.extractors import Extractor
+from shortcutflow.evaluation.features.protocols import EvaluationProtocol
 from shortcutflow.evaluation.measures import MOST_ROWS, Real
 from shortcutflow.evaluation.parts_on_disk import (
     Features,
@@ -37,8 +39,6 @@ from shortcutflow.evaluation.parts_on_disk import (
 )
 from shortcutflow.evaluation.pictures import Pictures
 from shortcutflow.evaluation.probe import Probe
-from shortcutflow.evaluation.protocols import EvaluationProtocol
-from shortcutflow.evaluation.statistics import load_statistics, save_statistics, statistics_hash
 from shortcutflow.evaluation.together import ALONE, Team
 
 

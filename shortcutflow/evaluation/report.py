@@ -15,9 +15,9 @@ import torch
 
 import shortcutflow
 from shortcutflow.durable import write_whole
+from shortcutflow.evaluation.features.protocols import EvaluationProtocol
 from shortcutflow.evaluation.measures import METRICS
 from shortcutflow.evaluation.parts_on_disk import file_name
-from shortcutflow.evaluation.protocols import EvaluationProtocol
 from shortcutflow.evaluation.reference import Reference
 from shortcutflow.evaluation.samples import Sampler
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from shortcutflow.data.autoencoder import Autoencoder, load_autoencoder
 from shortcutflow.evaluation.clock import Clock
-from shortcutflow.evaluation.extractors import Extractor
+from shortcutflow.evaluation.drawing.grids import to_uint8
+from shortcutflow.evaluation.features.extractors import Extractor
 from shortcutflow.evaluation.generate import generate, labels_of, noise_of
-from shortcutflow.evaluation.grids import to_uint8
 from shortcutflow.evaluation.parts_on_disk import Features, joined
 from shortcutflow.evaluation.pictures import png_path, save_pngs
 from shortcutflow.evaluation.subject import Subject

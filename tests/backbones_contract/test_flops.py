@@ -10,10 +10,22 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.backbones_contract.cases import IMAGE, OWN, SEQUENCE, TINY, Case, every_backbone, one_of_each_family, params
+from tests.backbones_contract.cases import (
+    DIFFUSERS,
+    IMAGE,
+    OWN,
+    SEQUENCE,
+    TINY,
+    Case,
+    every_backbone,
+    one_of_each_family,
+    params,
+)
 
 # What makes a network of the family twice as deep.
-DEEPER: dict[str, dict[str, Any]] = {"unet": {"stages": 2}, "unet1d": {"stages": 2}}
+DEEPER: dict[str, dict[str, Any]] = {
+    "diffusers": {"unet": DIFFUSERS | {"layers_per_block": 2}}, "unet": {"stages": 2}, "unet1d": {"stages": 2},
+}  # fmt: skip
 # Its recurrent layers are seen by PyTorch's counter on some devices only: they are counted by hand, below.
 COUNTED_BY_HAND = ("lstm",)
 

@@ -18,7 +18,7 @@ from shortcutflow.data.digits import DigitsData
 from shortcutflow.data.ranks import Rank
 from shortcutflow.data.source import DataInfo
 from shortcutflow.evaluation.evaluate import Asked, evaluate
-from shortcutflow.evaluation.protocols import open_protocol
+from shortcutflow.evaluation.features.protocols import open_protocol
 from shortcutflow.evaluation.runs import load_run
 from shortcutflow.evaluation.samples import Sampler
 from shortcutflow.evaluation.subject import Subject, subject_of_run

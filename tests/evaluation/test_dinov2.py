@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save, save_file
 
-from shortcutflow.evaluation.dinov2 import DinoV2, load_dinov2
-from shortcutflow.evaluation.protocols import open_protocol
-from shortcutflow.evaluation.weights_files import HeldFile, read_file
+from shortcutflow.evaluation.features.dinov2 import DinoV2, load_dinov2
+from shortcutflow.evaluation.features.protocols import open_protocol
+from shortcutflow.evaluation.features.weights_files import HeldFile, read_file
 from tests.evaluation.test_resize import as_tensor, pictures
 
 

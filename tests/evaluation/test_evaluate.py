@@ -13,17 +13,17 @@ from torch import Tensor
 
 from shortcutflow.data.source import DataInfo
 from shortcutflow.evaluation import samples as samples_module
+from shortcutflow.evaluation.distances.frechet import frechet_distance
+from shortcutflow.evaluation.distances.inception_score import inception_score
+from shortcutflow.evaluation.distances.kernel_distance import kernel_distance
+from shortcutflow.evaluation.distances.manifold import manifold_metrics
+from shortcutflow.evaluation.drawing.grids import to_uint8
 from shortcutflow.evaluation.evaluate import Asked, evaluate, parts_folder
-from shortcutflow.evaluation.extractors import extractor_of_module
-from shortcutflow.evaluation.frechet import frechet_distance
+from shortcutflow.evaluation.features.extractors import extractor_of_module
+from shortcutflow.evaluation.features.protocols import EvaluationProtocol, open_protocol
 from shortcutflow.evaluation.generate import generate, labels_of, noise_of
-from shortcutflow.evaluation.grids import to_uint8
-from shortcutflow.evaluation.inception_score import inception_score
-from shortcutflow.evaluation.kernel_distance import kernel_distance
-from shortcutflow.evaluation.manifold import manifold_metrics
 from shortcutflow.evaluation.measures import METRICS
 from shortcutflow.evaluation.pictures import DigitPictures, save_pngs
-from shortcutflow.evaluation.protocols import EvaluationProtocol, open_protocol
 from shortcutflow.evaluation.samples import Sampler
 from shortcutflow.evaluation.subject import Subject
 from tests.evaluation.evaluating import Plain, plain_subject

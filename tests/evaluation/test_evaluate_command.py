@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from shortcutflow.cli import main
-from shortcutflow.evaluation.protocols import open_protocol
+from shortcutflow.evaluation.features.protocols import open_protocol
 from shortcutflow.evaluation.samples import Sampler
 from shortcutflow.interop.model import load
 from shortcutflow.train.loop import train

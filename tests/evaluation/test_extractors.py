@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from shortcutflow.data.digits import load_digits
-from shortcutflow.evaluation.digit_features import DigitExtractor
-from shortcutflow.evaluation.extractors import PixelExtractor, extractor_of_file, extractor_of_module
-from shortcutflow.evaluation.inception_score import inception_score
+from shortcutflow.evaluation.distances.inception_score import inception_score
+from shortcutflow.evaluation.features.digit_features import DigitExtractor
+from shortcutflow.evaluation.features.extractors import PixelExtractor, extractor_of_file, extractor_of_module
 from tests.evaluation.inception_standin import save_torchscript
 from tests.evaluation.test_resize import pictures
 
@@ -185,13 +185,13 @@ def test_damaged_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         extractor_of_file(tmp_path / "cut.pt")
     with pytest.raises(FileNotFoundError, match="there is no file"):
         extractor_of_file(tmp_path / "absent.pt")
-    monkeypatch.setattr("shortcutflow.evaluation.extractors.LARGEST", 100)
+    monkeypatch.setattr("shortcutflow.evaluation.features.extractors.LARGEST", 100)
     with pytest.raises(ValueError, match="at most 100 is read"):
         extractor_of_file(file)
 
 
 def test_an_archive_that_would_unpack_to_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shortcutflow.evaluation.torchscript.LARGEST", 10**6)
+    monkeypatch.setattr("shortcutflow.evaluation.features.torchscript.LARGEST", 10**6)
     with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb/code/__torch__.py", " " * 2 * 10**6)
     assert (tmp_path / "bomb.pt").stat().st_size < 10**5

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from shortcutflow.evaluation.frechet import frechet_between, frechet_distance
-from shortcutflow.evaluation.statistics import Moments, Statistics
+from shortcutflow.evaluation.distances.frechet import frechet_between, frechet_distance
+from shortcutflow.evaluation.distances.statistics import Moments, Statistics
 
 
 def by_matrix_root(a: np.ndarray, b: np.ndarray) -> float:

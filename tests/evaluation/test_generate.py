@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from shortcutflow.evaluation.drawing.grids import sample_grid, to_uint8
 from shortcutflow.evaluation.generate import generate, labels_of, noise_of
-from shortcutflow.evaluation.grids import sample_grid, to_uint8
 from shortcutflow.seeds import generator_for
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from shortcutflow.evaluation.inception_score import InceptionScore, inception_score
+from shortcutflow.evaluation.distances.inception_score import InceptionScore, inception_score
 
 
 def logits(rows: int = 205, classes: int = 12, scale: float = 3.0) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from shortcutflow.evaluation.kernel_distance import kernel_distance
+from shortcutflow.evaluation.distances.kernel_distance import kernel_distance
 
 
 def features(seed: int, rows: int, width: int = 16, shift: float = 0.0) -> np.ndarray:

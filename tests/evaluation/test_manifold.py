@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from shortcutflow.evaluation.manifold import Manifold, manifold_metrics
+from shortcutflow.evaluation.distances.manifold import Manifold, manifold_metrics
 
 
 def brute_force(real: np.ndarray, fake: np.ndarray, k_precision: int, k_density: int) -> Manifold:

@@ -14,16 +14,16 @@ from recipes.digits import recipe
 from shortcutflow.config import RunConfig, with_overrides
 from shortcutflow.data.digits import DigitsData
 from shortcutflow.data.source import DataInfo
-from shortcutflow.evaluation.ends import Ends, draw_ends, names_of
+from shortcutflow.evaluation.drawing.ends import Ends, draw_ends, names_of
+from shortcutflow.evaluation.drawing.grids import sample_grid
+from shortcutflow.evaluation.drawing.interpolation import between, interpolate_samples, interpolation_picture
+from shortcutflow.evaluation.drawing.neighbours import nearest_of, neighbours_in, neighbours_picture, said
+from shortcutflow.evaluation.drawing.predictor import Predictor, fresh_noise_of, shortest_way
+from shortcutflow.evaluation.drawing.real import all_data, some_data
+from shortcutflow.evaluation.drawing.reconstruction import reconstruct, reconstruction_picture
+from shortcutflow.evaluation.drawing.starts import pairs_of, starts_of
+from shortcutflow.evaluation.drawing.trajectories import follow, trajectory_picture
 from shortcutflow.evaluation.generate import generate, noise_of
-from shortcutflow.evaluation.grids import sample_grid
-from shortcutflow.evaluation.interpolation import between, interpolate_samples, interpolation_picture
-from shortcutflow.evaluation.neighbours import nearest_of, neighbours_in, neighbours_picture, said
-from shortcutflow.evaluation.predictor import Predictor, fresh_noise_of, shortest_way
-from shortcutflow.evaluation.real import all_data, some_data
-from shortcutflow.evaluation.reconstruction import reconstruct, reconstruction_picture
-from shortcutflow.evaluation.starts import pairs_of, starts_of
-from shortcutflow.evaluation.trajectories import follow, trajectory_picture
 from shortcutflow.train.pictures import save_pictures, training_pictures
 from tests.core.gaussian import Gaussian
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 import shortcutflow
 from shortcutflow.cli import main
-from shortcutflow.evaluation.curves import draw_quality
-from shortcutflow.evaluation.quality import find_report, read_report
+from shortcutflow.evaluation.drawing.curves import draw_quality
+from shortcutflow.evaluation.drawing.quality import find_report, read_report
 
 FRECHET = "Fréchet distance between Gaussian fits of the 64 pixels"
 SMALL = [

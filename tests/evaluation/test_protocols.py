@@ -16,7 +16,7 @@ from cleanfid.inception_torchscript import InceptionV3W
 from PIL import Image
 from torch import Tensor
 
-from shortcutflow.evaluation.protocols import check_protocol, open_protocol, protocol_names
+from shortcutflow.evaluation.features.protocols import check_protocol, open_protocol, protocol_names
 from tests.evaluation.inception_standin import InceptionStandIn, save_torchscript
 from tests.evaluation.test_extractors import SmallNetwork
 from tests.evaluation.test_resize import as_tensor, pictures
@@ -144,7 +144,7 @@ def test_clean_fid_missing(monkeypatch: pytest.MonkeyPatch, standin: Path) -> No
 
 def test_importing_protocols_is_light() -> None:
     code = (
-        "import sys, shortcutflow.evaluation.protocols as p; p.protocol_names(); "
+        "import sys, shortcutflow.evaluation.features.protocols as p; p.protocol_names(); "
         "print([m for m in ('cleanfid', 'torchvision', 'scipy', 'sklearn', 'PIL', 'timm') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -14,12 +14,12 @@ from PIL import Image
 from shortcutflow.data.digits import write_digits
 from shortcutflow.data.shards import Sample, write_shards
 from shortcutflow.evaluation import reference as reference_module
-from shortcutflow.evaluation.extractors import Extracted
+from shortcutflow.evaluation.distances.statistics import Statistics, save_statistics
+from shortcutflow.evaluation.features.extractors import Extracted
+from shortcutflow.evaluation.features.protocols import EvaluationProtocol, open_protocol
 from shortcutflow.evaluation.pictures import DigitPictures, open_pictures
-from shortcutflow.evaluation.protocols import EvaluationProtocol, open_protocol
 from shortcutflow.evaluation.published import clean_fid_statistics
 from shortcutflow.evaluation.reference import load_reference, make_reference
-from shortcutflow.evaluation.statistics import Statistics, save_statistics
 
 
 class Means:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from cleanfid.resize import build_resizer
 
-from shortcutflow.evaluation.resize import (
+from shortcutflow.evaluation.features.resize import (
     clean_fid_resize,
     default_workers,
     on_threads,

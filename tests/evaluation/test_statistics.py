@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shortcutflow.evaluation.statistics import (
+from shortcutflow.evaluation.distances.statistics import (
     WIDEST,
     Moments,
     Statistics,

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from shortcutflow.evaluation.inception import INCEPTION
-from shortcutflow.evaluation.protocols import open_protocol
-from shortcutflow.evaluation.weights_files import PublishedFile, cache_folder, weights_of
+from shortcutflow.evaluation.features.inception import INCEPTION
+from shortcutflow.evaluation.features.protocols import open_protocol
+from shortcutflow.evaluation.features.weights_files import PublishedFile, cache_folder, weights_of
 
 CONTENT = b"weights of a network" * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from shortcutflow.evaluation.extractors import BATCH_SIZE, Extractor, PixelExtractor, extractor_of_file
+from shortcutflow.evaluation.features.extractors import BATCH_SIZE, Extractor, PixelExtractor, extractor_of_file
 
 FILE_PREFIX = "file:"
 DESCRIPTIONS = {
@@ -84,9 +84,9 @@ def open_protocol(
         ImportError: if clean-fid or scikit-learn is needed and not installed.
     """
     # Loaded here, so that the names cost nothing.
-    from shortcutflow.evaluation.digit_features import DigitExtractor
-    from shortcutflow.evaluation.dinov2 import dinov2_extractor
-    from shortcutflow.evaluation.inception import inception_extractor
+    from shortcutflow.evaluation.features.digit_features import DigitExtractor
+    from shortcutflow.evaluation.features.dinov2 import dinov2_extractor
+    from shortcutflow.evaluation.features.inception import inception_extractor
 
     check_protocol(name)
     if weights is not None and (name in ("pixels", "digits") or name.startswith(FILE_PREFIX)):

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shortcutflow.evaluation.extractors import BATCH_SIZE, NetworkExtractor
-from shortcutflow.evaluation.resize import (
+from shortcutflow.evaluation.features.extractors import BATCH_SIZE, NetworkExtractor
+from shortcutflow.evaluation.features.resize import (
     Prepare,
     clean_fid_resize,
     default_workers,
@@ -24,8 +24,8 @@ from shortcutflow.evaluation.resize import (
     tensorflow_bilinear,
     unresized,
 )
-from shortcutflow.evaluation.torchscript import load_torchscript
-from shortcutflow.evaluation.weights_files import PublishedFile, weights_of
+from shortcutflow.evaluation.features.torchscript import load_torchscript
+from shortcutflow.evaluation.features.weights_files import PublishedFile, weights_of
 
 INCEPTION = PublishedFile(
     name="inception-2015-12-05.pt",

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shortcutflow.evaluation.extractors import BATCH_SIZE, NetworkExtractor
-from shortcutflow.evaluation.resize import clean_fid_resize, default_workers, on_threads
-from shortcutflow.evaluation.weights_files import HeldFile, PublishedFile, weights_of
+from shortcutflow.evaluation.features.extractors import BATCH_SIZE, NetworkExtractor
+from shortcutflow.evaluation.features.resize import clean_fid_resize, default_workers, on_threads
+from shortcutflow.evaluation.features.weights_files import HeldFile, PublishedFile, weights_of
 
 DINOV2 = PublishedFile(
     name="dinov2-vit-large-patch14.safetensors",

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from shortcutflow.evaluation.statistics import require_features
+from shortcutflow.evaluation.distances.statistics import require_features
 
 
 class KernelDistance(NamedTuple):

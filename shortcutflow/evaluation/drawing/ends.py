@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shortcutflow.data.source import DataInfo
 from shortcutflow.evaluation.decoded import as_pictures
-from shortcutflow.evaluation.grids import sample_grid
+from shortcutflow.evaluation.drawing.grids import sample_grid
 
 
 class Ends(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from shortcutflow.evaluation.statistics import Moments, Statistics, require_features, require_statistics
+from shortcutflow.evaluation.distances.statistics import Moments, Statistics, require_features, require_statistics
 
 NOT_A_COVARIANCE = 1e-3
 """A negative eigenvalue of this share of the largest is no rounding, not even that of float32 files."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from shortcutflow.evaluation.weights_files import HeldFile
+from shortcutflow.evaluation.features.weights_files import HeldFile
 
 LARGEST = 4 * 2**30
 """Bytes of a TorchScript file, packed and unpacked."""

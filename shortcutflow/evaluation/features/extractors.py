@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shortcutflow.evaluation.resize import (
+from shortcutflow.evaluation.features.resize import (
     Prepare,
     clean_fid_resize,
     default_workers,
@@ -21,8 +21,8 @@ from shortcutflow.evaluation.resize import (
     tensorflow_bilinear,
     unresized,
 )
-from shortcutflow.evaluation.torchscript import LARGEST, load_torchscript
-from shortcutflow.evaluation.weights_files import read_file
+from shortcutflow.evaluation.features.torchscript import LARGEST, load_torchscript
+from shortcutflow.evaluation.features.weights_files import read_file
 
 BATCH_SIZE = 64
 """Pictures that go through a network at once."""
@@ -157,7 +157,7 @@ def extractor_of_module(
         size: of the images it takes; None: pictures come unresized.
         value_range: what 0 and 255 become.
         resize: one of "clean-fid" (Pillow's bicubic of float channels), "bilinear" and "tensorflow-1"; see
-            :mod:`shortcutflow.evaluation.resize`.
+            :mod:`shortcutflow.evaluation.features.resize`.
         device: where the module is.
         batch_size: pictures at once.
         resize_workers: threads that resize; None: a thread a core.
@@ -199,7 +199,7 @@ def extractor_of_file(
 ) -> NetworkExtractor:
     """An extractor from a TorchScript file; its name holds the file's SHA-256.
 
-    The file is a program, and only as trustworthy as its source: see :mod:`shortcutflow.evaluation.torchscript`.
+    The file is a program, and only as trustworthy as its source: see ``torchscript.py`` beside this file.
 
     Args:
         path: of what ``torch.jit.save`` wrote: images (b, 3, h, w) float32 in ``value_range`` to features (b, k), or to

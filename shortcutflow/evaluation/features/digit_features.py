@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 
 from shortcutflow.data.digits import load_digits
-from shortcutflow.evaluation.extractors import Extracted, check_images
+from shortcutflow.evaluation.features.extractors import Extracted, check_images
 
 HIDDEN = 64
 SHAPES = ((64, HIDDEN), (1, HIDDEN), (HIDDEN, 10), (1, 10))
@@ -39,7 +39,7 @@ class DigitExtractor:
             raise RuntimeError(f"the digits reader reads {self.accuracy:.1%} of held-out digits, 95 % are expected")
 
     def __call__(self, images: np.ndarray) -> Extracted:
-        """See :class:`shortcutflow.evaluation.extractors.Extractor`.
+        """See :class:`shortcutflow.evaluation.features.extractors.Extractor`.
 
         Raises:
             ValueError: for pictures that are not 8x8.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shortcutflow.evaluation.statistics import require_features
+from shortcutflow.evaluation.distances.statistics import require_features
 
 TIE = 1e-13
 """Squared distances are equal if they differ by this share of the squared lengths; products round by about 1e-14."""

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from shortcutflow.data.source import DataInfo, DataSettings
 from shortcutflow.evaluation.decoded import as_pictures
-from shortcutflow.evaluation.ends import names_of
-from shortcutflow.evaluation.grids import sample_grid
-from shortcutflow.evaluation.real import all_data
+from shortcutflow.evaluation.drawing.ends import names_of
+from shortcutflow.evaluation.drawing.grids import sample_grid
+from shortcutflow.evaluation.drawing.real import all_data
 
 COMPARED = 64
 """Real samples whose own nearest neighbours are the measure, unless more samples are looked at."""

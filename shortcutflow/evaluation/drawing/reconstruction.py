@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from shortcutflow.data.source import DataInfo
-from shortcutflow.evaluation.ends import Ends, as_fraction, draw_ends, names_of
-from shortcutflow.evaluation.predictor import Predictor
+from shortcutflow.evaluation.drawing.ends import Ends, as_fraction, draw_ends, names_of
+from shortcutflow.evaluation.drawing.predictor import Predictor
 from shortcutflow.path import interpolate
 from shortcutflow.schedule import levels_of
 

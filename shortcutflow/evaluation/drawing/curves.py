@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shortcutflow.evaluation.quality import Report, check_comparable, metric_of
+from shortcutflow.evaluation.drawing.quality import Report, check_comparable, metric_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

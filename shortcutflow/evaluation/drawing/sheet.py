@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from shortcutflow.evaluation.decoded import as_pictures
+from shortcutflow.evaluation.drawing.grids import sample_grid
+from shortcutflow.evaluation.drawing.starts import starts_of
 from shortcutflow.evaluation.generate import generate
-from shortcutflow.evaluation.grids import sample_grid
-from shortcutflow.evaluation.starts import starts_of
 from shortcutflow.evaluation.subject import Subject
 
 

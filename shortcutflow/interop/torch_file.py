@@ -1,0 +1,122 @@
+"""Tensors of a file that ``torch.save`` or safetensors wrote, read without running anything that is in it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LONGEST_PICKLE = 2**26
+"""Bytes that may describe the tensors; their numbers lie outside of the pickle."""
+MOST_MEMBERS = 100_000
+WRAPPERS = ("module.", "_orig_mod.")
+"""What DDP and torch.compile put before every name."""
+
+
+def read_tensors(path: Path, *, inside: Mapping[str, str] | None = None) -> dict[str, dict[str, Tensor]]:
+    """The state dicts of a file, their numbers left in the file until they are used.
+
+    Args:
+        path: of the file.
+        inside: keys under which a training checkpoint keeps state dicts, and how the result names them; the first of
+            them that is there counts. A file that is a state dict itself is named "current".
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: in one line, if it is no such file, is damaged, asks for code, or claims more than it holds.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    if path.suffix == ".safetensors":
+        return {"current": _checked(_of_safetensors(path), path)}
+    _check_archive(path)
+    content = _loaded(path)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, no dictionary of tensors")
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, name in (inside or {}).items():
+        if isinstance(content.get(key), Mapping):
+            found.setdefault(name, _checked(content[key], path))
+    return found or {"current": _checked(content, path)}
+
+
+def is_torch_file(path: Path) -> bool:
+    """Whether a file looks like one of ``torch.save`` or safetensors, from its first bytes and its name."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return path.suffix == ".safetensors" or file.read(4) == b"PK\x03\x04"
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse what is no archive, and archives that grow when they are read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError) as error:
+        raise ValueError(
+            f"{path} is no file of torch.save since version 1.6, or is cut off: {' '.join(str(error).split())}"
+        ) from None
+    if len(members) > MOST_MEMBERS:
+        raise ValueError(f"{path} has {len(members)} parts; {MOST_MEMBERS} are allowed")
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{path}: {member.filename!r} is compressed, which torch.save never does")
+        if member.filename.endswith("data.pkl") and member.file_size > LONGEST_PICKLE:
+            raise ValueError(f"{path}: its pickle has {member.file_size} bytes; {LONGEST_PICKLE} are allowed")
+    claimed, size = sum(member.file_size for member in members), path.stat().st_size
+    if claimed > size:
+        raise ValueError(f"{path} claims {claimed} bytes and has {size}: cut off or made up")
+
+
+def _loaded(path: Path) -> Any:
+    try:
+        # Training scripts keep their arguments beside the tensors; a namespace is names and values only.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a made-up pickle can make the reader fail in any way
+        said = " ".join(str(error).split())
+        if named := re.search(r"GLOBAL (\S+)", said):
+            raise ValueError(f"{path}: refused, it names {named[1]!r}, which no dictionary of tensors needs") from None
+        # What precedes is advice to run the file after all.
+        if "Weights only" in said:
+            said = said.rpartition("WeightsUnpickler error:")[2] if "WeightsUnpickler" in said else ""
+        told = said.strip().partition(" Check the documentation")[0][:200] or type(error).__name__
+        raise ValueError(f"{path}: refused, it is damaged or no dictionary of tensors: {told}") from None
+
+
+def _of_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file, or damaged: {error}") from None
+
+
+def _checked(tensors: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """Ordinary tensors of ordinary names, together no larger than the file."""
+    total = 0
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{path} is no dictionary of tensors: {str(name)[:60]!r} is a {type(tensor).__name__}; known are state "
+                "dicts, by themselves or under 'ema', 'model' or 'state_dict'"
+            )
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
+            raise ValueError(f"{path}: {name} must hold plain floating-point numbers, it is {tensor.dtype}")
+        total += tensor.numel() * tensor.element_size()
+    # A tensor can repeat one number for ever, and each of many can be all of one part of the file.
+    if total > path.stat().st_size:
+        raise ValueError(f"{path}: its tensors claim {total} bytes, the file has {path.stat().st_size}")
+    for wrapper in WRAPPERS:
+        if tensors and all(name.startswith(wrapper) for name in tensors):
+            tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+    return dict(tensors)
