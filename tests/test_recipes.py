@@ -195,7 +195,7 @@ def test_sit_converts_to_the_recipes_network(tmp_path: Path) -> None:
     config = load_recipe("finetune_from_sit")
     net = PublicTransformer(size=32, width=64, depth=1, heads=1, classes=1000)
     torch.save(net.state_dict(), tmp_path / "SiT.pt")
-    converted, _ = convert_pretrained(tmp_path / "SiT.pt", tmp_path / "model")
+    converted, _ = convert_pretrained(tmp_path / "SiT.pt", tmp_path / "model", heads=1)
     small = {"width": 64, "depth": 1, "heads": 1}
     assert converted.backbone.name == config.backbone.name
     assert converted.backbone.options == config.backbone.options | small

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from shortcutflow.config import RunConfig
 from shortcutflow.evaluation.decoded import as_pictures
-from shortcutflow.evaluation.ends import Ends
+from shortcutflow.evaluation.drawing.ends import Ends
+from shortcutflow.evaluation.drawing.grids import sample_grid, save_picture
+from shortcutflow.evaluation.drawing.interpolation import interpolate_samples, interpolation_picture
+from shortcutflow.evaluation.drawing.predictor import Predictor
+from shortcutflow.evaluation.drawing.real import some_data
+from shortcutflow.evaluation.drawing.reconstruction import reconstruct, reconstruction_picture
+from shortcutflow.evaluation.drawing.starts import pairs_of
 from shortcutflow.evaluation.generate import generate, labels_of, noise_of
-from shortcutflow.evaluation.grids import sample_grid, save_picture
-from shortcutflow.evaluation.interpolation import interpolate_samples, interpolation_picture
-from shortcutflow.evaluation.predictor import Predictor
-from shortcutflow.evaluation.real import some_data
-from shortcutflow.evaluation.reconstruction import reconstruct, reconstruction_picture
-from shortcutflow.evaluation.starts import pairs_of
 from shortcutflow.types import Batch
 
 SAMPLES = 10
