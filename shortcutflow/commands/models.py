@@ -41,12 +41,20 @@ def convert_command(
 
 def export_command(
     folder: Annotated[Path, typer.Argument(help="A model's or a run's folder.")],
-    out: Annotated[Path, typer.Option(help="The file to write.")],
-    format: Annotated[str, typer.Option(help="jax: a checkpoint of the released code.")] = "jax",
+    out: Annotated[Path, typer.Option(help="The file to write; for diffusers a folder.")],
+    format: Annotated[str, typer.Option(help="jax, diffusers, onnx or torch.")] = "jax",
+    weights: Annotated[str | None, typer.Option(help="Which of the model's weights. [default: the config's]")] = None,
+    steps: Annotated[
+        list[float] | None, typer.Option(help="Of onnx and torch: a number of steps, or step sizes. [default: 1]")
+    ] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Of onnx and torch. [default: 1, none]")] = None,
+    decoder: Annotated[
+        str | None, typer.Option(help="Autoencoder whose decoder goes along, for latents: a hub id or folder.")
+    ] = None,
 ) -> None:
-    """Write a model in a format that other code reads."""
-    from shortcutflow.interop.export import export_jax
+    """Write a model in a format that other code reads, checked against this library's own samples."""
+    from shortcutflow.interop.export import export_model
 
-    if format != "jax":
-        raise ValueError(f"unknown format {format!r}; known: jax")
-    print(export_jax(folder, out))
+    print(
+        export_model(folder, out, format, weights=weights, steps=steps, guidance_scale=guidance_scale, decoder=decoder)
+    )

@@ -1,10 +1,11 @@
-"""From a model's or a run's folder to a checkpoint of the released code."""
+"""From a model's or a run's folder to what other code reads; to a checkpoint of the released code in particular."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,52 @@ from shortcutflow.interop.model_folder import CHECKPOINTS, ModelConfig, read_con
 from shortcutflow.interop.released_names import check_names, depth_of, entries, to_theirs
 from shortcutflow.interop.released_writer import Read, write_released
 from shortcutflow.train import checkpoint
+
+FORMATS: Mapping[str, tuple[str, ...]] = {
+    "jax": (), "diffusers": ("weights", "decoder"), "onnx": ("weights", "steps", "guidance_scale", "decoder"),
+    "torch": ("weights", "steps", "guidance_scale", "decoder"),
+}  # fmt: skip
+"""Formats and the options that each has: the released code's checkpoint, a diffusers pipeline, ONNX, torch.export."""
+
+
+def export_model(
+    folder: Path,
+    out: Path,
+    format: str,
+    *,
+    weights: str | None = None,
+    steps: Sequence[float] | None = None,
+    guidance_scale: float | None = None,
+    decoder: str | None = None,
+) -> str:
+    """Write a model in a format that other code reads; gives what there is to say.
+
+    Args:
+        folder: of a model or a run.
+        out: the file or folder, which must not exist.
+        format: one of :data:`FORMATS`.
+        weights: which of the folder's weights; None takes the config's.
+        steps: one whole number, or step sizes that add up to 1; None is one step.
+        guidance_scale: of classifier-free guidance; None is none.
+        decoder: an autoencoder's folder or hub id, for models of latents.
+
+    Raises:
+        ValueError: for an unknown format, an option that it does not have, and as the format's own function.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
+    given: dict[str, Any] = {"weights": weights, "steps": steps, "guidance_scale": guidance_scale, "decoder": decoder}
+    given = {name: value for name, value in given.items() if value is not None}
+    if wrong := [name for name in given if name not in FORMATS[format]]:
+        takes = ", ".join(FORMATS[format]) or "none"
+        raise ValueError(f"format {format!r} has no option {', '.join(wrong)}; its options: {takes}")
+    if steps is not None and len(steps) == 1 and steps[0] == int(steps[0]):
+        given["steps"] = int(steps[0])
+    if format == "jax":
+        return export_jax(folder, out)
+    # Each loads packages that the others do not need.
+    module = {"diffusers": "export_diffusers", "onnx": "export_onnx", "torch": "export_program"}[format]
+    return getattr(import_module(f"shortcutflow.interop.{module}"), module)(folder, out, **given)
 
 
 class _Weights(NamedTuple):
