@@ -18,7 +18,7 @@ import backbones
 from shortcutflow.commands.recipes import RECIPE_GROUP, load_recipe
 from shortcutflow.config import RunConfig, validated
 from shortcutflow.data.imagefolder import ImageFolderData
-from shortcutflow.interop.pretrained import convert_pretrained
+from shortcutflow.interop.pretrained.convert import convert_pretrained
 from shortcutflow.train.speed import PEAK_BFLOAT16
 from tests.interop.public_layouts import PublicTransformer
 

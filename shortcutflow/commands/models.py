@@ -22,8 +22,8 @@ def convert_command(
     finest_steps: Annotated[int, typer.Option(help="M, the training's denoise_timesteps.")] = 128,
 ) -> None:
     """Turn the authors' checkpoints, or pretrained flow and diffusion models, into safetensors and a config."""
-    from shortcutflow.interop.convert import convert
-    from shortcutflow.interop.pretrained import convert_pretrained, is_pretrained
+    from shortcutflow.interop.pretrained.convert import convert_pretrained, is_pretrained
+    from shortcutflow.interop.released.convert import convert
 
     sizes: dict[str, Any] = {"heads": heads, "image_size": image_size, "finest_steps": finest_steps}
     if is_pretrained(checkpoint):

@@ -39,3 +39,28 @@ def appearing(out: Path) -> Iterator[Path]:
 def _check_free(path: Path) -> None:
     if path.exists():
         raise FileExistsError(f"{path} exists already: give another name")
+
+
+def check_may_appear(out: Path) -> None:
+    """Raise FileExistsError if this folder holds something, or is none."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists already: give a folder that does not, or an empty one")
+
+
+@contextmanager
+def appearing_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill that gets its name when all went well, and else vanishes."""
+    out = out.absolute()
+    unfinished = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
+    new = [parent for parent in out.parents if not parent.exists()]
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        if out.exists():
+            out.rmdir()
+        unfinished.replace(out)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        for parent in new:
+            parent.rmdir()
+        raise

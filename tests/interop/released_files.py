@@ -124,8 +124,8 @@ def write(path: Path, value: Any, **style: Any) -> Path:
 
 def write_sparse_xl(path: Path) -> None:
     """DiT-XL/2 on ImageNet with its optimizer, all zero: 10.8 GB of which the disk keeps a few kilobytes."""
-    from shortcutflow.interop.released_sizes import Sizes, expected_shapes
-    from shortcutflow.interop.released_writer import pickle_released
+    from shortcutflow.interop.released.sizes import Sizes, expected_shapes
+    from shortcutflow.interop.released.writer import pickle_released
 
     shapes = expected_shapes(Sizes(width=1152, depth=28, hidden=4608, patch=2, channels=4, num_classes=1000))
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 import shortcutflow as sf
-from shortcutflow.interop.convert import convert
-from shortcutflow.interop.export import export_jax
-from shortcutflow.interop.released_checkpoint import read_released
-from shortcutflow.interop.released_names import from_released, to_released
-from shortcutflow.interop.released_sizes import heads_from_moments, ignores_step_size
+from shortcutflow.interop.released.checkpoint import read_released
+from shortcutflow.interop.released.convert import convert
+from shortcutflow.interop.released.export import export_jax
+from shortcutflow.interop.released.names import from_released, to_released
+from shortcutflow.interop.released.sizes import heads_from_moments, ignores_step_size
 from tests.interop.released_files import FrozenDict, checkpoint, flat, parameters, write
 from tests.parity.recorded import Recording, build
 
@@ -301,7 +301,7 @@ def test_xl_fits_in_memory(tmp_path: Path) -> None:
     code = f"""
 import resource, sys
 from pathlib import Path
-from shortcutflow.interop.convert import convert
+from shortcutflow.interop.released.convert import convert
 from tests.interop.released_files import write_sparse_xl
 write_sparse_xl(Path({str(tmp_path / "xl.pkl")!r}))
 config, _ = convert(Path({str(tmp_path / "xl.pkl")!r}), Path({str(tmp_path / "out")!r}))

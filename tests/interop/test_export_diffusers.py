@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 import shortcutflow as sf
 from shortcutflow.data.autoencoder import load_autoencoder
-from shortcutflow.interop import export_diffusers as module
-from shortcutflow.interop.export_diffusers import export_diffusers, pipeline_source
-from shortcutflow.interop.graph_source import source_of
+from shortcutflow.interop.exports import to_diffusers as module
+from shortcutflow.interop.exports.graph_source import source_of
+from shortcutflow.interop.exports.to_diffusers import export_diffusers, pipeline_source
+from shortcutflow.interop.exports.traced import trace
 from shortcutflow.interop.model import load_folder
-from shortcutflow.interop.traced import trace
 from shortcutflow.schedule import step_sizes
 from tests.interop.exported import FAMILIES, autoencoder_in, model_in, noise_for, without_this_library
 

@@ -15,12 +15,12 @@ from backbones.doubling_scan import scan_by_doubling
 from backbones.selective_scan import selective_scan, selective_scan_recurrence
 from shortcutflow.cli import main
 from shortcutflow.data.autoencoder import load_autoencoder
-from shortcutflow.interop import export_onnx as module
 from shortcutflow.interop.export import FORMATS, export_model
-from shortcutflow.interop.export_onnx import export_onnx
-from shortcutflow.interop.export_program import export_program
-from shortcutflow.interop.generator import Generator
-from shortcutflow.interop.traced import trace
+from shortcutflow.interop.exports import to_onnx as module
+from shortcutflow.interop.exports.generator import Generator
+from shortcutflow.interop.exports.to_onnx import export_onnx
+from shortcutflow.interop.exports.to_program import export_program
+from shortcutflow.interop.exports.traced import trace
 from tests.interop.exported import FAMILIES, autoencoder_in, model_in, noise_for, without_this_library
 
 pytest.importorskip("onnxscript")

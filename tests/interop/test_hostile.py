@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from shortcutflow.cli import main
-from shortcutflow.interop.restricted_pickle import load
+from shortcutflow.interop.released.restricted_pickle import load
 from tests.interop.hostile_pickles import SIZES, Calls, by_hand, code
 from tests.interop.released_files import checkpoint, dumped, parameters
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import backbones
 import shortcutflow as sf
-from shortcutflow.interop.pretrained import convert_pretrained, is_pretrained
+from shortcutflow.interop.pretrained.convert import convert_pretrained, is_pretrained
 from tests.interop.public_layouts import Schedule, randomise
 
 diffusers = pytest.importorskip("diffusers")

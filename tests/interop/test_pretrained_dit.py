@@ -16,7 +16,7 @@ from torch import Tensor
 import backbones
 import shortcutflow as sf
 from backbones.diffusion import Diffusion
-from shortcutflow.interop.pretrained import convert_pretrained
+from shortcutflow.interop.pretrained.convert import convert_pretrained
 from tests.interop.public_layouts import PublicTransformer, Schedule, saved
 
 SCHEDULE = Schedule()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import shortcutflow as sf
-from shortcutflow.interop.pretrained import convert_pretrained, is_pretrained
+from shortcutflow.interop.pretrained.convert import convert_pretrained, is_pretrained
 from tests.interop.public_layouts import PublicTransformer, saved
 
 TIMES = (0.5, 0.0, 1.0, 1e-3, 0.25, 0.75, 127 / 128)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import shortcutflow as sf
 from backbones.dit import DiT
-from shortcutflow.interop.released_names import from_released, to_released
+from shortcutflow.interop.released.names import from_released, to_released
 from shortcutflow.objectives.flow_matching import FlowDraw
 from shortcutflow.objectives.released import released_bootstrap_sizes
 from shortcutflow.objectives.shortcut_draw import ShortcutDraw

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shortcutflow.interop.inert import ADAM, EMPTY, SCHEDULE, InertTuple
-from shortcutflow.interop.released_names import check_names
-from shortcutflow.interop.released_sizes import Sizes, expected_shapes, read_sizes
-from shortcutflow.interop.restricted_pickle import load
-from shortcutflow.interop.stored_array import StoredArray
+from shortcutflow.interop.released.inert import ADAM, EMPTY, SCHEDULE, InertTuple
+from shortcutflow.interop.released.names import check_names
+from shortcutflow.interop.released.restricted_pickle import load
+from shortcutflow.interop.released.sizes import Sizes, expected_shapes, read_sizes
+from shortcutflow.interop.released.stored_array import StoredArray
 
 TOP = {"train_state", "_timestamp"}
 STATE = {"params", "params_ema", "opt_state", "step"}

@@ -20,10 +20,10 @@ from typing import Any
 from torch import Tensor
 
 from shortcutflow.data.autoencoder import DEFAULT_VAE
-from shortcutflow.interop.diffusers_names import check_unread, name_of_today, of_dit, of_unet
-from shortcutflow.interop.foreign import Foreign
 from shortcutflow.interop.model_folder import LONGEST_CONFIG
-from shortcutflow.interop.torch_file import read_tensors
+from shortcutflow.interop.pretrained.diffusers_names import check_unread, name_of_today, of_dit, of_unet
+from shortcutflow.interop.pretrained.foreign import Foreign
+from shortcutflow.interop.pretrained.torch_file import read_tensors
 
 CONFIG, INDEX, SCHEDULER = "config.json", "model_index.json", "scheduler_config.json"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")

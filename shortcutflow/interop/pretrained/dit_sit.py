@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from shortcutflow.data.autoencoder import DEFAULT_VAE
-from shortcutflow.interop.foreign import Entry, Foreign, count_of
-from shortcutflow.interop.released_sizes import usual_heads
+from shortcutflow.interop.pretrained.foreign import Entry, Foreign, count_of
+from shortcutflow.interop.released.sizes import usual_heads
 from shortcutflow.network import BackboneConfig, build_network
 
 Kind = Literal["sit", "dit"]

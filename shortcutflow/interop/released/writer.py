@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from shortcutflow.interop.inert import ADAM, DTYPE, EMPTY, NDARRAY, RECONSTRUCT, SCHEDULE
+from shortcutflow.interop.released.inert import ADAM, DTYPE, EMPTY, NDARRAY, RECONSTRUCT, SCHEDULE
 
 Read = Callable[[], np.ndarray]
 """Gives an array when it is its turn."""

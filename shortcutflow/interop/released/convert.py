@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +12,11 @@ from torch import Tensor
 
 from shortcutflow import __version__
 from shortcutflow.config import CURRENT
+from shortcutflow.interop.appearing import appearing_folder, check_may_appear
 from shortcutflow.interop.model_folder import ModelConfig, weights_file
-from shortcutflow.interop.released_checkpoint import ReleasedCheckpoint, read_released
-from shortcutflow.interop.released_names import entries, to_ours
-from shortcutflow.interop.released_sizes import (
+from shortcutflow.interop.released.checkpoint import ReleasedCheckpoint, read_released
+from shortcutflow.interop.released.names import entries, to_ours
+from shortcutflow.interop.released.sizes import (
     Arrays,
     heads_from_moments,
     ignores_step_size,
@@ -58,13 +56,12 @@ def convert(
         ValueError: if the file is no such checkpoint, holds numbers that are not finite, or the sizes do not fit.
         FileExistsError: if the folder holds something.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists already: give a folder that does not, or an empty one")
+    check_may_appear(out)
     levels_of(finest_steps)
     released = read_released(checkpoint)
     config, notes = _config(released, heads, image_size, finest_steps)
     _check_network(config, released)
-    with _appearing(out) as folder:
+    with appearing_folder(out) as folder:
         for name, arrays in ((CURRENT, released.params), (AVERAGE, released.params_ema)):
             _write_weights(folder / weights_file(name), arrays, released, name)
         config.save(folder)
@@ -147,22 +144,3 @@ def _write_weights(path: Path, arrays: Arrays, released: ReleasedCheckpoint, nam
 def _converted(depth: int, read: Callable[[str], np.ndarray]) -> Iterator[tuple[str, Tensor]]:
     for entry in entries(depth):
         yield entry.ours, torch.from_numpy(to_ours(entry, read))
-
-
-@contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A folder to fill that gets its name when all went well, and else vanishes."""
-    out = out.absolute()
-    unfinished = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
-    new = [parent for parent in out.parents if not parent.exists()]
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        if out.exists():
-            out.rmdir()
-        unfinished.replace(out)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        for parent in new:
-            parent.rmdir()
-        raise

@@ -17,7 +17,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
-from shortcutflow.interop.traced import graphs
+from shortcutflow.interop.exports.traced import graphs
 
 CLASS = "ShortcutNetwork"
 HELD = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -92,7 +92,7 @@ def source_of(program: ExportedProgram, *, backbone: str, version: str) -> tuple
     """Python source of a traced network, called as net(x_t, t, d, y), and its state dict.
 
     Args:
-        program: from :func:`shortcutflow.interop.traced.trace`; it is changed.
+        program: from :func:`shortcutflow.interop.exports.traced.trace`; it is changed.
         backbone: its name, for the heading.
         version: of this library, for the heading.
 

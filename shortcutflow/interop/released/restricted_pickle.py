@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from shortcutflow.interop import inert
-from shortcutflow.interop.inert import (
+from shortcutflow.interop.released import inert
+from shortcutflow.interop.released.inert import (
     MARK,
     FrozenDict,
     GlobalName,
@@ -25,7 +25,7 @@ from shortcutflow.interop.inert import (
     UnbuiltArray,
     plain,
 )
-from shortcutflow.interop.stored_array import StoredArray
+from shortcutflow.interop.released.stored_array import StoredArray
 
 LONGEST_NAME = 256
 """Bytes of a string."""

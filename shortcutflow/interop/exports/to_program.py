@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from shortcutflow.interop.appearing import appearing
-from shortcutflow.interop.generator import load_generator
-from shortcutflow.interop.traced import quietly
+from shortcutflow.interop.exports.generator import load_generator
+from shortcutflow.interop.exports.traced import quietly
 
 METADATA_FILE = "shortcutflow.json"
 """What the file holds beside the program, see :meth:`Generator.metadata`."""

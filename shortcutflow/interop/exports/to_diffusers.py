@@ -29,17 +29,17 @@ from torch import Tensor
 from shortcutflow import __version__
 from shortcutflow.data.autoencoder import CONFIG_FILE, WEIGHTS_FILE, load_autoencoder
 from shortcutflow.interop.appearing import appearing
-from shortcutflow.interop.decoder import check_decodes
-from shortcutflow.interop.generator import (
+from shortcutflow.interop.exports.decoder import check_decodes
+from shortcutflow.interop.exports.generator import (
     conditional,
     difference,
     inputs_of,
     null_condition,
     require_same,
 )  # fmt: skip
-from shortcutflow.interop.graph_source import CLASS, module_name, source_of
+from shortcutflow.interop.exports.graph_source import CLASS, module_name, source_of
+from shortcutflow.interop.exports.traced import quietly, trace
 from shortcutflow.interop.model import Model, load_folder
-from shortcutflow.interop.traced import quietly, trace
 from shortcutflow.schedule import levels_of, step_sizes
 
 PIPELINE, PIPELINE_CLASS = "shortcut_pipeline", "ShortcutPipeline"

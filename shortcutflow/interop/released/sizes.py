@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shortcutflow.interop.released_names import KEY, LABELS, PATCHES, QUERY, check_names, depth_of, entries
-from shortcutflow.interop.stored_array import StoredArray
+from shortcutflow.interop.released.names import KEY, LABELS, PATCHES, QUERY, check_names, depth_of, entries
+from shortcutflow.interop.released.stored_array import StoredArray
 
 Shapes = Mapping[str, tuple[int, ...]]
 Arrays = Mapping[str, StoredArray]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from shortcutflow import __version__
 from shortcutflow.interop.appearing import appearing
-from shortcutflow.interop.generator import Generator, load_generator
-from shortcutflow.interop.traced import quietly
+from shortcutflow.interop.exports.generator import Generator, load_generator
+from shortcutflow.interop.exports.traced import quietly
 
 OPSET = 18
 """Version of ONNX's operators; onnxruntime knows it since 1.14."""
@@ -33,7 +33,7 @@ def export_onnx(
     The inputs are ``noise`` (batch, *shape) float32 and, if the model has conditions, ``y``: labels (batch,) int64 or
     (batch, *condition_shape) float32. The output is ``samples``. Weights above 2 GB lie beside the file, in NAME.data.
 
-    Args: as of :func:`shortcutflow.interop.export_program.export_program`, the name ending in .onnx.
+    Args: as of :func:`shortcutflow.interop.exports.to_program.export_program`, the name ending in .onnx.
 
     Raises:
         ImportError: without onnx and onnxscript.

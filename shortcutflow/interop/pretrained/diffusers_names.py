@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shortcutflow.interop.dit_sit_names import check_positions, kept_outputs, patches
-from shortcutflow.interop.foreign import Entry, Foreign, count_of, same
+from shortcutflow.interop.pretrained.dit_sit import check_positions, kept_outputs, patches
+from shortcutflow.interop.pretrained.foreign import Entry, Foreign, count_of, same
 from shortcutflow.network import BackboneConfig, build_network
 
 FIRST = "transformer_blocks.0.norm1.emb"

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from shortcutflow import __version__
 from shortcutflow.config import CURRENT
-from shortcutflow.interop import dit_sit_names
-from shortcutflow.interop.convert import AVERAGE, Converted, _appearing
-from shortcutflow.interop.diffusers_models import describe_folder, is_diffusers_folder
-from shortcutflow.interop.dit_sit_names import Kind, check_positions, kind_of
-from shortcutflow.interop.foreign import Foreign
+from shortcutflow.interop.appearing import appearing_folder, check_may_appear
 from shortcutflow.interop.model_folder import ModelConfig, weights_file
-from shortcutflow.interop.torch_file import is_torch_file, read_tensors
+from shortcutflow.interop.pretrained import dit_sit
+from shortcutflow.interop.pretrained.diffusers_models import describe_folder, is_diffusers_folder
+from shortcutflow.interop.pretrained.dit_sit import Kind, check_positions, kind_of
+from shortcutflow.interop.pretrained.foreign import Foreign
+from shortcutflow.interop.pretrained.torch_file import is_torch_file, read_tensors
+from shortcutflow.interop.released.convert import AVERAGE, Converted
 from shortcutflow.network import build_network
 from shortcutflow.schedule import levels_of
 from shortcutflow.seeds import seed_for
@@ -63,8 +64,7 @@ def convert_pretrained(
         FileExistsError: if ``out`` holds something.
         ValueError: in one line, if it is no such model, is damaged, or is of a kind that is not supported.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists already: give a folder that does not, or an empty one")
+    check_may_appear(out)
     levels_of(finest_steps)
     foreign: Foreign
     sets: Sets
@@ -76,7 +76,7 @@ def convert_pretrained(
         foreign, sets = _of_file(source, kind, heads, image_size)
     config = _config(foreign, source, sets, finest_steps)
     _check_network(config, foreign)
-    with _appearing(out) as folder:
+    with appearing_folder(out) as folder:
         for name, tensors in sets.items():
             _write_weights(folder / weights_file(name), name, foreign, tensors, source, config)
         config.save(folder)
@@ -88,10 +88,10 @@ def _of_file(source: Path, kind: Kind | None, heads: int | None, image_size: int
     kind = kind or kind_of(source)
     try:
         first = next(iter(sets.values()))
-        foreign = dit_sit_names.describe(first, kind, heads=heads, image_size=image_size)
+        foreign = dit_sit.describe(first, kind, heads=heads, image_size=image_size)
         for tensors in sets.values():
             foreign.check(tensors)
-            check_positions(tensors[dit_sit_names.POSITIONS], foreign.backbone, foreign.shape)
+            check_positions(tensors[dit_sit.POSITIONS], foreign.backbone, foreign.shape)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     return foreign, sets

@@ -14,9 +14,9 @@ from torch.export import ExportedProgram
 from shortcutflow import __version__
 from shortcutflow.data.autoencoder import Autoencoder, load_autoencoder
 from shortcutflow.guidance import null_like
-from shortcutflow.interop.decoder import Decoder, check_decodes
+from shortcutflow.interop.exports.decoder import Decoder, check_decodes
+from shortcutflow.interop.exports.traced import trace
 from shortcutflow.interop.model import Model, load_folder
-from shortcutflow.interop.traced import trace
 from shortcutflow.sampling import sample
 from shortcutflow.schedule import step_sizes
 from shortcutflow.types import Network
