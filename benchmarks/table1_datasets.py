@@ -71,7 +71,7 @@ def cifar10_dataset() -> Dataset:
             command += ["--steps", *map(str, BUDGETS), "--samples", "50000", "--out", str(report)]
             subprocess.run(command, check=True, cwd=ROOT)
         rows: list[dict[str, Any]] = json.loads(report.read_text())["rows"]
-        return {str(row["steps"]): {"distance": row["fid"]} for row in rows}
+        return {str(row["steps"]): {"distance": row["values"]["fid"]} for row in rows}
 
     return Dataset(
         title="CIFAR-10: equal training compute, three seeds",

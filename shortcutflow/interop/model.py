@@ -226,9 +226,9 @@ def save_model(model: Model, folder: Path) -> None:
             _write(model, folder / file)
         else:
             _copy(model.folder / file, folder / file)
-    for name in COMPANIONS:
-        if (model.folder / name).is_file():
-            _copy(model.folder / name, folder / name)
+    for pattern in COMPANIONS:
+        for companion in model.folder.glob(pattern):
+            _copy(companion, folder / companion.name)
     model.config.save(folder)
 
 

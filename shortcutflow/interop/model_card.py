@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from shortcutflow.interop.model_folder import LONGEST_CONFIG, ModelConfig
+from shortcutflow.interop.model_folder import REPORTS, ModelConfig
+from shortcutflow.json_file import read_object
 
 HEADER = """---
 library_name: shortcutflow
@@ -52,8 +52,8 @@ def card_text(config: ModelConfig, folder: Path, name: str) -> str:
     parts += [USE.format(name=name, call=call), "## Network\n", _table(["", ""], _facts(config))]
     if about := [[topic, words] for topic, words in config.about.items()]:
         parts += ["## Data and training\n", _table(["", ""], about)]
-    if report := _report(folder / "evaluation.json"):
-        parts += ["## Quality by sampling budget\n", report]
+    if reports := [report for path in sorted(folder.glob(REPORTS)) if (report := _report(path))]:
+        parts += ["## Quality by sampling budget\n", *reports]
     return "\n".join(parts)
 
 
@@ -68,20 +68,34 @@ def _facts(config: ModelConfig) -> list[list[object]]:
 
 
 def _report(path: Path) -> str | None:
-    """A table of an evaluation's rows; None without one."""
-    if not path.is_file() or path.stat().st_size > LONGEST_CONFIG:
-        return None
+    """A table of an evaluation's rows, and how they were measured; None for a file that is no report."""
     try:
-        report: Any = json.loads(path.read_text())
+        report = read_object(path, "an evaluation")
     except ValueError:
         return None
-    rows = report.get("rows") if isinstance(report, dict) else None
+    rows = report.get("rows")
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         return None
+    # The report of a protocol keeps its numbers together, and seconds apart.
+    rows = [
+        {"steps": row.get("steps", ""), **row["values"]} if isinstance(row.get("values"), dict) else row for row in rows
+    ]
     names = list(rows[0])
     table = _table(names, [[row.get(name, "") for name in names] for row in rows])
-    said = [f"{topic}: {report[topic]}" for topic in ("protocol", "weights", "step") if topic in report]
-    return table + "\n" + "; ".join(said) + "\n"
+    topics = ("protocol", "samples", "guidance_scale", "weights", "step")
+    told: dict[str, Any] = {topic: report[topic] for topic in topics if topic in report}
+    subject = report.get("subject")
+    if isinstance(subject, dict):
+        told |= {topic: subject[topic] for topic in topics if topic in subject}
+    if isinstance(told.get("protocol"), dict):
+        told["protocol"] = f"{told['protocol'].get('name')} ({told['protocol'].get('description')})"
+    return table + "\n" + "; ".join(f"{topic}: {words}" for topic, words in told.items()) + "\n"
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, Any]:
+    """Those to show: the report of a protocol keeps them together, and seconds apart."""
+    values = row.get("values")
+    return {"steps": row.get("steps", ""), **values} if isinstance(values, dict) else row
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> str:

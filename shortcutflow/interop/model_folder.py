@@ -11,22 +11,21 @@ A run's folder is one too: its config says the same in more words, and its weigh
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shortcutflow.config import CONFIG_FILE, CURRENT, RunConfig
+from shortcutflow.json_file import read_object
 from shortcutflow.network import BackboneConfig
 from shortcutflow.types import SamplerKind
 
 FORMAT = "shortcutflow-model"
-LONGEST_CONFIG = 2**20
-"""Bytes of a config that are read."""
 CHECKPOINTS = "checkpoints"
 """A run's folder of them."""
-COMPANIONS = ("evaluation.json", "samples.png")
+REPORTS = "evaluation*.json"
+COMPANIONS = (REPORTS, "samples.png")
 """What else a folder may hold that is worth keeping with a model."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
@@ -97,14 +96,7 @@ def read_config(folder: Path) -> ModelConfig | RunConfig:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no model: there is no {CONFIG_FILE} in it")
-    if path.stat().st_size > LONGEST_CONFIG:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes; a config has at most {LONGEST_CONFIG}")
-    try:
-        values = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} describes no model: it must hold an object, not a {type(values).__name__}")
+    values = read_object(path, "a model")
     return _model_config(values, path) if "format" in values else RunConfig.load(folder)
 
 

@@ -194,19 +194,30 @@ def test_card_says_what_was_measured(tmp_path: Path) -> None:
     folder = model_in(tmp_path / "m", vae="some/vae", about={"data": "toys"})
     rows = [{"steps": 1, "frechet": 2.34567}, {"steps": 4, "frechet": 1.5}]
     (folder / "evaluation.json").write_text(json.dumps({"protocol": "pixels", "rows": rows}))
+    by_protocol = {
+        "protocol": {"name": "adm", "description": "as ADM"}, "samples": 50_000, "subject": {"weights": "ema"},
+        "rows": [{"steps": 1, "values": {"fid": 12.5}, "seconds": {"sampling": 9}}],
+    }  # fmt: skip
+    (folder / "evaluation-adm.json").write_text(json.dumps(by_protocol))
     (folder / "samples.png").write_bytes(b"png")
     HubModel(sf.load(folder)).save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved/evaluation-adm.json").is_file()
     card = (tmp_path / "saved/README.md").read_text()
     for words in ("| 1 | 2.346 |", "| 4 | 1.5 |", "protocol: pixels", "![samples](samples.png)", "| data | toys |",
+                  "| steps | fid |", "| 1 | 12.5 |", "protocol: adm (as ADM); samples: 50000; weights: ema",
                   "`some/vae`", "| width | 16 |", "library_name: shortcutflow"):  # fmt: skip
         assert words in card, words
+    (folder / "evaluation-adm.json").unlink()
     (folder / "evaluation.json").write_text("{broken")
     HubModel(sf.load(folder)).save_pretrained(tmp_path / "other")
     assert "Quality" not in (tmp_path / "other/README.md").read_text()
 
 
 MISTAKES = {
-    "unknown backbone": ({"backbone": {"name": "dti", "options": {}}}, "unknown backbone 'dti'; known: dit"),
+    "unknown backbone": (
+        {"backbone": {"name": "dti", "options": {}}},
+        "unknown backbone 'dti'; known: diffusers_unet, dit",
+    ),
     "module as backbone": ({"backbone": {"name": "os.system", "options": {}}}, "unknown backbone 'os.system'"),
     "other width": ({"backbone": {"name": "dit", "options": OPTIONS | {"width": 32}}}, "do not fit the network"),
     "unknown option": ({"backbone": {"name": "dit", "options": {"widht": 32}}}, "widht"),

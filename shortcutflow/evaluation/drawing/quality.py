@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shortcutflow.evaluation.runs import REPORT_FILE, find_run
+from shortcutflow.json_file import read_object
 
 LONGEST_REPORT = 2**24
 """Bytes of a report that are read."""
@@ -75,13 +75,8 @@ def read_report(file: Path) -> Report:
     Raises:
         ValueError: if it is no such report.
     """
-    if file.stat().st_size > LONGEST_REPORT:
-        raise ValueError(f"{file} has {file.stat().st_size} bytes; a report has at most {LONGEST_REPORT}")
-    try:
-        found = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    rows = found.get("rows") if isinstance(found, dict) else None
+    found = read_object(file, "an evaluation", longest=LONGEST_REPORT)
+    rows = found.get("rows")
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{file} is no report of an evaluation: it must have rows, an object a number of steps")
     values: dict[str, dict[int, float]] = {}

@@ -13,17 +13,16 @@ Only the JSON and the tensors are read. Nothing here needs diffusers itself; run
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from shortcutflow.data.autoencoder import DEFAULT_VAE
-from shortcutflow.interop.model_folder import LONGEST_CONFIG
 from shortcutflow.interop.pretrained.diffusers_names import check_unread, name_of_today, of_dit, of_unet
 from shortcutflow.interop.pretrained.foreign import Foreign
 from shortcutflow.interop.pretrained.torch_file import read_tensors
+from shortcutflow.json_file import read_object
 
 CONFIG, INDEX, SCHEDULER = "config.json", "model_index.json", "scheduler_config.json"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -50,7 +49,7 @@ def describe_folder(source: Path, *, image_size: int | None = None) -> tuple[For
         ValueError: if the network, its scheduler or its options are of a kind that is not supported.
     """
     folder = _model_folder(source)
-    config = _json(folder / CONFIG)
+    config = read_object(folder / CONFIG, "a diffusers model")
     diffusion, notes = _diffusion(source, folder)
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
@@ -77,7 +76,7 @@ def describe_folder(source: Path, *, image_size: int | None = None) -> tuple[For
 def _model_folder(source: Path) -> Path:
     if not (source / INDEX).is_file():
         return source
-    _json(source / INDEX)
+    read_object(source / INDEX, "a diffusers model")
     found = [source / name for name in MODELS if (source / name / CONFIG).is_file()]
     if len(found) != 1:
         raise ValueError(f"{source} is a pipeline without one network in {' or '.join(MODELS)}/")
@@ -90,27 +89,13 @@ def _vae(source: Path, shape: tuple[int, ...]) -> str | None:
     return DEFAULT_VAE if shape[0] == 4 else None
 
 
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    if path.stat().st_size > LONGEST_CONFIG:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes; a config has at most {LONGEST_CONFIG}")
-    try:
-        values = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold an object, not a {type(values).__name__}")
-    return values
-
-
 def _diffusion(source: Path, folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Options of ``backbones.diffusion.Diffusion``, and what was assumed."""
     places = (source / "scheduler" / SCHEDULER, folder / SCHEDULER, folder.parent / "scheduler" / SCHEDULER)
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         return {"predicts": "noise"}, ["schedule: DDPM's, predicting noise; there is no scheduler_config.json"]
-    given = _json(path)
+    given = read_object(path, "a diffusers model")
     if given.get("_class_name") not in SCHEDULERS:
         raise ValueError(f"{path}: a {given.get('_class_name')!r} is not supported; known: {', '.join(SCHEDULERS)}")
     predicts = given.get("prediction_type", "epsilon")

@@ -1,0 +1,35 @@
+"""JSON objects from files that nobody vouches for: bounded in size, refused in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+LONGEST_CONFIG = 2**20
+"""Bytes of a config that are read."""
+
+
+def read_object(path: Path, what: str, *, longest: int = LONGEST_CONFIG) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Args:
+        path: of the file.
+        what: it should describe, for messages: "a model".
+        longest: bytes that are read.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is longer, no JSON, or no object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}, which would describe {what}")
+    if path.stat().st_size > longest:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes; a description of {what} has at most {longest}")
+    try:
+        values = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} does not describe {what}: it must hold an object, not a {type(values).__name__}")
+    return values
