@@ -19,7 +19,7 @@ def evaluate_command(
     steps: Annotated[list[int] | None, typer.Option(help="Sampling budgets. [default: 1 2 4 128]")] = None,
     metrics: Annotated[
         list[str] | None,
-        typer.Option(help="Of fid, kid, is, precision, recall, density, coverage. [default: fid]"),
+        typer.Option(help="Of fid, kid, is, precision, recall, density, coverage, by spaces or commas. [default: fid]"),
     ] = None,
     protocol: Annotated[
         str,
@@ -73,8 +73,9 @@ def evaluate_command(
         raise ValueError("--with-features and --size go with --make-stats")
     from shortcutflow.evaluation.evaluate import Asked
 
+    named = tuple(name for words in metrics or METRICS for name in words.split(",") if name)
     asked = Asked(
-        tuple(steps or STEPS), tuple(metrics or METRICS), samples, reference, images=save_images,
+        tuple(steps or STEPS), named, samples, reference, images=save_images,
         keep_features=keep_features,
     )  # fmt: skip
     asked.check()
