@@ -153,8 +153,9 @@ def plot(rows: list[dict[str, Any]], dataset: Dataset, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FormatStrFormatter, LogLocator
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
     for row in rows:
         values = [[run["quality"][str(budget)]["distance"] for run in row["runs"]] for budget in BUDGETS]
         means = [statistics.mean(each) for each in values]
@@ -164,8 +165,10 @@ def plot(rows: list[dict[str, Any]], dataset: Dataset, path: Path) -> None:
         axes.errorbar(BUDGETS, means, yerr=spread, fmt=f"o{style}", capsize=3, label=row["method"])
     axes.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel=dataset.metric, title=dataset.title)
     axes.set_xticks(BUDGETS, [str(budget) for budget in BUDGETS])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.minorticks_off()
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
