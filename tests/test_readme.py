@@ -10,7 +10,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import digits, families, policy
+from benchmarks import digits, families, finetune, policy, table1
+from benchmarks.table1_datasets import DATASETS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -43,3 +44,13 @@ def test_table_is_the_measured_one(benchmark: ModuleType) -> None:
     name = benchmark.__name__.rpartition(".")[2]
     result = json.loads((ROOT / "benchmarks" / "results" / f"{name}_cpu.json").read_text())
     assert benchmark.markdown_table(result) in README
+
+
+def test_table_1_is_the_measured_one() -> None:
+    result = json.loads((ROOT / "benchmarks/results/table1_digits_cpu.json").read_text())
+    assert table1.markdown_table(result["rows"], DATASETS["digits"]()) in README
+
+
+def test_fine_tuning_table_is_the_measured_one() -> None:
+    result = json.loads((ROOT / "benchmarks/results/finetune_cpu.json").read_text())
+    assert finetune.markdown_table(result["rows"]) in (ROOT / finetune.PAGE).read_text()

@@ -174,8 +174,8 @@ def test_formats(
     with pytest.raises(ValueError, match="'diffusers' has no option steps; its options: weights, decoder"):
         export_model(source, tmp_path / "x", "diffusers", steps=[4])
     given: list[Any] = []
-    for name in ("export_program", "export_onnx"):
-        monkeypatch.setattr(f"shortcutflow.interop.{name}.{name}", lambda *words, **more: given.append((words, more)))
+    for name in ("to_program.export_program", "to_onnx.export_onnx"):
+        monkeypatch.setattr(f"shortcutflow.interop.exports.{name}", lambda *words, **more: given.append((words, more)))
     export_model(source, tmp_path / "x", "torch", steps=[2.0])
     export_model(source, tmp_path / "x", "onnx", steps=[0.5, 0.5], guidance_scale=2.0, weights="ema")
     assert [more for _, more in given] == [
