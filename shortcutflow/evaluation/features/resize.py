@@ -37,8 +37,12 @@ def clean_fid_resize(size: int, *, quantize: bool = False) -> Callable[[np.ndarr
     """
     try:
         from cleanfid.resize import make_resizer
-    except ImportError as error:
-        raise ImportError(f"the resize is clean-fid's: pip install 'shortcutflow[eval]' ({error})") from error
+    except (ImportError, RuntimeError) as error:
+        # A torchvision that was built for another torch raises RuntimeError.
+        raise ImportError(
+            f"the resize is clean-fid's: pip install 'shortcutflow[eval]' ({error}); where torchvision and torch do not "
+            "fit together, see docs/evaluation.md, Protocols"
+        ) from error
     resize = make_resizer("PIL", quantize, "bicubic", (size, size))
     return lambda image: np.asarray(resize(image), np.float32)
 
