@@ -40,8 +40,8 @@ def clean_fid_resize(size: int, *, quantize: bool = False) -> Callable[[np.ndarr
     except (ImportError, RuntimeError) as error:
         # A torchvision that was built for another torch raises RuntimeError.
         raise ImportError(
-            f"the resize is clean-fid's: pip install 'shortcutflow[eval]' ({error}); docs/evaluation.md says what to do "
-            "where torchvision and torch do not fit together"
+            f"the resize is clean-fid's: pip install 'shortcutflow[eval]' ({error}); docs/evaluation.md says what to "
+            "do where torchvision and torch do not fit together"
         ) from error
     resize = make_resizer("PIL", quantize, "bicubic", (size, size))
     return lambda image: np.asarray(resize(image), np.float32)
