@@ -126,6 +126,13 @@ class ShardStream:
             if name not in self.damaged:
                 self.damaged.add(name)
                 logger.warning("%s; another takes its place (%d so far)", name, len(self.damaged))
+        return self._on_device(batch)
+
+    def batch_at(self, position: int) -> Batch:
+        """This rank's share of the global batch that starts at a position; the stream stays where it is."""
+        return self._on_device(self.batches[position])
+
+    def _on_device(self, batch: HostBatch) -> Batch:
         data = batch.data.to(self._device, non_blocking=True)
         if self.manifest.values == "uint8":
             # Bytes travel to the device, floats are made there.

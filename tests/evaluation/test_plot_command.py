@@ -212,7 +212,7 @@ def test_one_of_several_reports(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{", "is not JSON"),
-        ("[1]", "must have rows"),
+        ("[1]", "must hold an object, not a list"),
         ('{"rows": []}', "must have rows"),
         ('{"rows": [{"frechet": 1.0}]}', "each of its rows must have steps.*got None"),
         ('{"rows": [{"steps": true}]}', "got True"),

@@ -17,7 +17,7 @@ def some_data(settings: DataSettings, count: int, *, seed: int = 0) -> Batch:
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
-    return next(_stream(settings, batch_size=count, seed=seed))
+    return _stream(settings, batch_size=count, seed=seed).batch_at(0)
 
 
 def all_data(settings: DataSettings, *, block: int = 512) -> Iterator[Batch]:
