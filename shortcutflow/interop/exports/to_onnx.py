@@ -51,7 +51,7 @@ def export_onnx(
         said = "not compared with the library's sampler, as onnxruntime is not installed"
         if find_spec("onnxruntime") is not None:
             said = f"differs from the library's sampler by {generator.check(_runner(path)):.1g} at most"
-    return f"{out}: {len(generator.sizes)} steps, {said}"
+    return f"{out}: {len(generator.sizes)}-step generator, {said}"
 
 
 def _write(generator: Generator, path: Path) -> None:

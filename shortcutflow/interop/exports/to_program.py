@@ -56,4 +56,4 @@ def export_program(
                 return again(noise, y)
 
         found = generator.check(run)
-    return f"{out}: {len(generator.sizes)} steps, differs from the library's sampler by {found:.1g} at most"
+    return f"{out}: {len(generator.sizes)}-step generator, differs from the library's sampler by {found:.1g} at most"
