@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from backbones.diffusion import Diffusion
 from backbones.embeddings import Condition
 
 
@@ -32,6 +33,7 @@ class Backbone(nn.Module):
     Attributes:
         gradient_checkpointing: run each unit of :meth:`shard_plan` again in the backward pass instead of keeping what
             is in it: less memory, for a third more time. May be set at any time.
+        diffusion: turns the prediction of a network that was trained to undo diffusion into a velocity; None otherwise.
 
     Raises:
         ValueError: if shape is neither an image's nor a sequence's.
@@ -45,6 +47,7 @@ class Backbone(nn.Module):
         if len(self.shape) not in (2, 3) or min(self.shape) < 1:
             raise ValueError(f"shape must be (channels, height, width) or (length, channels), got {self.shape}")
         self.gradient_checkpointing = False
+        self.diffusion: Diffusion | None = None
 
     @property
     def is_image(self) -> bool:
@@ -55,6 +58,27 @@ class Backbone(nn.Module):
     def channels(self) -> int:
         """Channels of a sample."""
         return self.shape[0] if self.is_image else self.shape[1]
+
+    def forward(self, x_t: Tensor, t: Tensor, d: Tensor, y: Tensor | None = None) -> Tensor:
+        """The average velocity over [t, t + d].
+
+        Args:
+            x_t: (b, *shape); a sequence may have any length that the network takes.
+            t, d: (b,) in [0, 1].
+            y: labels (b,) int64, or the condition tensor (b, *condition_shape); None is the null condition.
+
+        Returns:
+            The shape of x_t, in x_t's dtype or autocast's.
+        """
+        self.check_inputs(x_t, t, d)
+        if self.diffusion is None:
+            return self._predict(x_t, self.condition(t, d, y))
+        c = self.condition(t, d, y, self.diffusion.time(t))
+        return self.diffusion.velocity(self._predict(self.diffusion.state(x_t, t), c), x_t, t)
+
+    def _predict(self, x: Tensor, c: Tensor) -> Tensor:
+        """What the network's own layers make of a sample (b, *shape) and the embedded condition (b, width)."""
+        raise NotImplementedError
 
     def reset_parameters(self) -> None:
         """Fill every parameter and buffer anew, also after ``to_empty``."""

@@ -98,23 +98,6 @@ class DiffusersUNet(Backbone):
         """The blocks: down, middle, up."""
         return [*self.down_blocks, *([] if self.mid_block is None else [self.mid_block]), *self.up_blocks]
 
-    def forward(self, x_t: Tensor, t: Tensor, d: Tensor, y: Tensor | None = None) -> Tensor:
-        """The average velocity over [t, t + d].
-
-        Args:
-            x_t: (b, *shape).
-            t, d: (b,) in [0, 1].
-            y: labels (b,) int64, or the condition tensor (b, *condition_shape); None is the null condition.
-
-        Returns:
-            The shape of x_t, in x_t's dtype or autocast's.
-        """
-        self.check_inputs(x_t, t, d)
-        if self.diffusion is None:
-            return self._predict(x_t, self.condition(t, d, y))
-        c = self.condition(t, d, y, self.diffusion.time(t))
-        return self.diffusion.velocity(self._predict(self.diffusion.state(x_t, t), c), x_t, t)
-
     def _predict(self, x: Tensor, c: Tensor) -> Tensor:
         """What the blocks make of a sample (b, *shape) and the condition (b, width)."""
         x = self.conv_in(2 * x - 1 if self.center_input_sample else x)

@@ -158,20 +158,10 @@ class UNet(Backbone):
         """The stages: down, middle, up."""
         return [*self.down, *self.middle, *self.up]
 
-    def forward(self, x_t: Tensor, t: Tensor, d: Tensor, y: Tensor | None = None) -> Tensor:
-        """The average velocity over [t, t + d].
-
-        Args:
-            x_t: (b, *shape); a sequence may have any length.
-            t, d: (b,) in [0, 1].
-            y: labels (b,) int64, or the condition tensor (b, *condition_shape); None is the null condition.
-
-        Returns:
-            The shape of x_t, in x_t's dtype or autocast's.
-        """
-        self.check_inputs(x_t, t, d)
-        c = F.silu(self.condition(t, d, y))
-        x = self.conv_in(x_t if self.is_image else x_t.transpose(1, 2))
+    def _predict(self, x: Tensor, c: Tensor) -> Tensor:
+        """What the levels make of a sample (b, *shape) and the condition (b, width)."""
+        c = F.silu(c)
+        x = self.conv_in(x if self.is_image else x.transpose(1, 2))
         kept, down, up = [x], iter(self.down), iter(self.up)
         for level in range(self.levels):
             if level:

@@ -11,18 +11,15 @@ from torch import nn
 from shortcutflow.config import CONFIG_FILE, CURRENT, RunConfig
 from shortcutflow.data.source import written_once
 from shortcutflow.interop.model import Model
-from shortcutflow.interop.model_folder import ModelConfig
+from shortcutflow.interop.model_folder import config_of_run
 from shortcutflow.seeds import generator_for
 
 
 def stand_in_model(config: RunConfig) -> Path:
     """The folder of a flow model with the run's network and random weights, below ``data/``, written if need be."""
-    info, options = config.data.describe(), config.sampler_options()
-    described = ModelConfig(
-        backbone=config.backbone, shape=info.shape, num_classes=info.num_classes, condition_shape=info.condition_shape,
-        null_y=options["null_y"], finest_steps=config.finest_steps, flow_only=True, weights=(CURRENT,),
-        default_weights=CURRENT, about={"weights": "random numbers, to try a recipe with"},
-    )  # fmt: skip
+    as_it_is = config_of_run(config, weights=CURRENT, step=None)
+    about = {"weights": "random numbers, to try a recipe with"}
+    described = as_it_is.model_copy(update={"flow_only": True, "sampler": "euler", "about": about})
     known_by = hashlib.sha256(described.model_dump_json().encode()).hexdigest()[:12]
     network = _disturbed(config.build_network())
 

@@ -25,7 +25,9 @@ def load_start(config: RunConfig, network: nn.Module, teacher: Model | None) -> 
         if teacher is not None:
             network.load_state_dict(teacher.network.state_dict())
         return
-    start = open_trained(config.start, config, "start")
+    # Often they are one, and large.
+    start = teacher if config.start == config.teacher else None
+    start = start or open_trained(config.start, config, "start")
     network.load_state_dict(start.network.state_dict())
     if start.config.flow_only:
         start_from_flow(network, config.finest_steps)
