@@ -75,6 +75,26 @@ class Batch:
     keys: tuple[str, ...] = ()
 
 
+class Mean(NamedTuple):
+    """A mean that is kept as its sum and its number of rows, so that means of unequal parts of a batch add up exactly.
+
+    Attributes:
+        total: sum over the rows, 0-d, without gradient; 0 where there is no row.
+        rows: how many.
+        root: the metric is the square root of the mean.
+    """
+
+    total: Tensor
+    rows: int = 1
+    root: bool = False
+
+    @property
+    def value(self) -> Tensor:
+        """The mean, or its root."""
+        mean = self.total / self.rows
+        return mean.sqrt() if self.root else mean
+
+
 @dataclass(frozen=True)
 class Targets:
     """The rows a network is regressed on: s(x_t, t, d, y) should be v.
@@ -85,7 +105,9 @@ class Targets:
         y: condition of each row, dropped ones already replaced, or None.
         v: (r, *shape) the target velocity; carries no gradient.
         n_bootstrap: the first so many rows are self-consistency rows, the rest flow rows.
-        metrics: scalars about the targets themselves, as 0-d tensors.
+        source: (r,) int64, the sample each row is made from; None means row i is made from sample i.
+        metrics: of the targets themselves. The names depend on the global batch alone, never on a share's rows: the
+            processes of a run add them up together.
     """
 
     x_t: Tensor
@@ -94,7 +116,8 @@ class Targets:
     y: Tensor | None
     v: Tensor
     n_bootstrap: int = 0
-    metrics: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Mean] = field(default_factory=dict)
+    source: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -103,15 +126,20 @@ class LossReport:
 
     Attributes:
         loss: 0-d tensor to call ``backward`` on.
-        metrics: named 0-d tensors without gradient (reading one with ``float`` waits for the device).
+        means: by name; the same names in every share of a global batch, also where a share has no row of a kind.
         row_loss: (r,) mean squared error of each row, without gradient.
         targets: the rows it was computed on.
     """
 
     loss: Tensor
-    metrics: dict[str, Tensor]
+    means: dict[str, Mean]
     row_loss: Tensor
     targets: Targets
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """Those that have rows here, as 0-d tensors (reading one with ``float`` waits for the device)."""
+        return {name: mean.value for name, mean in self.means.items() if mean.rows}
 
 
 class Objective(Protocol):

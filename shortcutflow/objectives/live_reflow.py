@@ -196,4 +196,5 @@ class LiveReflowObjective(TrainingObjective):
             # A pair keeps none of its noise, in the released code neither.
             v=torch.cat([velocity(draw.noise[:n], end[:n]), velocity(draw.noise[n:], end[n:], self.sigma_min)]),
             n_bootstrap=n,
+            source=draw.source,
         )

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from shortcutflow.objectives.regression import ObjectiveSettings, check_batch, regress, whole_batch
 from shortcutflow.schedule import draw_times_on_grid, levels_of
-from shortcutflow.types import WHOLE, LossReport, Network, Share, Targets
+from shortcutflow.types import WHOLE, LossReport, Mean, Network, Share, Targets
 
 
 def _power_of_two(value: int) -> int:
@@ -141,6 +141,9 @@ def guided_evaluations(scale: float) -> int:
     return 1 if scale in (0, 1) else 2
 
 
-def magnitudes(**velocities: Tensor) -> dict[str, Tensor]:
-    """Root mean squares, as metrics v_magnitude_*."""
-    return {f"v_magnitude_{name}": v.float().square().mean().sqrt() for name, v in velocities.items()}
+def magnitudes(**velocities: Tensor) -> dict[str, Mean]:
+    """Root mean squares over all entries of velocities (r, *shape), as metrics v_magnitude_*; r may be 0."""
+    return {
+        f"v_magnitude_{name}": Mean(v.float().square().flatten(1).mean(1).sum(), len(v), root=True)
+        for name, v in velocities.items()
+    }

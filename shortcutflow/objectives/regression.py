@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from shortcutflow.guidance import drop_condition, predict, require_null
 from shortcutflow.path import check_state
-from shortcutflow.types import LossReport, Network, SamplerKind, Share, Targets
+from shortcutflow.types import LossReport, Mean, Network, SamplerKind, Share, Targets
 
 
 class ObjectiveSettings(BaseModel):
@@ -95,9 +95,6 @@ def regress(net: Network, targets: Targets) -> LossReport:
     loss = row_loss.mean()
     row_loss = row_loss.detach()
     n = targets.n_bootstrap
-    metrics = {"loss": loss.detach(), **targets.metrics}
-    if n < len(row_loss):
-        metrics["loss_flow"] = row_loss[n:].mean()
-    if n > 0:
-        metrics["loss_bootstrap"] = row_loss[:n].mean()
-    return LossReport(loss=loss, metrics=metrics, row_loss=row_loss, targets=targets)
+    parts = {"loss": row_loss, "loss_flow": row_loss[n:], "loss_bootstrap": row_loss[:n]}
+    means = {name: Mean(rows.sum(), len(rows)) for name, rows in parts.items()} | targets.metrics
+    return LossReport(loss=loss, means=means, row_loss=row_loss, targets=targets)

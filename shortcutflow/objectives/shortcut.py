@@ -31,7 +31,7 @@ from shortcutflow.objectives.released import released_bootstrap_sizes, released_
 from shortcutflow.objectives.shortcut_draw import ShortcutDraw
 from shortcutflow.path import check_unit_interval, expand_to, interpolate, velocity
 from shortcutflow.schedule import draw_bootstrap_sizes, draw_times_on_grid, levels_of
-from shortcutflow.types import Network, Targets
+from shortcutflow.types import Mean, Network, Targets
 
 
 class ShortcutObjective(TrainingObjective):
@@ -266,19 +266,21 @@ class ShortcutObjective(TrainingObjective):
         v = velocity(draw.noise, data, self.sigma_min)
         n = draw.n_bootstrap
         if teacher is not None:
-            followed = predict(teacher, x_t[n:], draw.t[n:], draw.d[n:], y[n:] if y is not None else None)
-            v = torch.cat([v[:n], followed.to(v.dtype)])
+            # A share without flow rows calls the teacher too, on one row in vain: if it is sharded all must call it.
+            first = min(n, len(x_t) - 1)
+            followed = predict(teacher, x_t[first:], draw.t[first:], draw.d[first:], y[first:] if y is not None else y)
+            v = torch.cat([v[:n], followed[n - first :].to(v.dtype)])
         if n == 0:
-            return Targets(x_t, draw.t, draw.d, y, v)
+            return Targets(x_t, draw.t, draw.d, y, v, source=draw.source)
         half_step = self._half_step_of(net, teacher, y[:n] if y is not None else None, draw, null_y)
         bootstrap_v, metrics = self._two_half_steps(half_step, x_t[:n], draw)
         v = torch.cat([bootstrap_v.to(v.dtype), v[n:]])
-        metrics["v_magnitude_flow"] = v[n:].square().mean().sqrt()
-        return Targets(x_t, draw.t, draw.d, y, v, n, metrics)
+        metrics |= magnitudes(flow=v[n:])
+        return Targets(x_t, draw.t, draw.d, y, v, n, metrics, draw.source)
 
     def _two_half_steps(
         self, half_step: Callable[[Tensor, Tensor], Tensor], x_t: Tensor, draw: ShortcutDraw
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, dict[str, Mean]]:
         """The average velocity of two steps of size d/2 from x_t, and the root mean squares of its parts."""
         t, half = draw.t[: len(x_t)], draw.d[: len(x_t)] / 2
         v1 = half_step(x_t, t)

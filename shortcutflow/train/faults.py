@@ -28,12 +28,13 @@ def what_is_not_finite(batch: Batch, reports: Sequence[LossReport]) -> list[str]
     if bad_data:
         faults.append(f"the data of {', '.join(batch.keys[i] for i in bad_data[:5])} is not finite")
     for part, report in enumerate(reports):
-        # Part p of n has samples p, p + n, ...; row i of it is made from its sample i.
+        # Part p of n has samples p, p + n, ...
         keys = batch.keys[part :: len(reports)]
         for i in (~report.row_loss.isfinite()).nonzero().flatten().tolist()[:5]:
             kind = "bootstrap" if i < report.targets.n_bootstrap else "flow"
+            sample = i if report.targets.source is None else int(report.targets.source[i])
             d, t = float(report.targets.d[i]), float(report.targets.t[i])
-            faults.append(f"{kind} loss {float(report.row_loss[i]):g} at d = {d:g}, t = {t:g} of sample {keys[i]}")
+            faults.append(f"{kind} loss {float(report.row_loss[i]):g} at d = {d:g}, t = {t:g} of sample {keys[sample]}")
     return faults
 
 

@@ -12,53 +12,53 @@ import torch
 from torch import Tensor
 
 from shortcutflow.durable import write_whole
-from shortcutflow.types import LossReport
+from shortcutflow.types import LossReport, Mean
 
 METRICS_FILE = "metrics.jsonl"
 
 
-class Averages:
+LEVELS = 32
+"""Step sizes 1, 1/2, ... whose bootstrap errors are kept apart."""
+
+
+class RunningMeans:
     """Means of the metrics since the last log line, and of the bootstrap error by step size."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._sums: dict[str, Mean] = {}
         # Sums of errors and numbers of rows by level log2(1/d), made on the device of the first report.
         self._error_and_rows: Tensor | None = None
 
     def add(self, report: LossReport, **more: Tensor) -> None:
-        """Add one step's report; nothing is read back from the device."""
-        n = report.targets.n_bootstrap
-        # Shares of a batch may differ in how many rows of a kind they have.
-        rows = {"loss_bootstrap": n, "loss_flow": len(report.row_loss) - n}
-        for name, value in (report.metrics | more).items():
-            value, count = value.float() * rows.get(name, 1), rows.get(name, 1)
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + count
-        if n > 0:
-            self._add_errors(report.row_loss[:n].float(), report.targets.d[:n])
-
-    def _add_errors(self, error: Tensor, d: Tensor) -> None:
+        """Add one part's report; nothing is read back from the device."""
+        for name, mean in (report.means | {name: Mean(value) for name, value in more.items()}).items():
+            before = self._sums.get(name, Mean(torch.zeros_like(mean.total), 0))
+            self._sums[name] = Mean(before.total + mean.total.float(), before.rows + mean.rows, mean.root)
+        n, d = report.targets.n_bootstrap, report.targets.d
         if self._error_and_rows is None:
-            self._error_and_rows = torch.zeros(32, 2, device=d.device)
-        level = (-torch.log2(d)).round().long().clamp(0, 31)
+            self._error_and_rows = torch.zeros(LEVELS, 2, device=d.device)
+        error, level = report.row_loss[:n].float(), (-torch.log2(d[:n])).round().long().clamp(0, LEVELS - 1)
         self._error_and_rows.index_add_(0, level, torch.stack([error, torch.ones_like(error)], dim=1))
 
     def take(self, sum_over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The means so far, over all processes, by name; then start anew.
+        """The means so far, over all processes, by name; then start anew. Metrics without a row anywhere are left out.
 
         ``error_at/d=1_64`` is the bootstrap error at step size 1/64.
         """
-        means: dict[str, float] = {}
-        if self._sums:
-            sums = torch.stack(list(self._sums.values()))
-            both = sum_over_processes(torch.stack([sums, sums.new_tensor(list(self._counts.values()))]))
-            means = dict(zip(self._sums, (both[0] / both[1]).tolist(), strict=True))
-        if self._error_and_rows is not None:
-            for level, (error, rows) in enumerate(sum_over_processes(self._error_and_rows).tolist()):
-                if rows > 0:
-                    means[f"error_at/d=1_{2**level}"] = error / rows
-        self._sums, self._counts, self._error_and_rows = {}, {}, None
+        if self._error_and_rows is None:
+            return {}
+        # One exchange, and one wait: every process has the same names, whatever rows its share holds.
+        sums = torch.stack([mean.total for mean in self._sums.values()])
+        rows = sums.new_tensor([mean.rows for mean in self._sums.values()])
+        table = sum_over_processes(torch.cat([torch.stack([sums, rows], dim=1), self._error_and_rows])).tolist()
+        means = {}
+        for (name, mean), (total, count) in zip(self._sums.items(), table, strict=False):
+            if count > 0:
+                means[name] = math.sqrt(total / count) if mean.root and total >= 0 else total / count
+        for level, (error, count) in enumerate(table[len(self._sums) :]):
+            if count > 0:
+                means[f"error_at/d=1_{2**level}"] = error / count
+        self._sums, self._error_and_rows = {}, None
         return means
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shortcutflow.config import RunConfig
 from shortcutflow.train.distributed import World
-from shortcutflow.train.metrics import Averages
+from shortcutflow.train.metrics import RunningMeans
 from shortcutflow.train.parts import Parts
 from shortcutflow.train.speed import Stopwatch, peak_flops, peak_memory
 from shortcutflow.types import LossReport
@@ -26,7 +26,7 @@ class Reporter:
 
     def __init__(self, config: RunConfig, parts: Parts, world: World) -> None:
         self._world, self._batch_size = world, config.training.global_batch_size
-        self._means, self._stopwatch, self._optimizer = Averages(), Stopwatch(), config.optimizer
+        self._means, self._stopwatch, self._optimizer = RunningMeans(), Stopwatch(), config.optimizer
         self._total_steps = config.training.steps
         self._norms: dict[str, float] = {}
         self._stream = parts.stream

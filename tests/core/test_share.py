@@ -9,14 +9,18 @@ import torch
 from torch import Tensor
 
 import shortcutflow as sf
+from shortcutflow.objectives import LiveReflowObjective
 from shortcutflow.types import WHOLE, LossReport, Share
-from tests.core.networks import affine
+from tests.core.networks import Recorder, affine
 
 ROWS = 24
 OBJECTIVES: dict[str, Any] = {
     "shortcut": sf.ShortcutObjective(finest_steps=8, bootstrap_fraction=0.25),
     "an odd number of bootstrap rows": sf.ShortcutObjective(finest_steps=8, bootstrap_fraction=7 / 24),
     "guided": sf.ShortcutObjective(finest_steps=8, bootstrap_fraction=0.5, guidance_scale=2, condition_dropout=0.3),
+    "one flow row": sf.ShortcutObjective(finest_steps=8, bootstrap_fraction=23 / 24),
+    "a teacher's flow": sf.ShortcutObjective(finest_steps=8, bootstrap_fraction=23 / 24, flow_of="teacher"),
+    "live reflow": LiveReflowObjective(finest_steps=8, reflow_fraction=23 / 24),
     "all bootstrap": sf.ShortcutObjective(bootstrap_fraction=1),
     "no bootstrap": sf.ShortcutObjective(bootstrap_fraction=0),
     "released": sf.ShortcutObjective.released(denoise_timesteps=8, bootstrap_every=4, bootstrap_cfg=True),
@@ -35,7 +39,9 @@ def loss_of(objective: Any, share: Share = WHOLE, seed: int = 0) -> LossReport:
     """The loss of a share's samples, as a process has them."""
     data, y = batch()
     generator = torch.Generator().manual_seed(seed)
-    return objective(affine, data[share.rows], y[share.rows], null_y=ROWS, generator=generator, share=share)
+    return objective(
+        affine, data[share.rows], y[share.rows], teacher=affine, null_y=ROWS, generator=generator, share=share
+    )
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 6])
@@ -51,6 +57,23 @@ def test_shares_are_the_rows_of_the_whole(objective: Any, total: int) -> None:
         is_bootstrap = torch.arange(ROWS)[number::total] < whole.targets.n_bootstrap
         assert part.targets.n_bootstrap == int(is_bootstrap.sum())
     torch.testing.assert_close(torch.stack([part.loss for part in parts]).mean(), whole.loss)
+    # What the processes add up together has the same names in each, and is then that of the whole.
+    for part in parts:
+        assert list(part.means) == list(whole.means)
+        assert all(value.isfinite() for value in part.metrics.values())
+    for name, mean in whole.means.items():
+        assert sum(part.means[name].rows for part in parts) == mean.rows, name
+        torch.testing.assert_close(torch.stack([part.means[name].total for part in parts]).sum(), mean.total)
+
+
+def test_every_share_calls_the_teacher() -> None:
+    """Also one without a flow row: sharded, the teacher is a collective, which all processes must enter."""
+    objective = sf.ShortcutObjective(finest_steps=8, bootstrap_fraction=23 / 24, flow_of="teacher")
+    data, y = batch()
+    for number in range(2):
+        teacher, share = Recorder(affine), Share(number, 2)
+        objective(affine, data[share.rows], y[share.rows], teacher=teacher, null_y=ROWS, share=share)
+        assert [len(call.x_t) > 0 for call in teacher.calls] == [True] * 3, "the flow row, and two half steps"
 
 
 @every_objective
@@ -68,7 +91,9 @@ def test_generators_end_alike(objective: Any) -> None:
     ends = set()
     for share in (WHOLE, Share(0, 2), Share(2, 3)):
         generator = torch.Generator().manual_seed(0)
-        objective(affine, data[share.rows], y[share.rows], null_y=ROWS, generator=generator, share=share)
+        objective(
+            affine, data[share.rows], y[share.rows], teacher=affine, null_y=ROWS, generator=generator, share=share
+        )
         ends.add(float(torch.rand((), generator=generator)))
     assert len(ends) == 1
 

@@ -49,7 +49,7 @@ def test_shortcut(shortcut_case: tuple[Path, str], device: torch.device) -> None
     assert error[n:].max() <= 2e-6
     for ours, theirs in (("bootstrap", "bootstrap"), ("b1", "b1"), ("b2", "b2")):
         expected = float(out.array(f"info/v_magnitude_{theirs}"))
-        assert float(targets.metrics[f"v_magnitude_{ours}"]) == pytest.approx(expected, abs=1e-5)
+        assert float(targets.metrics[f"v_magnitude_{ours}"].value) == pytest.approx(expected, abs=1e-5)
 
 
 def test_naive(naive_case: tuple[Path, str], device: torch.device) -> None:
