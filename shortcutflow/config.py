@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import nn
 
 from shortcutflow.data import DataConfig
-from shortcutflow.durable import write_whole
 from shortcutflow.ema import AnyAverageConfig, AverageConfig
+from shortcutflow.io.atomic import write_whole
+from shortcutflow.io.json import read_object
 from shortcutflow.network import BackboneConfig, build_network
 from shortcutflow.objectives import ObjectiveConfig
 from shortcutflow.train.optim import OptimizerConfig
@@ -220,7 +221,7 @@ class RunConfig(BaseModel):
         path = run_dir / CONFIG_FILE
         if not path.is_file():
             raise FileNotFoundError(f"{run_dir} is not a run: it holds no {CONFIG_FILE}")
-        return validated(json.loads(path.read_text()), where=str(path))
+        return validated(read_object(path, "a run"), where=str(path))
 
 
 def validated(values: dict[str, Any], *, where: str) -> RunConfig:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from shortcutflow.config import CONFIG_FILE, RunConfig, with_overrides
 from shortcutflow.evaluation.runs import PICTURE_FILE, find_run, load_run
+from shortcutflow.io.atomic import require_absent
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ def run_recipe(config: RunConfig, overrides: Sequence[str] = (), options: Option
         # The first process may have written its config by the time another comes here.
         if (folder / CONFIG_FILE).exists() and _is_first() and not resume:
             raise ValueError(f"{folder} holds a run already: --resume continues it, another --run-dir starts anew")
+        if _is_first() and not _was_restarted():
+            require_absent(folder)
     if options.dry_run:
         if _is_first():
             print(config.model_dump_json(indent=2))

@@ -9,21 +9,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shortcutflow.durable import sync
 from shortcutflow.ema import power_of
+from shortcutflow.io.atomic import atomic_file, remove_leftovers
+from shortcutflow.io.safetensors import opened
 
 AVERAGES = "averages"
 """The folder of a run that holds its snapshots."""
 POOR_FIT = 0.1
 """A profile error (see ``profile_error``) above this is worth a warning."""
 _PREFIX = "step_"
+_REMEDY = "delete it, the others will do"
 
 
 class Snapshot(NamedTuple):
@@ -60,13 +61,11 @@ def write_snapshot(folder: Path, name: str, step: int, sigma_rel: float, tensors
     if sharded:
         raise ValueError(f"{sharded[0]!r} is one process's share of a tensor; gather it with full_tensor() first")
     final = snapshot_file(folder, name, step)
-    unfinished = final.with_name(f".unfinished_{final.name}")
     final.parent.mkdir(parents=True, exist_ok=True)
     header = {"sigma_rel": repr(sigma_rel), "step": str(step)}
-    save_file({key: _compact(tensor) for key, tensor in tensors.items()}, unfinished, metadata=header)
-    sync(unfinished)
-    unfinished.replace(final)
-    sync(final.parent)
+    remove_leftovers(final.parent)
+    with atomic_file(final) as unfinished:
+        save_file({key: _compact(tensor) for key, tensor in tensors.items()}, unfinished, metadata=header)
     return Snapshot(final, name, step, sigma_rel)
 
 
@@ -92,7 +91,7 @@ def find_snapshots(folder: Path) -> list[Snapshot]:
     """
     found = []
     for path in (folder / AVERAGES).glob(f"*/{_PREFIX}*.safetensors"):
-        with _opened(path) as file:
+        with opened(path, _REMEDY) as file:
             header = file.metadata() or {}
         try:
             found.append(Snapshot(path, path.parent.name, int(header["step"]), float(header["sigma_rel"])))
@@ -101,13 +100,6 @@ def find_snapshots(folder: Path) -> list[Snapshot]:
                 f"{path} is no snapshot: its header has no step and sigma_rel but {header}; move it away"
             ) from error
     return sorted(found, key=lambda snapshot: (snapshot.step, snapshot.name))
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it, the others will do") from error
 
 
 def posthoc_average(snapshots: Sequence[Snapshot], *, sigma_rel: float, step: int) -> dict[str, Tensor]:
@@ -146,7 +138,7 @@ def posthoc_average(snapshots: Sequence[Snapshot], *, sigma_rel: float, step: in
     nearest = min(snapshots, key=lambda s: abs(s.step - step))
     total: dict[str, Tensor] = {}
     for snapshot, weight in zip(snapshots, weights.tolist(), strict=True):
-        with _opened(snapshot.path) as file:
+        with opened(snapshot.path, _REMEDY) as file:
             names = file.keys()
             if total and total.keys() != set(names):
                 differing = ", ".join(sorted(total.keys() ^ set(names)))

@@ -9,6 +9,7 @@ import typer
 
 from shortcutflow.commands.subjects import open_subject
 from shortcutflow.data.source import DataSettings, ShardsData
+from shortcutflow.io.atomic import require_ours
 
 if TYPE_CHECKING:
     import numpy as np
@@ -208,6 +209,7 @@ def _check_out(out: Path, suffixes: tuple[str, ...]) -> None:
         raise ValueError(f"--out must name a {' or '.join(suffixes)} file, got {out}")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
+    require_ours(out)
 
 
 def _or(count: int | None, labels: list[int] | None, default: int) -> int | None:

@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+import shortcutflow
 from shortcutflow.commands.recipes import DryRun, ObjectiveName, Overrides, Resume, RunDir, Smoke, load_recipe
 from shortcutflow.commands.subjects import open_subject
 from shortcutflow.config import RunConfig
+from shortcutflow.io.atomic import atomic_file, require_ours
 from shortcutflow.launch import Options, run_recipe
 
 
@@ -50,6 +52,7 @@ def sample_command(
         raise ValueError(f"--out must name a .png file, got {out}")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
+    require_ours(out)
     subject = open_subject(model, weights, Rank().device(device))
     picture = sample_sheet(
         subject, budgets=steps or [1, 4, 128], labels=labels, count=count, seed=seed, guidance_scale=guidance_scale
@@ -73,6 +76,7 @@ def average_command(
 
     if out.suffix != ".safetensors":
         raise ValueError(f"--out must name a .safetensors file, got {out}")
+    require_ours(out)
     folder = find_run(run)
     snapshots = find_snapshots(folder)
     if not snapshots:
@@ -81,7 +85,9 @@ def average_command(
         )
     step = snapshots[-1].step if step is None else step
     tensors = posthoc_average(snapshots, sigma_rel=sigma_rel, step=step)
-    save_file(tensors, out, metadata={"sigma_rel": str(sigma_rel), "step": str(step)})
+    made_by = {"shortcutflow": shortcutflow.__version__}
+    with atomic_file(out) as unfinished:
+        save_file(tensors, unfinished, metadata={"sigma_rel": str(sigma_rel), "step": str(step)} | made_by)
     print(f"{out}: width {sigma_rel:g} at step {step}, of {folder}")
 
 

@@ -8,8 +8,10 @@ from typing import Literal
 
 import numpy as np
 
+from shortcutflow.data.manifest import MANIFEST
 from shortcutflow.data.shards import Sample, write_shards
-from shortcutflow.data.source import DataInfo, DataSettings, written_once
+from shortcutflow.data.source import DataInfo, DataSettings
+from shortcutflow.io.atomic import build_once
 
 
 class DigitsData(DataSettings):
@@ -20,7 +22,7 @@ class DigitsData(DataSettings):
 
     def prepare(self) -> Path:
         """Write the shards unless they are there; gives their folder."""
-        return written_once(self.folder, write_digits)
+        return build_once(self.folder, write_digits, marker=MANIFEST)
 
     def describe(self) -> DataInfo:
         """One channel of 8x8 pixels, ten classes."""

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from shortcutflow.data.manifest import ShardEntry
-from shortcutflow.durable import write_whole
+from shortcutflow.io.atomic import write_whole
 
 LARGEST_INDEX = 2**30
 LARGEST_SAMPLE = 64 * 2**20

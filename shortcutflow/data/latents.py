@@ -12,9 +12,7 @@ torch's own switch. The same device, versions and number of threads give the sam
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -44,11 +42,8 @@ from shortcutflow.data.prepare import CROPS_IN_WORDS
 from shortcutflow.data.ranks import Rank, wait_for
 from shortcutflow.data.raw import open_source
 from shortcutflow.data.raw_items import RawItem, RawSource
-from shortcutflow.data.shards import Skipped, StoredPack, shard_name, write_shard
+from shortcutflow.data.shards import shard_name, write_shard
 from shortcutflow.data.stream import workers_to_spare
-
-PART = ".rank-"
-"""Begins the names of folders that ranks write in before they put a shard in its place."""
 
 
 def prepare_latents(
@@ -167,8 +162,6 @@ def _lead(job: _Job, path: Path) -> Manifest:
         settings=options.model_dump() | {"source": preparation.source, "skipped": len(skipped)} | preparation.versions,
         shards=entries_of(path, shards, skipped),
     )  # fmt: skip
-    for leftover in folder.glob(f"{PART}*"):  # of ranks that were killed; everything is in place now
-        shutil.rmtree(leftover, ignore_errors=True)
     return finish(folder, manifest, skipped)
 
 
@@ -206,25 +199,7 @@ def _write_share(job: _Job, plan: list[list[RawItem]]) -> None:
         for number in missing:
             mine = islice(pictures, -(-len(plan[number]) // size))
             encoded = rows(mine, job.autoencoder, job.options, job.strict, bar.update)
-            _write(job, number, packs(encoded, number, job.options.samples_per_member))
-
-
-def _write(job: _Job, number: int, packs: Iterable[StoredPack | Skipped]) -> None:
-    """Write one shard; ranks but 0 do so in a folder of their own, since rank 0 clears up what is unfinished."""
-    name = shard_name(number)
-    if job.rank.number == 0:
-        write_shard(job.folder / name, packs)
-        return
-    part = job.folder / f"{PART}{job.rank.number}-{os.getpid()}"
-    part.mkdir(exist_ok=True)
-    try:
-        written = write_shard(part / name, packs)
-        index = Path(name).with_suffix(".index").name
-        # The index comes last here too: a shard with an index is complete.
-        for file in [name, index] if written.entry is not None else [index]:
-            (part / file).replace(job.folder / file)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+            write_shard(job.folder / shard_name(number), packs(encoded, number, job.options.samples_per_member))
 
 
 def _late_shards(folder: Path, shards: int, world_size: int) -> Callable[[], str]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
-from shortcutflow.durable import write_whole
+from shortcutflow.io.atomic import write_whole
 
 MANIFEST = "manifest.json"
 VERSION = 2

@@ -20,7 +20,7 @@ from shortcutflow.data.raw_items import RawSource
 from shortcutflow.data.raw_parquet import CACHE
 from shortcutflow.data.remote import ShardFolder
 from shortcutflow.data.shards import Skipped, WrittenShard, shard_name, written_shard
-from shortcutflow.durable import write_whole
+from shortcutflow.io.atomic import locked, remove_leftovers, write_whole
 
 PREPARATION, SKIPPED, LOCK = "preparation.json", "skipped.txt", ".lock"
 
@@ -53,7 +53,9 @@ class Preparation(BaseModel):
         try:
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
-            raise ValueError(f"{path} is damaged; remove {folder} and prepare again") from error
+            raise ValueError(
+                f"{path} is damaged, or not of this library: remove that file, or name another folder"
+            ) from error
 
 
 def versions_of(*packages: str) -> dict[str, str]:
@@ -70,16 +72,13 @@ def versions_of(*packages: str) -> dict[str, str]:
 @contextmanager
 def only_one(folder: Path, *, say: bool = True) -> Iterator[None]:
     """Hold the folder's lock, which ends with its process, however that ends; another one waits here, and says so."""
-    import fcntl
+
+    def waiting() -> None:
+        if say:
+            print(f"another process is preparing {folder}; waiting until it is done", file=sys.stderr)
 
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if say:
-                print(f"another process is preparing {folder}; waiting until it is done", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
+    with locked(folder / LOCK, waiting=waiting):
         yield
 
 
@@ -134,8 +133,7 @@ def begin(folder: Path, preparation: Preparation) -> None:
                 "remove the folder, or name another"
             )
         _check_same(folder, "versions", found.versions, preparation.versions)
-    for leftover in folder.glob(".*.unfinished-*"):
-        leftover.unlink(missing_ok=True)
+    remove_leftovers(folder)
     (folder / MANIFEST).unlink(missing_ok=True)
     if found is None:
         write_whole(folder / PREPARATION, preparation.model_dump_json(indent=2) + "\n")
@@ -217,6 +215,7 @@ def finish(folder: Path, manifest: Manifest, skipped: Sequence[Skipped]) -> Mani
         write_whole(folder / SKIPPED, "".join(lines))
     else:
         (folder / SKIPPED).unlink(missing_ok=True)
+    remove_leftovers(folder, of_all=True)
     manifest.write(folder)
     return manifest
 

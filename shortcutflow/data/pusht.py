@@ -15,10 +15,11 @@ import numpy as np
 from pydantic import Field
 from tqdm import tqdm
 
-from shortcutflow.data.manifest import Manifest
+from shortcutflow.data.manifest import MANIFEST, Manifest
 from shortcutflow.data.pusht_expert import Demonstration, demonstrate
 from shortcutflow.data.shards import Sample, write_shards
-from shortcutflow.data.source import DataInfo, DataSettings, written_once
+from shortcutflow.data.source import DataInfo, DataSettings
+from shortcutflow.io.atomic import build_once
 
 TABLE = 512.0
 """Side of the table in pixels: positions lie in [0, 512]."""
@@ -49,7 +50,7 @@ class PushTData(DataSettings):
             ImportError: if gym-pusht is not installed.
             ValueError: if the folder holds trajectories of another kind.
         """
-        written_once(self.folder, lambda folder: write_demonstrations(folder, self))
+        build_once(self.folder, lambda folder: write_demonstrations(folder, self), marker=MANIFEST)
         found, info = Manifest.read(self.folder), self.describe()
         if (found.shape, found.condition_shape, found.preprocessing) != (
             info.shape, info.condition_shape, self._preprocessing()

@@ -7,7 +7,6 @@ read in any order; every process of a machine uses the same cache. The transfer 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -24,6 +23,7 @@ from urllib.parse import urlsplit
 
 from shortcutflow.data.index import LARGEST_INDEX
 from shortcutflow.data.manifest import LARGEST_MANIFEST, MANIFEST, Manifest, ShardEntry
+from shortcutflow.io.atomic import atomic_file, locked
 
 _CURL = (
     "curl", "--fail", "--silent", "--show-error", "--location", "--globoff", "--proto", "=http,https",
@@ -134,7 +134,7 @@ class ShardFolder:
         with suppress(FileNotFoundError):
             os.utime(path)  # its use, for deleting what was not used for longest
             return path
-        with _locked(self.path / f".{path.name}.lock"):
+        with locked(self.path / f".{path.name}.lock"):
             if not path.exists():
                 _with_retries(lambda: self._fetch(name, path, size, sha256), f"{self.url}/{name}", tries)
                 self._make_room(keep=path)
@@ -147,21 +147,18 @@ class ShardFolder:
 
     def _fetch(self, name: str, path: Path, size: int | None, sha256: str) -> None:
         """Download one file; it is renamed into place only if it is what the manifest says."""
-        unfinished = path.with_name(f".{path.name}.unfinished")
         digest, read = hashlib.sha256(), 0
-        with self._open(name) as source, unfinished.open("wb") as out:
-            while chunk := source.read(2**20):
-                read += len(chunk)
-                if read > (LARGEST_INDEX if size is None else size):
-                    break
-                digest.update(chunk)
-                out.write(chunk)
-            out.flush()
-            os.fsync(out.fileno())
-        if digest.hexdigest() != sha256:
-            said = f"{read} bytes" + (f" of {size}" if size is not None else "")
-            raise OSError(f"what came ({said}) is not what the manifest says")
-        unfinished.replace(path)
+        with atomic_file(path) as unfinished:
+            with self._open(name) as source, unfinished.open("wb") as out:
+                while chunk := source.read(2**20):
+                    read += len(chunk)
+                    if read > (LARGEST_INDEX if size is None else size):
+                        break
+                    digest.update(chunk)
+                    out.write(chunk)
+            if digest.hexdigest() != sha256:
+                of = f" of {size}" if size is not None else ""
+                raise OSError(f"what came ({read} bytes{of}) is not what the manifest says")
 
     def _read(self, name: str, at_most: int) -> bytes:
         with self._open(name) as source:
@@ -197,7 +194,7 @@ class ShardFolder:
         if self._limit is None:
             return
         shards = []
-        for path in self.path.glob("*.tar"):
+        for path in self.path.glob(f"*-{'[0-9a-f]' * 12}.tar"):
             with suppress(FileNotFoundError):  # another process makes room too
                 shards.append((path.stat().st_mtime_ns, path.stat().st_size, path))
         held = sum(size for _, size, _ in shards)
@@ -221,14 +218,6 @@ def url_of(place: str | Path) -> str | None:
     if scheme not in COMMANDS:
         raise ValueError(f"{place}: shards are read from a local folder or from {', '.join(COMMANDS)}, not {scheme!r}")
     return str(place).rstrip("/")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; the lock ends with the process, however it ends."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _with_retries(action: Callable[[], Result], url: str, tries: int = TRIES) -> Result:

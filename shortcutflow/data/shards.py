@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -20,6 +19,7 @@ import numpy as np
 
 from shortcutflow.data.index import Extent, IndexBuilder, read_index, write_index
 from shortcutflow.data.manifest import Manifest, ShardEntry
+from shortcutflow.io.atomic import atomic_file
 
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
@@ -140,36 +140,31 @@ def write_shard(path: Path, samples: Iterable[Stored | StoredPack | Skipped]) ->
     Raises:
         ValueError: for a key that could not be a member's name, naming it.
     """
-    unfinished = path.with_name(f".{path.stem}.unfinished-{os.getpid()}")
     skipped: list[Skipped] = []
     index = IndexBuilder()
-    try:
-        with unfinished.open("wb") as file:
-            shard = _HashedFile(file)
-            with tarfile.open(
-                fileobj=shard,  # type: ignore[call-overload]
-                mode="w|",
-                format=tarfile.USTAR_FORMAT,
-                bufsize=2**20,
-            ) as tar:
-                for sample in samples:
-                    if isinstance(sample, Skipped):
-                        skipped.append(sample)
-                    elif isinstance(sample, StoredPack):
-                        _add_pack(tar, index, sample)
-                    else:
-                        _add_sample(tar, index, sample)
-            file.flush()
-            os.fsync(file.fileno())
-        entry = None
-        if index.samples:
-            unfinished.replace(path)
-            entry = ShardEntry(
-                name=path.name, samples=index.samples, bytes=shard.size, sha256=shard.digest(), index_sha256="0" * 64
-            )
-        digest = write_index(path.with_suffix(".index"), index, entry, [tuple(item) for item in skipped])
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with atomic_file(path) as unfinished, unfinished.open("wb") as file:
+        shard = _HashedFile(file)
+        with tarfile.open(
+            fileobj=shard,  # type: ignore[call-overload]
+            mode="w|",
+            format=tarfile.USTAR_FORMAT,
+            bufsize=2**20,
+        ) as tar:
+            for sample in samples:
+                if isinstance(sample, Skipped):
+                    skipped.append(sample)
+                elif isinstance(sample, StoredPack):
+                    _add_pack(tar, index, sample)
+                else:
+                    _add_sample(tar, index, sample)
+    entry = None
+    if index.samples:
+        entry = ShardEntry(
+            name=path.name, samples=index.samples, bytes=shard.size, sha256=shard.digest(), index_sha256="0" * 64
+        )
+    else:
+        path.unlink()  # an empty tar
+    digest = write_index(path.with_suffix(".index"), index, entry, [tuple(item) for item in skipped])
     if entry is not None:
         entry = entry.model_copy(update={"index_sha256": digest})
     return WrittenShard(entry, tuple(skipped))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from shortcutflow.data.manifest import MANIFEST, Manifest
+from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.remote import ShardFolder, url_of
 from shortcutflow.data.stream import BatchStream, ShardStream
 
@@ -75,26 +72,6 @@ class DataSettings(BaseModel):
     def stream_options(self) -> dict[str, Any]:
         """The stream's other arguments."""
         return self.model_dump(include=set(DataSettings.model_fields))
-
-
-def written_once(folder: Path, write: Callable[[Path], object], *, marker: str = MANIFEST) -> Path:
-    """The folder, written by ``write`` (given a folder beside it) unless it is complete: has a file called ``marker``.
-
-    Several processes may ask at once: the first to finish is taken, and nobody's complete folder is touched.
-    """
-    if (folder / marker).is_file():
-        return folder
-    unfinished = folder.with_name(f"{folder.name}.unfinished-{os.getpid()}")
-    write(unfinished)
-    if folder.exists() and not (folder / marker).is_file():
-        shutil.rmtree(folder)
-    try:
-        unfinished.replace(folder)
-    except OSError:
-        if not (folder / marker).is_file():
-            raise
-        shutil.rmtree(unfinished)
-    return folder
 
 
 class ShardsData(DataSettings):

@@ -13,7 +13,8 @@ from shortcutflow.data.imagefolder import ImageFolderData
 from shortcutflow.data.manifest import MANIFEST, LatentsInfo, Manifest
 from shortcutflow.data.pusht import PushTData
 from shortcutflow.data.shards import Sample, StoredPack, shard_name, write_shard, write_shards
-from shortcutflow.data.source import DataSettings, ShardsData, written_once
+from shortcutflow.data.source import DataSettings, ShardsData
+from shortcutflow.io.atomic import build_once
 
 SAMPLES_PER_SHARD, SHARDS = 16, 2
 LATENT_SHAPE = (4, 32, 32)
@@ -45,12 +46,16 @@ def stand_in_for(data: AnyData, *, labelled: bool) -> StandIn | None:
     """
     if isinstance(data, ImageFolderData) and not _has_pictures(data):
         size, classes = data.size, IMAGE_CLASSES if data.labels else None
-        folder = written_once(_folder_for(data.shards, classes), lambda place: write_images(place, size, classes))
+        folder = build_once(
+            _folder_for(data.shards, classes), lambda place: write_images(place, size, classes), marker=MANIFEST
+        )
         instead = ShardsData(folder=folder, **data.model_dump(include=set(DataSettings.model_fields)))
         return StandIn(instead, f"stand-in data: random pictures in {folder}, because {data.path} is not there")
     if isinstance(data, ShardsData) and data.vae is not None and _is_missing(data.folder):
         classes = LATENT_CLASSES if labelled else None
-        folder = written_once(_folder_for(Path(data.folder), classes), lambda place: write_latents(place, classes))
+        folder = build_once(
+            _folder_for(Path(data.folder), classes), lambda place: write_latents(place, classes), marker=MANIFEST
+        )
         instead = data.model_copy(update={"folder": folder, "vae": None})
         return StandIn(instead, f"stand-in data: random latents in {folder}, because {data.folder} is not there")
     return None
@@ -73,7 +78,6 @@ def _folder_for(folder: Path, classes: int | None) -> Path:
 
 def write_latents(folder: Path, num_classes: int | None) -> Manifest:
     """Shards of random moments, with those of mirror images, as ``shortcutflow prepare --latents`` writes them."""
-    folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     channels, *sizes = LATENT_SHAPE
     entries = []

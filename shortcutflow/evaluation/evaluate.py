@@ -27,6 +27,7 @@ from shortcutflow.evaluation.reference import Reference, load_reference, make_re
 from shortcutflow.evaluation.report import BudgetRow, report_of, write_report
 from shortcutflow.evaluation.samples import Sampler, images_are_there
 from shortcutflow.evaluation.together import ALONE, Team
+from shortcutflow.io.atomic import claim, require_ours
 from shortcutflow.schedule import step_sizes
 
 
@@ -127,6 +128,7 @@ def _check_place(out: Path) -> None:
         raise ValueError(f"the report is a .json file, got {out}")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no folder {out.absolute().parent} for the report")
+    require_ours(out)
 
 
 def _check_extractor(sampler: Sampler, protocol: EvaluationProtocol, metrics: Sequence[str]) -> int:
@@ -160,9 +162,11 @@ def _make_parts(
 ) -> None:
     """Make those of this process's parts that are not there, budget by budget."""
     places = {steps: images / f"steps-{steps}" if images is not None else None for steps in folders}
+    if images is not None:
+        claim(images)
     for place in places.values():
         if place is not None:
-            place.mkdir(parents=True, exist_ok=True)
+            place.mkdir(exist_ok=True)
 
     def is_done(steps: int, part: range) -> bool:
         place = places[steps]

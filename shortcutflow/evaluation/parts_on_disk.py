@@ -17,19 +17,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from shortcutflow.data.ranks import Rank
-from shortcutflow.durable import write_whole
 from shortcutflow.evaluation.distances.statistics import Moments, Statistics
 from shortcutflow.evaluation.together import Team
+from shortcutflow.io.atomic import locked, write_whole
+from shortcutflow.io.safetensors import opened
 
 PART_SIZE = 1000
 WORK = "evaluation-work"
 """The folder beside a report that holds what is being made."""
 KEY_FILE = "key.json"
 LOCK = ".lock"
+_AGAIN = "the same command makes it again"
 
 
 class Features(NamedTuple):
@@ -79,24 +80,20 @@ class PartsFolder:
     def holds(self, part: range) -> bool:
         """Whether the part is there and can be read; a damaged one is made again."""
         try:
-            with safe_open(self._file(part), framework="np") as file:
-                return file.get_slice("features").get_shape()[0] == len(part)
-        except (OSError, SafetensorError):
+            with opened(self._file(part), _AGAIN, framework="np") as file:
+                return bool(file.get_slice("features").get_shape()[0] == len(part))
+        except (OSError, ValueError):
             return False
 
     def read(self, part: range) -> Features:
         """Read a part.
 
         Raises:
-            ValueError: if it cannot be read.
+            FileNotFoundError, ValueError: if it cannot be read.
         """
-        path = self._file(part)
-        try:
-            with safe_open(path, framework="np") as file:
-                tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-                seconds = json.loads((file.metadata() or {}).get("seconds", "{}"))
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); the same command makes it again") from error
+        with opened(self._file(part), _AGAIN, framework="np") as file:
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+            seconds = json.loads((file.metadata() or {}).get("seconds", "{}"))
         return Features(tensors["features"], tensors.get("logits"), seconds)
 
     def begin(self) -> None:
@@ -118,12 +115,10 @@ class PartsFolder:
         Raises:
             ValueError: if another one is at work in the folder.
         """
-        import fcntl
-
         self.begin()
-        with (self.path / LOCK).open("w") as file:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.enter_context(locked(self.path / LOCK, wait=False))
             except BlockingIOError:
                 raise ValueError(
                     f"another evaluation of the same samples is at work in {self.path}: wait for it, or name another "

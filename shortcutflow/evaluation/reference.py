@@ -15,12 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from tqdm import tqdm
 
 import shortcutflow
-from shortcutflow.durable import write_whole
 from shortcutflow.evaluation.clock import Clock
 from shortcutflow.evaluation.distances.statistics import load_statistics, save_statistics, statistics_hash
 from shortcutflow.evaluation.features.extractors import Extractor
@@ -40,6 +38,8 @@ from shortcutflow.evaluation.parts_on_disk import (
 from shortcutflow.evaluation.pictures import Pictures
 from shortcutflow.evaluation.probe import Probe
 from shortcutflow.evaluation.together import ALONE, Team
+from shortcutflow.io.atomic import require_absent, require_ours, write_whole
+from shortcutflow.io.safetensors import opened
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,7 @@ def make_reference(
     """
     if pictures.count < 2:
         raise ValueError(f"a reference needs at least 2 pictures, {pictures.name} holds {pictures.count}")
+    _require_ours(path)
     probe = Probe.of(protocol.extractor, next(pictures.read(range(1))).shape[:2])
     key = {
         "pictures": pictures.fingerprint(), "protocol": protocol.name, "extractor": protocol.extractor.name,
@@ -129,6 +130,14 @@ def make_reference(
             _write(path, found, _record_of(pictures, protocol, found, probe))
             folder.remove()
         team.wait()
+
+
+def _require_ours(path: Path) -> None:
+    """Refuse to replace files that are not those of a reference: its record, a .json, says that the others are."""
+    for suffix in (".json", ".safetensors"):
+        require_ours(path.with_suffix(suffix), b"statistics_sha256")
+    if not path.with_suffix(".json").is_file():
+        require_absent(path)
 
 
 def _record_of(pictures: Pictures, protocol: EvaluationProtocol, found: Merged, probe: Probe) -> ReferenceRecord:
@@ -235,10 +244,7 @@ def _features(path: Path, digest: str) -> np.ndarray:
             f"pictures too, in {file.name} beside it, which `shortcutflow evaluate --make-stats SOURCE --out FILE.npz "
             "--with-features` writes; or name the pictures themselves"
         )
-    try:
-        with safe_open(file, framework="np") as tensors:
-            if (tensors.metadata() or {}).get("statistics_sha256") != digest:
-                raise ValueError(f"{file} belongs to other statistics than {path} holds: make the reference again")
-            return tensors.get_tensor("features")
-    except SafetensorError as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+    with opened(file, "make the reference again", framework="np") as tensors:
+        if (tensors.metadata() or {}).get("statistics_sha256") != digest:
+            raise ValueError(f"{file} belongs to other statistics than {path} holds: make the reference again")
+        return np.asarray(tensors.get_tensor("features"))

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 import shortcutflow
-from shortcutflow.durable import write_whole
 from shortcutflow.evaluation.features.protocols import EvaluationProtocol
 from shortcutflow.evaluation.measures import METRICS
 from shortcutflow.evaluation.parts_on_disk import file_name
 from shortcutflow.evaluation.reference import Reference
 from shortcutflow.evaluation.samples import Sampler
+from shortcutflow.io.atomic import write_whole
 
 
 @dataclass(frozen=True)

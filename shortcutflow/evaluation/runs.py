@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 import shortcutflow
 from shortcutflow.config import CONFIG_FILE, CURRENT, RunConfig
+from shortcutflow.io.atomic import atomic_file
+from shortcutflow.io.safetensors import read_tensors
 from shortcutflow.train import checkpoint
 from shortcutflow.train.checkpoint import NETWORK, Checkpoint, average_group
 
@@ -93,9 +93,10 @@ def write_weights(folder: Path) -> Path:
     config = RunConfig.load(folder)
     newest = _newest(folder)
     header = {"weights": config.sample_weights, "step": str(newest.step), "shortcutflow": shortcutflow.__version__}
-    unfinished = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
-    save_file(newest.tensors(_group(config.sample_weights)), unfinished, metadata=header)
-    return unfinished.replace(folder / WEIGHTS_FILE)
+    tensors = newest.tensors(_group(config.sample_weights))
+    with atomic_file(folder / WEIGHTS_FILE) as unfinished:
+        save_file(tensors, unfinished, metadata=header)
+    return folder / WEIGHTS_FILE
 
 
 def _newest(folder: Path) -> Checkpoint:
@@ -111,11 +112,11 @@ def _group(weights: str) -> str:
 
 def _with_weights_of_file(folder: Path, config: RunConfig, path: Path, device: torch.device | str) -> Run:
     network = config.build_network()
+    tensors, header = read_tensors(path, "make it again")
+    step = header.get("step", "")
     try:
-        with safe_open(path, framework="pt") as file:
-            step = (file.metadata() or {}).get("step", "")
-            network.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
-    except (SafetensorError, RuntimeError) as error:
+        network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    except RuntimeError as error:
         raise ValueError(f"{path} does not hold this run's weights: {error}") from error
     return Run(folder, config, int(step) if step.isdigit() else 0, path.name, network.to(device).eval())
 

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
-from shortcutflow.config import CURRENT, RunConfig
+from shortcutflow.config import CONFIG_FILE, CURRENT, RunConfig
 from shortcutflow.interop.model_folder import (
     CHECKPOINTS,
     COMPANIONS,
@@ -22,9 +21,13 @@ from shortcutflow.interop.model_folder import (
     read_config,
     weights_file,
 )
+from shortcutflow.io.atomic import require_absent
+from shortcutflow.io.safetensors import read_tensors
 from shortcutflow.network import build_network
 from shortcutflow.sampling import draw_noise, sample
 from shortcutflow.train import checkpoint
+
+_REMEDY = "get it again from where it came from"
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -177,7 +180,7 @@ def _model(folder: Path, config: ModelConfig, weights: str | None) -> tuple[Mode
     weights = weights or config.default_weights
     if weights not in config.weights:
         raise ValueError(f"{folder} has no weights {weights!r}; it has: {', '.join(config.weights)}")
-    return config, _tensors_of(folder / weights_file(weights))[0]
+    return config, read_tensors(folder / weights_file(weights), _REMEDY)[0]
 
 
 def _run(folder: Path, run: RunConfig, weights: str | None) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -188,7 +191,7 @@ def _run(folder: Path, run: RunConfig, weights: str | None) -> tuple[ModelConfig
     file = folder / weights_file(CURRENT)
     newest = checkpoint.latest_in(folder / CHECKPOINTS)
     if weights == run.sample_weights and file.is_file():
-        tensors, metadata = _tensors_of(file)
+        tensors, metadata = read_tensors(file, _REMEDY)
         step = int(metadata["step"]) if metadata.get("step", "").isdigit() else None
     elif newest is not None:
         group = checkpoint.NETWORK if weights == CURRENT else checkpoint.average_group(weights)
@@ -206,19 +209,12 @@ def _run(folder: Path, run: RunConfig, weights: str | None) -> tuple[ModelConfig
         ) from error
 
 
-def _tensors_of(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A safetensors file's tensors and the words of its header."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in list(file.keys())}, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file, or damaged: {error}") from error
-
-
 def save_model(model: Model, folder: Path) -> None:
     """Write config and weights, the folder's other weights too, and what was measured of them."""
+    if (folder / CONFIG_FILE).is_file():
+        read_config(folder)  # a model's folder may be written again, but no other
+    elif not (folder.exists() and folder.samefile(model.folder)):
+        require_absent(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in model.config.weights:
         file = weights_file(name)

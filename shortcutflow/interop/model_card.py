@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from shortcutflow.interop.model_folder import REPORTS, ModelConfig
-from shortcutflow.json_file import read_object
+from shortcutflow.io.json import read_object
 
 HEADER = """---
 library_name: shortcutflow

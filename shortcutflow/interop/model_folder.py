@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shortcutflow.config import CONFIG_FILE, CURRENT, RunConfig
-from shortcutflow.json_file import read_object
+from shortcutflow.io.json import read_object
 from shortcutflow.network import BackboneConfig
 from shortcutflow.types import SamplerKind
 

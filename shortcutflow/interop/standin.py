@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from shortcutflow.config import CONFIG_FILE, CURRENT, RunConfig
-from shortcutflow.data.source import written_once
 from shortcutflow.interop.model import Model
 from shortcutflow.interop.model_folder import config_of_run
+from shortcutflow.io.atomic import build_once
 from shortcutflow.seeds import generator_for
 
 
@@ -26,7 +26,7 @@ def stand_in_model(config: RunConfig) -> Path:
     def write(folder: Path) -> None:
         Model(network, described, CURRENT, folder).save(folder)
 
-    return written_once(Path("data") / f"smoke-model-{known_by}", write, marker=CONFIG_FILE)
+    return build_once(Path("data") / f"smoke-model-{known_by}", write, marker=CONFIG_FILE)
 
 
 @torch.no_grad()

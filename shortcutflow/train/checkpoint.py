@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from shortcutflow.durable import sync
+from shortcutflow.io.atomic import sync, sync_tree
+from shortcutflow.io.json import read_object
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -29,6 +30,7 @@ OPTIMIZER = "optimizer"
 TEACHER = "teacher"
 _PREFIX = "step_"
 _UNFINISHED = ".unfinished_"
+LARGEST_STATE = 2**26
 
 
 class SavingError(RuntimeError):
@@ -43,7 +45,8 @@ class Checkpoint(NamedTuple):
 
     def state(self) -> dict[str, Any]:
         """What is not a tensor: step, images seen, data position, versions."""
-        return json.loads((self.folder / STATE).read_text())
+        remedy = "remove this checkpoint's folder, and the one before it is taken"
+        return read_object(self.folder / STATE, "a checkpoint", longest=LARGEST_STATE, remedy=remedy)
 
     def tensors(self, group: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The whole tensors of a group: "network", "optimizer", or "average_NAME".
@@ -209,9 +212,7 @@ class Saver:
         """Everything is forced onto the disk; the final name is the last act."""
         files = {file.name: file.stat().st_size for file in sorted(unfinished.iterdir())}
         (unfinished / STATE).write_text(json.dumps(state | {"files": files}, indent=2) + "\n")
-        for file in unfinished.iterdir():
-            sync(file)
-        sync(unfinished)
+        sync_tree(unfinished)
         final = self.folder / f"{_PREFIX}{step:08d}"
         if final.exists():
             shutil.rmtree(final)

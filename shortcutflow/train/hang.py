@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+from shortcutflow.io.atomic import remove_leftovers, write_whole
+
 Phase = Literal["data", "objective", "backward", "step", "log", "save", "evaluate"]
 """What a rank does within a step, in this order: a rank in an earlier phase is behind one in a later."""
 
@@ -45,9 +47,7 @@ def beat_file(folder: Path, rank: int) -> Path:
 
 def write_beat(path: Path, beat: Beat) -> None:
     """Replace a rank's file as a whole."""
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(beat._asdict()))
-    unfinished.replace(path)
+    write_whole(path, json.dumps(beat._asdict()), durable=False)
 
 
 def read_beat(path: Path) -> Beat | None:
@@ -63,6 +63,7 @@ def clear_beats(folder: Path) -> None:
     for path in [*folder.glob("rank_*.json"), *folder.glob("stack_rank_*.txt")]:
         with suppress(FileNotFoundError):
             path.unlink()
+    remove_leftovers(folder, of_all=True)
 
 
 def overdue(beats: Sequence[Beat | None], now: float) -> tuple[list[int], float]:

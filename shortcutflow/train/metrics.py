@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shortcutflow.durable import write_whole
+from shortcutflow.io.atomic import write_whole
 from shortcutflow.types import LossReport, Mean
 
 METRICS_FILE = "metrics.jsonl"

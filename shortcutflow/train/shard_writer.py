@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from shortcutflow.tensor_file import Announced, write_tensors
+from shortcutflow.io.safetensors import Announced, write_tensors
 
 PLACES = "DCP_SHARDING_INFO"
 """Where PyTorch's reader looks, in a file's header, for the place of each part in its tensor."""

@@ -194,7 +194,7 @@ def test_whole_numbers_come_from_the_nearest_snapshot(tmp_path: Path) -> None:
 def test_stored_in_half_only_where_that_loses_nothing(tmp_path: Path, values: list[float], stored: torch.dtype) -> None:
     tensor = torch.tensor(values)
     snapshot = write_snapshot(tmp_path, "ema", 1, 0.1, {"w": tensor})
-    with posthoc._opened(snapshot.path) as file:
+    with posthoc.opened(snapshot.path, "") as file:
         assert file.get_tensor("w").dtype == stored
     found = posthoc_average([snapshot], sigma_rel=0.1, step=1)["w"]
     largest = float(tensor.abs().max()) if values else 0.0
@@ -222,7 +222,7 @@ def test_a_half_written_snapshot_does_not_count(tmp_path: Path, monkeypatch: pyt
     def full_disk(path: Path) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(posthoc, "sync", full_disk)
+    monkeypatch.setattr("shortcutflow.io.atomic.sync", full_disk)
     for step in (10, 20):
         with pytest.raises(OSError, match="no space"):
             write_snapshot(tmp_path, "ema", step, 0.1, {"w": torch.zeros(2)})
@@ -276,7 +276,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     file = write_snapshot(tmp_path, "ema", 10, 0.1, {"w": torch.ones(2)}).path
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=r"step_00000010\.safetensors is damaged .*delete it"):
+    with pytest.raises(ValueError, match=r"step_00000010\.safetensors is no .*damaged .*delete it"):
         find_snapshots(tmp_path)
     save_file({"w": torch.ones(2)}, file, metadata={"step": "10"})
     with pytest.raises(ValueError, match=r"step_00000010\.safetensors is no snapshot.*'step': '10'"):

@@ -231,7 +231,7 @@ def test_a_killed_rank_s_share_is_made_by_the_next_call(
     assert exit_codes([start(pictures, folder, vae, killed_at=3, RANK="1", WORLD_SIZE="2")]) == [-signal.SIGKILL]
     lead.kill()  # it waits for rank 1; torchrun ends it
     assert exit_codes([lead]) == [-signal.SIGKILL]
-    assert list(folder.glob(".rank-1-*/*unfinished*"))
+    assert list(folder.glob(".shard-*.unfinished-*"))
     prepare_latents(pictures, folder, vae=vae, **OPTIONS)
     assert contents(folder) == contents(prepared)
 

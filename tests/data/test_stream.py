@@ -13,8 +13,8 @@ import torch
 from shortcutflow.data.digits import DigitsData, load_digits, write_digits
 from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.shards import Sample, write_shards
-from shortcutflow.data.source import written_once
 from shortcutflow.data.stream import ShardStream
+from shortcutflow.io.atomic import build_once
 
 
 def write_numbers(folder: Path, count: int = 53, samples_per_shard: int = 10) -> Manifest:
@@ -153,8 +153,6 @@ def test_prepare_writes_once(tmp_path: Path) -> None:
     written = manifest.stat().st_mtime_ns
     assert data.prepare() == tmp_path / "digits"
     assert manifest.stat().st_mtime_ns == written
-    manifest.unlink()  # an interrupted preparation has no manifest, and is made anew
-    assert (data.prepare() / "manifest.json").is_file()
     assert [p.name for p in tmp_path.iterdir()] == ["digits"]
 
 
@@ -166,11 +164,11 @@ def test_several_processes_may_prepare_at_once(tmp_path: Path) -> None:
         write_numbers(unfinished)
         write_numbers(folder)
 
-    assert written_once(folder, while_another_finishes) == folder
+    assert build_once(folder, while_another_finishes, marker="manifest.json") == folder
     assert [path.name for path in tmp_path.iterdir()] == ["digits"]
     before = (folder / "manifest.json").stat().st_mtime_ns
-    assert written_once(folder, lambda _: pytest.fail("it is there already")) == folder
+    assert build_once(folder, lambda _: pytest.fail("it is there already"), marker="manifest.json") == folder
     assert (folder / "manifest.json").stat().st_mtime_ns == before
-    (folder / "manifest.json").unlink()  # as an interrupted writer leaves it
-    written_once(folder, write_numbers)
-    assert Manifest.read(folder).samples > 0
+    with pytest.raises(ZeroDivisionError):
+        build_once(tmp_path / "other", lambda new: 1 / len(list(new.iterdir())), marker="manifest.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["digits"], "nothing half made is left"

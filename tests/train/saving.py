@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from shortcutflow.train import checkpoint
+from shortcutflow.io import atomic
 from shortcutflow.train.checkpoint import Saver
 from shortcutflow.train.shard_writer import ShardWriter
 
@@ -53,12 +53,12 @@ def patch_at(point: str) -> Any:
         case "tensors written":
             return mock.patch.object(ShardWriter, "finish", after(ShardWriter.finish, 1))
         case "state written":
-            return mock.patch.object(checkpoint, "sync", die)
+            return mock.patch.object(atomic, "sync", die)
         case "tensors on disk":
-            return mock.patch.object(checkpoint, "sync", after(checkpoint.sync, 1))
+            return mock.patch.object(atomic, "sync", after(atomic.sync, 1))
         case "all on disk":
             # Two files and their folder.
-            return mock.patch.object(checkpoint, "sync", after(checkpoint.sync, 3))
+            return mock.patch.object(atomic, "sync", after(atomic.sync, 3))
         case "named":
             return mock.patch.object(Path, "replace", after(Path.replace, 1))
         case _:

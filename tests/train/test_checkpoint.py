@@ -139,7 +139,7 @@ def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) 
             case "write":
                 patched.setattr(ShardWriter, "write_data", disk_full)
             case "sync":
-                patched.setattr(checkpoint, "sync", disk_full)
+                patched.setattr("shortcutflow.io.atomic.sync", disk_full)
             case _:
                 patched.setattr(Path, "replace", disk_full)
         saver = Saver(tmp_path)

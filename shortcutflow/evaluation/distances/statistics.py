@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from shortcutflow.durable import write_whole
+from shortcutflow.io.atomic import write_whole
 
 WIDEST = 8192
 """Features; Inception's pool has 2048."""

@@ -80,7 +80,7 @@ def draw_quality(reports: Sequence[Report], *, metric: str | None = None) -> Fig
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as what the file's suffix says: .png, .svg or .pdf."""
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Creator": "shortcutflow"})
 
 
 def _title(metric: str) -> str:

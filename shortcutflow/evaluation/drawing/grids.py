@@ -141,7 +141,9 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def save_picture(pixels: np.ndarray, path: str | Path) -> None:
-    """Write (h, w, 3) uint8 as a PNG."""
-    from PIL import Image
+    """Write (h, w, 3) uint8 as a PNG, which says that this library made it."""
+    from PIL import Image, PngImagePlugin
 
-    Image.fromarray(pixels).save(path)
+    made_by = PngImagePlugin.PngInfo()
+    made_by.add_text("Software", "shortcutflow")
+    Image.fromarray(pixels).save(path, pnginfo=made_by)

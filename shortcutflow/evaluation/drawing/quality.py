@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shortcutflow.evaluation.runs import REPORT_FILE, find_run
-from shortcutflow.json_file import read_object
+from shortcutflow.io.json import read_object
 
 LONGEST_REPORT = 2**24
 """Bytes of a report that are read."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from shortcutflow.durable import sync
+from shortcutflow.io.atomic import atomic_file, locked
 
 CACHE_VARIABLE = "SHORTCUTFLOW_CACHE"
 TIMEOUT = 30.0
@@ -114,8 +113,7 @@ def _fetch(file: PublishedFile, place: Path) -> None:
     """Download it into the cache; of several processes one does, and the others wait for it."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with (place.parent / f".{file.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(place.parent / f".{file.name}.lock"):
             if not place.is_file():
                 _download(file, place)
     except OSError as error:
@@ -128,9 +126,8 @@ def _fetch(file: PublishedFile, place: Path) -> None:
 
 
 def _download(file: PublishedFile, place: Path) -> None:
-    unfinished = place.with_name(f".{place.name}.unfinished-{os.getpid()}")
     logger.info("fetching %s from %s", file.name, file.url)
-    try:
+    with atomic_file(place) as unfinished:
         with urllib.request.urlopen(file.url, timeout=TIMEOUT) as source, unfinished.open("wb") as out:
             stated = int(source.headers.get("Content-Length") or 0)
             if stated > file.largest:
@@ -146,7 +143,3 @@ def _download(file: PublishedFile, place: Path) -> None:
             raise OSError(f"{came} of {stated} bytes came")
         if file.sha256 not in (None, digest.hexdigest()):
             raise OSError(f"what came has SHA-256 {digest.hexdigest()}")
-        sync(unfinished)
-        unfinished.replace(place)
-    finally:
-        unfinished.unlink(missing_ok=True)

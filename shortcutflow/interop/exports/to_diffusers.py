@@ -28,7 +28,6 @@ from torch import Tensor
 
 from shortcutflow import __version__
 from shortcutflow.data.autoencoder import CONFIG_FILE, WEIGHTS_FILE, load_autoencoder
-from shortcutflow.interop.appearing import appearing
 from shortcutflow.interop.exports.decoder import check_decodes
 from shortcutflow.interop.exports.generator import (
     conditional,
@@ -40,6 +39,7 @@ from shortcutflow.interop.exports.generator import (
 from shortcutflow.interop.exports.graph_source import CLASS, module_name, source_of
 from shortcutflow.interop.exports.traced import quietly, trace
 from shortcutflow.interop.model import Model, load_folder
+from shortcutflow.io.atomic import atomic_output
 from shortcutflow.schedule import levels_of, step_sizes
 
 PIPELINE, PIPELINE_CLASS = "shortcut_pipeline", "ShortcutPipeline"
@@ -87,7 +87,7 @@ def export_diffusers(folder: Path, out: Path, *, weights: str | None = None, dec
     """
     if find_spec("diffusers") is None:
         raise ImportError("a diffusers pipeline is tried out before it is kept: pip install 'shortcutflow[latents]'")
-    with appearing(out) as room:
+    with atomic_output(out) as room:
         model = load_folder(folder, weights=weights)
         room.mkdir()
         network_module = _write_network(model, room / "network")

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from shortcutflow import __version__
-from shortcutflow.interop.appearing import appearing
 from shortcutflow.interop.exports.generator import Generator, load_generator
 from shortcutflow.interop.exports.traced import quietly
+from shortcutflow.io.atomic import atomic_output
 
 OPSET = 18
 """Version of ONNX's operators; onnxruntime knows it since 1.14."""
@@ -45,7 +45,7 @@ def export_onnx(
         raise ValueError(f"--out {out}: the name of an ONNX file must end in .onnx")
     if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
         raise ImportError(f"writing ONNX needs {' and '.join(missing)}: pip install 'shortcutflow[onnx]'")
-    with appearing(out) as path:
+    with atomic_output(out) as path:
         generator = load_generator(folder, weights=weights, steps=steps, guidance_scale=guidance_scale, decoder=decoder)
         _write(generator, path)
         said = "not compared with the library's sampler, as onnxruntime is not installed"

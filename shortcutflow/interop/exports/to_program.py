@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shortcutflow.interop.appearing import appearing
 from shortcutflow.interop.exports.generator import load_generator
 from shortcutflow.interop.exports.traced import quietly
+from shortcutflow.io.atomic import atomic_output
 
 METADATA_FILE = "shortcutflow.json"
 """What the file holds beside the program, see :meth:`Generator.metadata`."""
@@ -43,7 +43,7 @@ def export_program(
     """
     if out.suffix != ".pt2":
         raise ValueError(f"--out {out}: the name of a program must end in .pt2")
-    with appearing(out) as path:
+    with atomic_output(out) as path:
         generator = load_generator(folder, weights=weights, steps=steps, guidance_scale=guidance_scale, decoder=decoder)
         program = generator.trace()
         with quietly():

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from shortcutflow import __version__
 from shortcutflow.config import CURRENT
-from shortcutflow.interop.appearing import appearing_folder, check_may_appear
 from shortcutflow.interop.model_folder import ModelConfig, weights_file
 from shortcutflow.interop.pretrained import dit_sit
 from shortcutflow.interop.pretrained.diffusers_models import describe_folder, is_diffusers_folder
@@ -22,10 +21,11 @@ from shortcutflow.interop.pretrained.dit_sit import Kind, check_positions, kind_
 from shortcutflow.interop.pretrained.foreign import Foreign
 from shortcutflow.interop.pretrained.torch_file import is_torch_file, read_tensors
 from shortcutflow.interop.released.convert import AVERAGE, Converted
+from shortcutflow.io.atomic import atomic_dir, require_absent
+from shortcutflow.io.safetensors import Announced, write_tensors
 from shortcutflow.network import build_network
 from shortcutflow.schedule import levels_of
 from shortcutflow.seeds import seed_for
-from shortcutflow.tensor_file import Announced, write_tensors
 
 INSIDE = {"ema": AVERAGE, "model": CURRENT, "state_dict": CURRENT}
 """Where training checkpoints keep their weights, and what these are called here."""
@@ -64,7 +64,7 @@ def convert_pretrained(
         FileExistsError: if ``out`` holds something.
         ValueError: in one line, if it is no such model, is damaged, or is of a kind that is not supported.
     """
-    check_may_appear(out)
+    require_absent(out)
     levels_of(finest_steps)
     foreign: Foreign
     sets: Sets
@@ -76,7 +76,7 @@ def convert_pretrained(
         foreign, sets = _of_file(source, kind, heads, image_size)
     config = _config(foreign, source, sets, finest_steps)
     _check_network(config, foreign)
-    with appearing_folder(out) as folder:
+    with atomic_dir(out) as folder:
         for name, tensors in sets.items():
             _write_weights(folder / weights_file(name), name, foreign, tensors, source, config)
         config.save(folder)

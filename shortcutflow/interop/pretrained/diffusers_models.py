@@ -22,7 +22,7 @@ from shortcutflow.data.autoencoder import DEFAULT_VAE
 from shortcutflow.interop.pretrained.diffusers_names import check_unread, name_of_today, of_dit, of_unet
 from shortcutflow.interop.pretrained.foreign import Foreign
 from shortcutflow.interop.pretrained.torch_file import read_tensors
-from shortcutflow.json_file import read_object
+from shortcutflow.io.json import read_object
 
 CONFIG, INDEX, SCHEDULER = "config.json", "model_index.json", "scheduler_config.json"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from shortcutflow import __version__
 from shortcutflow.config import CURRENT
-from shortcutflow.interop.appearing import appearing_folder, check_may_appear
 from shortcutflow.interop.model_folder import ModelConfig, weights_file
 from shortcutflow.interop.released.checkpoint import ReleasedCheckpoint, read_released
 from shortcutflow.interop.released.names import entries, to_ours
@@ -23,9 +22,10 @@ from shortcutflow.interop.released.sizes import (
     usual_heads,
     usual_image_size,
 )  # fmt: skip
+from shortcutflow.io.atomic import atomic_dir, require_absent
+from shortcutflow.io.safetensors import Announced, write_tensors
 from shortcutflow.network import BackboneConfig, build_network
 from shortcutflow.schedule import levels_of
-from shortcutflow.tensor_file import Announced, write_tensors
 
 BACKBONE = "dit"
 AVERAGE = "ema"
@@ -56,12 +56,12 @@ def convert(
         ValueError: if the file is no such checkpoint, holds numbers that are not finite, or the sizes do not fit.
         FileExistsError: if the folder holds something.
     """
-    check_may_appear(out)
+    require_absent(out)
     levels_of(finest_steps)
     released = read_released(checkpoint)
     config, notes = _config(released, heads, image_size, finest_steps)
     _check_network(config, released)
-    with appearing_folder(out) as folder:
+    with atomic_dir(out) as folder:
         for name, arrays in ((CURRENT, released.params), (AVERAGE, released.params_ema)):
             _write_weights(folder / weights_file(name), arrays, released, name)
         config.save(folder)

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from shortcutflow.config import CURRENT, RunConfig
-from shortcutflow.interop.appearing import appearing
 from shortcutflow.interop.model_folder import CHECKPOINTS, ModelConfig, read_config, weights_file
 from shortcutflow.interop.released.names import check_names, depth_of, entries, to_theirs
 from shortcutflow.interop.released.writer import Read, write_released
+from shortcutflow.io.atomic import atomic_output
+from shortcutflow.io.safetensors import opened
 from shortcutflow.train import checkpoint
 
 
@@ -45,7 +46,7 @@ def export_jax(folder: Path, out: Path) -> str:
         )
     open_sets = _of_run if isinstance(config, RunConfig) else _of_model
     current, average, step, said = open_sets(folder, config)
-    with appearing(out) as unfinished:
+    with atomic_output(out) as unfinished:
         write_released(
             unfinished, params=_theirs(current, folder), params_ema=_theirs(average, folder), step=step,
             timestamp=_timestamp(config),
@@ -73,17 +74,15 @@ def _of_run(folder: Path, config: Any) -> tuple[_Weights, _Weights, int, str]:
 
 
 def _of_file(path: Path) -> _Weights:
-    from safetensors import SafetensorError, safe_open
+    def opened_weights() -> Any:
+        return opened(path, "get it again from where it came from", framework="np")
 
     def read(name: str) -> np.ndarray:
-        with safe_open(path, framework="np") as file:
-            return file.get_tensor(name)
+        with opened_weights() as file:
+            return np.asarray(file.get_tensor(name))
 
-    try:
-        with safe_open(path, framework="np") as file:
-            return _Weights({name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}, read)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file: {error}") from error
+    with opened_weights() as file:
+        return _Weights({name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}, read)
 
 
 def _of_group(saved: checkpoint.Checkpoint, group: str) -> _Weights:

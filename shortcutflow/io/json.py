@@ -1,4 +1,4 @@
-"""JSON objects from files that nobody vouches for: bounded in size, refused in one line."""
+"""JSON objects from untrusted files: bounded in size, refused in one line that says what to do."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Any
 
 LONGEST_CONFIG = 2**20
 """Bytes of a config that are read."""
+RESTORE = "restore it from a copy, or make it again"
 
 
-def read_object(path: Path, what: str, *, longest: int = LONGEST_CONFIG) -> dict[str, Any]:
+def read_object(path: Path, what: str, *, longest: int = LONGEST_CONFIG, remedy: str = RESTORE) -> dict[str, Any]:
     """The object that a JSON file holds.
 
     Args:
         path: of the file.
         what: it should describe, for messages: "a model".
         longest: bytes that are read.
+        remedy: what to do about a damaged one, for the message.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -27,9 +29,12 @@ def read_object(path: Path, what: str, *, longest: int = LONGEST_CONFIG) -> dict
     if path.stat().st_size > longest:
         raise ValueError(f"{path} has {path.stat().st_size} bytes; a description of {what} has at most {longest}")
     try:
-        values = json.loads(path.read_text())
+        text = ""
+        text = path.read_text()
+        values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        what_it_is = "is empty" if not text.strip() else f"is not JSON, or cut off ({error})"
+        raise ValueError(f"{path}, which describes {what}, {what_it_is}: {remedy}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} does not describe {what}: it must hold an object, not a {type(values).__name__}")
     return values

@@ -1,17 +1,20 @@
-"""Writing a safetensors file tensor by tensor: nothing is collected in memory, and other threads go on meanwhile.
+"""Safetensors files: opening one, with an error that names it; and writing one tensor by tensor.
 
-safetensors' own functions hold the interpreter's lock from the first byte to the last, seconds for a large network.
+Written so, nothing is collected in memory, and other threads go on meanwhile: safetensors' own functions hold the
+interpreter's lock from the first byte to the last, seconds for a large network.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 TYPES = {
@@ -19,6 +22,34 @@ TYPES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 """The format's names of the types."""
+
+
+@contextmanager
+def opened(path: Path, remedy: str, *, framework: Literal["pt", "np"] = "pt") -> Iterator[Any]:
+    """A safetensors file to read from.
+
+    Args:
+        path: of the file.
+        remedy: what to do about a damaged one, for the message.
+        framework: whether tensors come as torch's or as NumPy's.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no safetensors file, or damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework=framework) as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file, or damaged ({error}): {remedy}") from error
+
+
+def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A file's tensors by name, and the words of its header; raises as :func:`opened` does."""
+    with opened(path, remedy) as file:
+        return {name: file.get_tensor(name) for name in list(file.keys())}, file.metadata() or {}
 
 
 class Announced(NamedTuple):
