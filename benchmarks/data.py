@@ -29,10 +29,10 @@ from benchmarks.record import print_rows, put_into_readme, seconds_in_turn, writ
 from shortcutflow.data.images import encode_image, to_square
 from shortcutflow.data.manifest import LatentsInfo, Manifest
 from shortcutflow.data.prepare import prepare
-from shortcutflow.data.raw import open_source
 from shortcutflow.data.reader import ShardReader
 from shortcutflow.data.remote import ShardFolder
 from shortcutflow.data.shards import StoredPack, shard_name, write_shard
+from shortcutflow.data.sources import open_source
 from shortcutflow.data.stream import ShardStream
 
 LATENT = (4, 32, 32)

@@ -21,7 +21,8 @@ def prepare_command(
         str | None, typer.Option(help="png, jpg or webp. [default: png up to 64 pixels, jpg above]")
     ] = None,
     quality: Annotated[int, typer.Option(help="Of jpg and webp, 1 to 100.")] = 95,
-    no_labels: Annotated[bool, typer.Option("--no-labels", help="Drop the classes.")] = False,
+    labels: Annotated[str, typer.Option(help="auto, folder, json, none, or a column or field of the labels.")] = "auto",
+    no_labels: Annotated[bool, typer.Option("--no-labels", help="Short for --labels none.")] = False,
     seed: Annotated[int, typer.Option(help="Of the order.")] = 0,
     samples_per_shard: Annotated[int, typer.Option(help="Pictures a shard.")] = 4096,
     workers: Annotated[int | None, typer.Option(help="Processes. [default: all cores]")] = None,
@@ -41,8 +42,8 @@ def prepare_command(
         raise ValueError("--vae, --device and --no-mirror go with --latents")
     # Crop and format are words here; what they may be is checked where they are used.
     shared: dict[str, Any] = {
-        "size": size, "crop": crop, "labels": not no_labels, "seed": seed, "samples_per_shard": samples_per_shard,
-        "workers": workers, "strict": strict,
+        "size": size, "crop": crop, "labels": "none" if no_labels else labels, "seed": seed,
+        "samples_per_shard": samples_per_shard, "workers": workers, "strict": strict,
     }  # fmt: skip
     try:
         if latents:

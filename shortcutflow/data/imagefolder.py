@@ -10,12 +10,13 @@ from pydantic import Field
 from shortcutflow.data.images import Crop, ImageFormat
 from shortcutflow.data.manifest import MANIFEST, Manifest
 from shortcutflow.data.prepare import prepare
-from shortcutflow.data.raw import open_source
 from shortcutflow.data.source import DataInfo, DataSettings
+from shortcutflow.data.sources import open_source
+from shortcutflow.data.sources.labels import LabelChoice
 
 
 class ImageFolderData(DataSettings):
-    """Raw pictures (see :mod:`shortcutflow.data.raw`), written as shards into ``folder`` the first time.
+    """Raw pictures (see :mod:`shortcutflow.data.sources`), written as shards into ``folder`` the first time.
 
     Large data sets are better prepared before, by ``shortcutflow prepare``: the processes of a run wait for each other.
     """
@@ -26,7 +27,7 @@ class ImageFolderData(DataSettings):
     crop: Crop = "released"
     format: ImageFormat | None = Field(default=None, description="null: png up to 64 pixels, jpg above")
     quality: int = Field(default=95, ge=1, le=100)
-    labels: bool = Field(default=True, description="false drops the classes")
+    labels: LabelChoice = Field(default=True, description="true: those that are there; false: none; or which")
     order_seed: int = Field(default=0, description="of the order in the shards")
     samples_per_shard: int = Field(default=4096, ge=1)
     folder: Path | None = Field(default=None, description="for the shards; null: data/NAME-SIZE")

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from shortcutflow.data.autoencoder import Autoencoder
 from shortcutflow.data.images import Crop, ImageError, read_image, to_square
-from shortcutflow.data.raw_items import RawItem, RawSource
 from shortcutflow.data.shards import Skipped, StoredPack
+from shortcutflow.data.sources.labels import LabelChoice
+from shortcutflow.data.sources.readers import RawItem, RawSource
 
 
 class LatentOptions(BaseModel):
@@ -24,7 +25,7 @@ class LatentOptions(BaseModel):
 
     size: int = Field(ge=1, le=4096, description="side of the pictures in pixels")
     crop: Crop = "released"
-    labels: bool = Field(default=True, description="false drops the classes")
+    labels: LabelChoice = Field(default=True, description="true: those that are there; false: none; or which")
     seed: int = Field(default=0, description="of the one shuffling before the cut into shards")
     samples_per_shard: int = Field(default=4096, ge=1)
     samples_per_member: int = Field(default=64, ge=1)

@@ -40,9 +40,9 @@ from shortcutflow.data.preparation import (
 )
 from shortcutflow.data.prepare import CROPS_IN_WORDS
 from shortcutflow.data.ranks import Rank, wait_for
-from shortcutflow.data.raw import open_source
-from shortcutflow.data.raw_items import RawItem, RawSource
 from shortcutflow.data.shards import shard_name, write_shard
+from shortcutflow.data.sources import open_source
+from shortcutflow.data.sources.readers import RawItem, RawSource
 from shortcutflow.data.stream import workers_to_spare
 
 
@@ -53,7 +53,7 @@ def prepare_latents(
     size: int = 256,
     vae: str | Path = DEFAULT_VAE,
     crop: Crop = "released",
-    labels: bool = True,
+    labels: bool | str = True,
     seed: int = 0,
     samples_per_shard: int = 4096,
     samples_per_member: int = 64,
@@ -70,12 +70,12 @@ def prepare_latents(
     rank 0 waits for the others' shards and completes the folder, and all return then.
 
     Args:
-        source: raw pictures, see :mod:`shortcutflow.data.raw`, or a folder of image shards.
+        source: raw pictures, see :mod:`shortcutflow.data.sources`, or a folder of image shards.
         folder: for the shards; new, or of an earlier call with the same options.
         size: side of the square pictures, in pixels.
         vae: hub id or folder of the autoencoder, see :func:`~shortcutflow.data.autoencoder.load_autoencoder`.
         crop: see :func:`~shortcutflow.data.images.to_square`.
-        labels: False drops the classes.
+        labels: which, see :data:`~shortcutflow.data.sources.labels.LabelChoice`; False for none.
         seed: of the order.
         samples_per_shard: items each shard is made of.
         samples_per_member: samples that share a member of a shard.
@@ -106,7 +106,7 @@ def prepare_latents(
         wait_for(folder, lambda: "" if (folder / PREPARATION).is_file() else f"{PREPARATION}, of rank 0, is")
     if (done := complete(folder, options.model_dump())) is not None:
         return done
-    raw = open_source(source, labels=labels)
+    raw = open_source(source, labels=options.labels)
     if strict:
         refuse(raw.skipped)
     job = _Job(raw, folder, options, autoencoder, rank, workers, strict, progress)
@@ -144,6 +144,8 @@ class _Job(NamedTuple):
 def _lead(job: _Job, path: Path) -> Manifest:
     """Rank 0: begin, encode its share, wait for the others' and complete the folder."""
     folder, options, preparation, plan = job.folder, job.options, job.preparation(), job.plan()
+    if job.progress:
+        job.source.print_notes()
     begin(folder, preparation)
     _write_share(job, plan)
     wait_for(folder, _late_shards(folder, len(plan), job.rank.world_size))

@@ -16,10 +16,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from shortcutflow.data.manifest import MANIFEST, Manifest, ShardEntry
-from shortcutflow.data.raw_items import RawSource
-from shortcutflow.data.raw_parquet import CACHE
 from shortcutflow.data.remote import ShardFolder
 from shortcutflow.data.shards import Skipped, WrittenShard, shard_name, written_shard
+from shortcutflow.data.sources.parquet import CACHE
+from shortcutflow.data.sources.readers import RawSource
 from shortcutflow.io.atomic import locked, remove_leftovers, write_whole
 
 PREPARATION, SKIPPED, LOCK = "preparation.json", "skipped.txt", ".lock"

@@ -28,10 +28,11 @@ from shortcutflow.data.preparation import (
     skipped_of,
     versions_of,
 )
-from shortcutflow.data.raw import open_source
-from shortcutflow.data.raw_items import RawItem, RawSource, Reader
 from shortcutflow.data.shard_workers import ShardTask, cores, write_tasks
 from shortcutflow.data.shards import Skipped, Stored, WrittenShard, shard_name
+from shortcutflow.data.sources import open_source
+from shortcutflow.data.sources.labels import LabelChoice
+from shortcutflow.data.sources.readers import RawItem, RawSource, Reader
 
 LOSSLESS_UP_TO = 64
 """Largest side in pixels that is stored as PNG by default: there it is small, and JPEG's 8x8 blocks are large."""
@@ -53,7 +54,7 @@ class PrepareOptions(BaseModel):
     crop: Crop = "released"
     format: ImageFormat
     quality: int = Field(default=95, ge=1, le=100)
-    labels: bool = Field(default=True, description="false drops the classes")
+    labels: LabelChoice = Field(default=True, description="true: those that are there; false: none; or which")
     seed: int = Field(default=0, description="of the one shuffling before the cut into shards")
     samples_per_shard: int = Field(default=4096, ge=1)
 
@@ -104,7 +105,7 @@ def prepare(
     crop: Crop = "released",
     format: ImageFormat | None = None,
     quality: int = 95,
-    labels: bool = True,
+    labels: bool | str = True,
     seed: int = 0,
     samples_per_shard: int = 4096,
     workers: int | None = None,
@@ -117,13 +118,13 @@ def prepare(
     number of workers. A complete folder is returned at once, without a look at the source.
 
     Args:
-        source: raw pictures, see :mod:`shortcutflow.data.raw`.
+        source: raw pictures, see :mod:`shortcutflow.data.sources`.
         folder: for the shards; new, or of an earlier call with the same options.
         size: side of the square pictures, in pixels.
         crop: see :func:`~shortcutflow.data.images.to_square`.
         format: None stores PNG up to 64 pixels, where it is small and JPEG would be seen, JPEG above.
         quality: of JPEG and WebP, 1 ... 100.
-        labels: False drops the classes.
+        labels: which, see :data:`~shortcutflow.data.sources.labels.LabelChoice`; False for none.
         seed: of the order.
         samples_per_shard: items each shard is made of.
         workers: processes; None for all cores.
@@ -177,6 +178,8 @@ def _prepare(path: Path, folder: Path, options: PrepareOptions, workers: int, st
     source = open_source(path, labels=options.labels)
     if strict and source.skipped:
         raise ValueError(f"{source.skipped[0].name}: {source.skipped[0].reason}")
+    if progress:
+        source.print_notes()
     fingerprint = source.fingerprint()
     versions = versions_of("shortcutflow", "pillow")
     begin(folder, Preparation(options=options.model_dump(), source=fingerprint, versions=versions))

@@ -15,9 +15,9 @@ import numpy as np
 from shortcutflow.data.digits import load_digits
 from shortcutflow.data.images import Crop, ImageError, read_image, to_square
 from shortcutflow.data.manifest import MANIFEST, Manifest
-from shortcutflow.data.raw import open_source
 from shortcutflow.data.reader import ShardReader
 from shortcutflow.data.remote import ShardFolder, url_of
+from shortcutflow.data.sources import open_source
 
 DIGITS = "digits"
 """The name of scikit-learn's digits as a source."""
@@ -100,7 +100,7 @@ class ShardPictures:
 
 
 class RawPictures:
-    """Pictures from anywhere (:mod:`shortcutflow.data.raw`), in the order of their names.
+    """Pictures from anywhere (:mod:`shortcutflow.data.sources`), in the order of their names.
 
     Args:
         path: a folder or an archive.

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shortcutflow.data.raw_items import RawSource
+from shortcutflow.data.sources.readers import RawSource
 
 CLASSES = ("ant", "bee", "cat")
 

@@ -25,11 +25,11 @@ from shortcutflow.data.latents import prepare_latents
 from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.prepare import prepare
 from shortcutflow.data.ranks import Rank
-from shortcutflow.data.raw import open_source
-from shortcutflow.data.raw_items import RawSource
 from shortcutflow.data.reader import ShardReader
 from shortcutflow.data.remote import ShardFolder
 from shortcutflow.data.shards import Sample
+from shortcutflow.data.sources import open_source
+from shortcutflow.data.sources.readers import RawSource
 from shortcutflow.data.stream import ShardStream
 from tests.data.test_autoencoder import tiny_network
 
@@ -321,7 +321,7 @@ def test_a_source_that_goes_away(
     source = tmp_path / "source"
     shutil.copytree(pictures, source)
 
-    def listed_and_gone(path: Path, *, labels: bool) -> RawSource:
+    def listed_and_gone(path: Path, *, labels: bool | str) -> RawSource:
         found = open_source(path, labels=labels)
         (source / "class0" / "03.png").unlink()
         return found

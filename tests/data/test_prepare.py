@@ -21,10 +21,10 @@ from shortcutflow.data.index import read_index
 from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.preparation import cut, shuffled_order
 from shortcutflow.data.prepare import prepare
-from shortcutflow.data.raw import open_source
-from shortcutflow.data.raw_items import Block, FolderReader, RawItem, RawSource
 from shortcutflow.data.reader import ShardReader
 from shortcutflow.data.remote import ShardFolder
+from shortcutflow.data.sources import open_source
+from shortcutflow.data.sources.readers import Block, FolderReader, RawItem, RawSource
 from tests.data.pictures import CLASSES, files_of, picture, pictures, write_files, zip_of
 
 SHARED = Path(os.environ.get("SHORTCUTFLOW_DATA", Path(__file__).parents[3] / "shared" / "data"))

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from shortcutflow.data.images import ImageError
-from shortcutflow.data.raw import open_source
-from shortcutflow.data.raw_items import RawSource
+from shortcutflow.data.sources import open_source
+from shortcutflow.data.sources.readers import RawSource
 from tests.data.pictures import (
     CLASSES,
     by_class,
@@ -186,7 +186,7 @@ def test_junk_is_ignored_and_other_files_are_listed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({"ant/0.jpg": b"", "bee/1.jpg": b"", "2.jpg": b""}, "1 pictures beside class folders"),
+        ({"ant/0.jpg": b"", "bee/1.jpg": b"", "2.jpg": b""}, "1 images beside class folders"),
         ({"train/a/0.jpg": b"", "val/a/0.jpg": b""}, "holds the splits train, val: give one of them"),
         ({"a.txt": b"", "b.txt": b"", "c.csv": b""}, r"Found: 2 \.txt, 1 \.csv\. Supported: a folder"),
         ({}, "Found: no files"),
@@ -206,12 +206,12 @@ def test_missing_places(tmp_path: Path) -> None:
     archive = written(tmp_path / "x.zip", zip_of(FILES))
     with pytest.raises(FileNotFoundError, match="'dog'"):
         open_source(archive / "dog")
-    with pytest.raises(ValueError, match="no source of pictures"):
+    with pytest.raises(ValueError, match="no images that can be read"):
         open_source(written(tmp_path / "x.h5", b"\x89HDF\r\n\x1a\n"))
 
 
 @pytest.mark.parametrize(
-    ("label", "said"), [(b"x", "'x'"), (b"-1", "'-1'"), (b"99999999999", "99999"), (b"\xff", "label")]
+    ("label", "said"), [(b"x", "'x'"), (b"-1", "label is -1,"), (b"99999999999", "99999"), (b"\xff", "label")]
 )
 def test_bad_labels_are_skipped(label: bytes, said: str, tmp_path: Path) -> None:
     members = {"a.jpg": picture(0), "a.cls": b"1", "b.jpg": picture(1), "b.cls": label, "c.jpg": picture(2)}
@@ -229,7 +229,7 @@ def test_parquet_problems(tmp_path: Path) -> None:
         pq.write_table(pa.table(columns), tmp_path / name)
         return tmp_path / name
 
-    with pytest.raises(ValueError, match=r"no column of pictures.*text: string"):
+    with pytest.raises(ValueError, match=r"no column of images.*text: string"):
         open_source(table("a.parquet", text=["x"]))
     source = open_source(table("b.parquet", image=[b"1", None, b"3", b"4"], label=[0, 1, -1, None]))
     assert [item.name for item in source.skipped] == ["b.parquet:2", "b.parquet:3"]

@@ -1,4 +1,4 @@
-"""The items of a raw source, and reading their bytes from files, parts of files and zip archives.
+"""The images of a source, and reading their bytes from files, parts of files and zip archives.
 
 Names inside an archive are only names: nothing is ever unpacked onto the disk.
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+import sys
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +66,9 @@ class RawSource:
         reader: gives their bytes.
         items: sorted.
         class_names: of labels 0, 1, ...; empty if there are no labels.
-        skipped: what was found and is no picture.
+        skipped: what was found and gives no sample, with the reason.
         blocks: of items that are cheap to read only together; empty if any order will do.
+        notes: what was decided and is worth a look, for the person who prepares it.
     """
 
     kind: str
@@ -75,10 +77,19 @@ class RawSource:
     class_names: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     blocks: tuple[Block, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def read(self, item: RawItem) -> bytes:
         """The bytes of one item, see :meth:`Reader.read`."""
         return self.reader.read(item)
+
+    def print_notes(self) -> None:
+        """To standard error: what was decided, and how much is left out for which reason."""
+        for note in self.notes:
+            print(f"note: {note}", file=sys.stderr)
+        first = {item.reason: item.name for item in reversed(self.skipped)}
+        for reason, count in Counter(item.reason for item in self.skipped).most_common(5):
+            print(f"left out: {count} such as {first[reason]}: {reason}", file=sys.stderr)
 
     def fingerprint(self) -> str:
         """SHA-256 of names, labels, sizes and places: another one means that the source has changed."""

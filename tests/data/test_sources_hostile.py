@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from shortcutflow.data import raw_items
 from shortcutflow.data.images import ImageError
-from shortcutflow.data.raw import open_source
+from shortcutflow.data.sources import open_source, readers
 from tests.data.pictures import (
     CLASSES,
     by_class,
@@ -50,7 +49,7 @@ def test_names_lead_nowhere(tmp_path: Path) -> None:
         assert set(tmp_path.rglob("*")) == before
 
 
-def test_links_and_devices_in_a_tar_are_ignored(tmp_path: Path) -> None:
+def test_links_out_of_a_tar_and_devices_are_left_out_and_listed(tmp_path: Path) -> None:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
         for kind, name in [
@@ -67,7 +66,7 @@ def test_links_and_devices_in_a_tar_are_ignored(tmp_path: Path) -> None:
         tar.addfile(info, io.BytesIO(picture(0)))
     source = open_source(written(tmp_path / "x.tar", out.getvalue()))
     assert [item.name for item in source.items] == ["real.jpg"]
-    assert source.skipped == ()
+    assert [item.name for item in source.skipped] == ["c.jpg", "f.jpg", "l.jpg", "s.jpg"]
 
 
 def test_links_in_a_zip_are_ignored(tmp_path: Path) -> None:
@@ -138,7 +137,7 @@ def test_a_zip_bomb_is_not_inflated_beyond_its_promise(tmp_path: Path) -> None:
 
 
 def test_too_large_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(raw_items, "LARGEST_ITEM", 1000)
+    monkeypatch.setattr(readers, "LARGEST_ITEM", 1000)
     for path in (
         write_files(tmp_path / "raw", FILES),
         written(tmp_path / "x.zip", zip_of(FILES)),

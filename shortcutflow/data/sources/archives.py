@@ -1,0 +1,273 @@
+"""What lies in folders, tar archives (also tars of tars) and zip archives: files by name, without unpacking."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import stat
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from shortcutflow.data.shards import Skipped
+from shortcutflow.data.sources.readers import LARGEST_ITEM, ZIP_DEFLATED, ZIP_STORED
+
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+"""How compressed files begin."""
+
+_JUNK = {
+    "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "#recycle", "#snapshot", "@recycle",
+    "$recycle.bin",
+    "@recently-snapshot", "recycler", "system volume information", "lost+found", "__pycache__",
+}  # fmt: skip
+_UTF8_NAME = 0x800
+
+
+class Listed(NamedTuple):
+    """A file in a source: its name with "/" between folders, and where its reader finds it."""
+
+    name: str
+    place: tuple[int | str, ...]
+
+
+class Listing(NamedTuple):
+    """All files of a source, those that cannot be read, and its folders."""
+
+    files: list[Listed]
+    skipped: list[Skipped]
+    folders: set[str]
+
+    def below(self, folder: str) -> Listing:
+        """What lies in one of its folders."""
+        start = folder + "/"
+        return Listing(
+            [file for file in self.files if file.name.startswith(start)],
+            [item for item in self.skipped if item.name.startswith(start)],
+            {name for name in self.folders if name.startswith(start)},
+        )
+
+
+def list_folder(root: Path) -> Listing:
+    """Files at any depth, through links too. Links that lead nowhere are skipped.
+
+    Raises:
+        ValueError: naming a file or folder whose name is not UTF-8.
+    """
+    listing = Listing([], [], set())
+    _walk(root, "", frozenset(), listing)
+    return listing
+
+
+def _walk(folder: Path, prefix: str, above: frozenset[str], listing: Listing) -> None:
+    real = os.path.realpath(folder)
+    if real in above:  # a link to a folder that it lies in
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = prefix + entry.name
+            if is_junk(entry.name):
+                continue
+            _check_name(name, folder)
+            if entry.is_dir():
+                listing.folders.add(name)
+                _walk(Path(entry.path), name + "/", above | {real}, listing)
+            elif entry.is_file():
+                listing.files.append(Listed(name, (name, entry.stat().st_size)))
+            elif entry.is_symlink():
+                listing.skipped.append(Skipped(name, "a link that leads nowhere"))
+
+
+def _check_name(name: str, where: Path | str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the name {os.fsencode(name)!r} in {where} is not UTF-8: rename it, for example by convmv"
+        ) from error
+
+
+def is_junk(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or left behind by an operating system or a storage device."""
+    return name.startswith(".") or name.lower() in _JUNK or name.lower().endswith(":zone.identifier")
+
+
+def _in_junk(name: str) -> bool:
+    return any(is_junk(part) for part in name.split("/"))
+
+
+def list_zip(path: Path) -> Listing:
+    """Regular members that are stored or deflated.
+
+    Raises:
+        ValueError: if its directory is damaged.
+    """
+    listing = Listing([], [], set())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is a damaged zip archive: {error}") from error
+    for member in members:
+        name = clean(_zip_name(member).replace("\\", "/"))
+        if _in_junk(name):
+            continue
+        if member.is_dir() or member.filename.endswith("\\"):
+            listing.folders.add(name)
+        elif reason := _unreadable(member):
+            listing.skipped.append(Skipped(name, reason))
+        else:
+            place = (
+                member.header_offset, member.compress_size, member.file_size, member.compress_type, member.CRC
+            )  # fmt: skip
+            listing.files.append(Listed(name, place))
+    return _without_doubles(listing)
+
+
+def _zip_name(member: zipfile.ZipInfo) -> str:
+    """Many writers store UTF-8 without the flag for it, which zipfile reads as code page 437."""
+    if member.flag_bits & _UTF8_NAME:
+        return member.filename
+    try:
+        return member.filename.encode("cp437").decode()
+    except UnicodeError:
+        return member.filename
+
+
+def _unreadable(member: zipfile.ZipInfo) -> str:
+    """Why a member is not read; empty if it is."""
+    if (kind := stat.S_IFMT(member.external_attr >> 16)) not in (0, stat.S_IFREG):
+        return "a symbolic link in a zip archive" if kind == stat.S_IFLNK else "no regular file"
+    if member.flag_bits & 1:
+        return "encrypted"
+    if member.compress_type not in (ZIP_STORED, ZIP_DEFLATED):
+        return f"compressed by zip's method {member.compress_type}; only stored and deflated members are read"
+    size = max(member.file_size, member.compress_size)
+    return _too_large(member.file_size) if size > LARGEST_ITEM else ""
+
+
+def _too_large(size: int) -> str:
+    return f"it has {size} bytes, at most {LARGEST_ITEM} are read"
+
+
+def clean(name: str) -> str:
+    """A member's name without what would lead out of a folder."""
+    return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
+
+
+def _without_doubles(listing: Listing) -> Listing:
+    """Of files with one name, unpacking leaves the last."""
+    last = {file.name: file for file in listing.files}
+    if len(last) == len(listing.files):
+        return listing
+    reason = "a later file of the archive has the same name"
+    doubles = [Skipped(file.name, reason) for file in listing.files if last[file.name] is not file]
+    return Listing(list(last.values()), listing.skipped + doubles, listing.folders)
+
+
+def list_tar(path: Path, number: int = 0) -> Listing:
+    """Regular members and links to them; those of a tar inside it as ``NAME/MEMBER``, as in ImageNet's tar of tars.
+
+    Args:
+        path: of the archive.
+        number: of this file in the places.
+
+    Raises:
+        ValueError: if it is damaged, cut off or compressed, or a name in it is not UTF-8.
+    """
+    listing = Listing([], [], set())
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        _list_members(file, 0, size, str(path), number, listing, prefix="")
+    return _without_doubles(listing)
+
+
+def _list_members(
+    file: BinaryIO, start: int, end: int, where: str, number: int, listing: Listing, *, prefix: str
+) -> None:
+    links: dict[str, str] = {}
+    for member in _members(file, start, end, where):
+        name = clean(prefix + member.name)
+        if _in_junk(name):
+            continue
+        _check_name(name, where)
+        if member.isdir():
+            listing.folders.add(name)
+        elif member.islnk():
+            links[name] = clean(prefix + member.linkname)
+        elif member.issym():
+            links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+        elif not member.isreg() or member.issparse():
+            listing.skipped.append(Skipped(name, "neither a plain file nor a link"))
+        elif name.endswith(".tar") and not prefix:
+            _list_inner(file, member, where, number, listing)
+        elif member.size > LARGEST_ITEM:
+            listing.skipped.append(Skipped(name, _too_large(member.size)))
+        else:
+            listing.files.append(Listed(name, (number, member.offset_data, member.size)))
+    if links:
+        _follow(links, listing)
+
+
+def _follow(links: dict[str, str], listing: Listing) -> None:
+    """List links within an archive as the files that they lead to."""
+    places = {file.name: file.place for file in listing.files}
+    for name, target in links.items():
+        passed = {name}
+        while target in links and target not in passed:
+            passed.add(target)
+            target = links[target]
+        if target in places and target not in links:
+            listing.files.append(Listed(name, places[target]))
+        else:
+            listing.skipped.append(Skipped(name, f"a link to {target!r}, which is no file of the archive"))
+
+
+def _list_inner(file: BinaryIO, member: tarfile.TarInfo, where: str, number: int, listing: Listing) -> None:
+    name = clean(member.name)
+    end = member.offset_data + member.size
+    file.seek(member.offset_data)  # the outer walk seeks back before its next header
+    compression = compression_of(file.read(8))
+    if compression is not None:
+        listing.skipped.append(Skipped(name, f"a tar compressed by {compression} inside a tar: unpack it"))
+        return
+    inner = name.removesuffix(".tar") + "/"
+    listing.folders.add(inner[:-1])
+    _list_members(file, member.offset_data, end, f"{where}/{name}", number, listing, prefix=inner)
+
+
+def compression_of(head: bytes) -> str | None:
+    """The compression of a file that begins like this."""
+    return next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), None)
+
+
+def _members(file: BinaryIO, start: int, end: int, where: str) -> Iterator[tarfile.TarInfo]:
+    """All members between two offsets of a file, also of tars that were appended to each other."""
+    while start < end:
+        file.seek(start)
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                while (member := tar.next()) is not None and member.offset < end:
+                    tar.members.clear()  # type: ignore[attr-defined]  # a million of them would fill the memory
+                    if member.isreg() and member.offset_data + member.size > end:
+                        raise ValueError(f"{where} is damaged or cut off: {member.name!r} runs over its end")
+                    yield member
+                # tarfile takes a damaged header for the end; the real end is zeros, or the end of the file.
+                stop = min(tar.offset, end)
+        except tarfile.TarError as error:
+            raise ValueError(f"{where} is damaged or cut off: {error}") from error
+        file.seek(stop)
+        if file.read(min(tarfile.BLOCKSIZE, end - stop)).strip(b"\0"):
+            raise ValueError(f"{where} is damaged: there is no readable header at byte {stop}")
+        start = _after_zeros(file, stop, end)
+
+
+def _after_zeros(file: BinaryIO, start: int, end: int) -> int:
+    """The first block after ``start`` that is not zeros."""
+    file.seek(start)
+    while start < end and (chunk := file.read(min(2**20, end - start))):
+        if rest := chunk.lstrip(b"\0"):
+            return start + (len(chunk) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+        start += len(chunk)
+    return end

@@ -1,0 +1,225 @@
+"""Images in parquet files, as Hugging Face's data sets have them: a column of encoded images, one of labels."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shortcutflow.data.images import ImageError
+from shortcutflow.data.shards import Skipped
+from shortcutflow.data.sources.labels import NoLabel, choose_field, how_to_choose, number_labels
+from shortcutflow.data.sources.readers import LARGEST_ITEM, Block, RawItem, RawSource
+from shortcutflow.data.sources.splits import check_files
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "picture", "photo")
+_NO_LABELS = {
+    "text", "caption", "captions", "prompt", "description", "title", "url", "path", "file", "file_name", "filename",
+    "name",
+    "id", "idx", "index", "key", "image_id", "image_path", "width", "height", "size", "md5", "sha256", "hash",
+    "license",
+    "author", "source", "date", "timestamp", "split", "__index_level_0__", "__key__", "__url__",
+}  # fmt: skip
+LARGEST_GROUP = 2 * 2**30
+"""Bytes that a row group may have in memory."""
+
+CACHE = 256 * 2**20
+"""Bytes of row groups kept by a reader, and shuffled among each other."""
+
+
+class ParquetReader:
+    """Rows of parquet files; a place is (number of the file, row group, row within it)."""
+
+    def __init__(self, files: Sequence[Path], column: str) -> None:
+        self.files, self.column = tuple(files), column
+        self._file: tuple[int, pq.ParquetFile] | None = None
+        self._groups: OrderedDict[tuple[int, int], tuple[pa.ChunkedArray, int]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_file": None, "_groups": OrderedDict()}
+
+    def read(self, item: RawItem) -> bytes:
+        """See :class:`~shortcutflow.data.sources.readers.Reader`."""
+        file, group, row = (int(value) for value in item.place)
+        value = self._group(file, group)[row].as_py()
+        content = value.get("bytes") if isinstance(value, dict) else value
+        if content is None:
+            raise ImageError("the table holds no bytes of it" + (", only a path" if isinstance(value, dict) else ""))
+        if len(content) > LARGEST_ITEM:
+            raise ImageError(f"it has {len(content)} bytes, at most {LARGEST_ITEM} are read")
+        return content
+
+    def _group(self, file: int, group: int) -> pa.ChunkedArray:
+        if (file, group) in self._groups:
+            self._groups.move_to_end((file, group))
+            return self._groups[file, group][0]
+        if self._file is None or self._file[0] != file:
+            self._file = (file, _open(self.files[file]))
+        column = self._file[1].read_row_group(group, columns=[self.column], use_threads=False).column(0)
+        self._groups[file, group] = (column, column.nbytes)
+        while len(self._groups) > 1 and sum(size for _, size in self._groups.values()) > CACHE:
+            self._groups.popitem(last=False)
+        return column
+
+
+def open_parquet(files: Sequence[Path], root: Path, choice: bool | str = True) -> RawSource:
+    """Parquet files as a source, in the order of their names and rows.
+
+    Args:
+        files: to read.
+        root: a folder that holds all of them.
+        choice: of the labels: True, False or the name of a column.
+
+    Raises:
+        ImportError: without pyarrow.
+        ValueError: if one is damaged, has no column of images, the labels are ambiguous, or the files are of several
+            splits.
+    """
+    files = sorted(files)
+    path = files[0] if len(files) == 1 else root
+    check_files([file.relative_to(root).as_posix() for file in files], root)
+    tables = [_open(file) for file in files]
+    column = _image_column(tables[0], files[0])
+    label_column = _label_column(tables[0], files[0], column, choice)
+    _check_columns(tables, files, [name for name in (column, label_column) if name is not None], label_column)
+    rows, blocks, values = [], [], list[Any]()
+    for number, (file, table) in enumerate(zip(files, tables, strict=True)):
+        if label_column is not None:
+            values += table.read(columns=[label_column], use_threads=False).column(0).to_pylist()
+        name = file.relative_to(root).as_posix()
+        for group, size, numbers in _groups(table, file):
+            blocks.append((len(numbers), size))
+            rows += [(f"{name}:{row}", (number, group, within)) for within, row in enumerate(numbers)]
+    if not rows:
+        raise ValueError(f"{path} holds no images: its {len(files)} parquet files have no rows")
+    labels, names = list[int | NoLabel | None]([None] * len(rows)), tuple[str, ...]()
+    if label_column is not None:
+        given = _class_names(tables[0], label_column)
+        numbers_of, names = number_labels(values, f"column {label_column!r} of {path}", names=given, words=True)
+        labels = [*numbers_of]
+    items: list[RawItem] = []
+    skipped, cuts, start = [], list[Block](), 0
+    for count, size in blocks:
+        before = len(items)
+        for (name, place), label in zip(rows[start : start + count], labels[start : start + count], strict=True):
+            if isinstance(label, NoLabel):
+                skipped.append(Skipped(name, label.reason))
+            else:
+                items.append(RawItem(name, label, place))
+        cuts.append(Block(before, len(items), size))
+        start += count
+    notes = () if label_column in (None, "label") else (f"labels from column {label_column!r}",)
+    return RawSource("parquet files", ParquetReader(files, column), items, names, tuple(skipped), tuple(cuts), notes)
+
+
+def _check_columns(
+    tables: Sequence[pq.ParquetFile], files: Sequence[Path], columns: Sequence[str], label_column: str | None
+) -> None:
+    """All files have the columns, and number the classes alike."""
+    for table, file in zip(tables, files, strict=True):
+        missing = [name for name in columns if name not in table.schema_arrow.names]
+        if missing:
+            raise ValueError(f"{file} has no column {missing[0]!r}, {files[0].name} has one: they are no one data set")
+        if label_column is not None and _class_names(table, label_column) != _class_names(tables[0], label_column):
+            raise ValueError(
+                f"{file} and {files[0]} name the classes of {label_column!r} differently: prepare one alone"
+            )
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ImportError("parquet files are read by pyarrow: pip install 'shortcutflow[parquet]'") from error
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, FileNotFoundError | PermissionError):
+            raise
+        raise ValueError(f"{path} is not a readable parquet file: {error}") from error
+
+
+def _image_column(table: pq.ParquetFile, path: Path) -> str:
+    import pyarrow as pa
+
+    def is_image(kind: pa.DataType) -> bool:
+        if pa.types.is_struct(kind):
+            place = kind.get_field_index("bytes")
+            return place >= 0 and is_image(kind.field(place).type)
+        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+    schema = table.schema_arrow
+    found = [field.name for field in schema if is_image(field.type)]
+    chosen = next((name for name in IMAGE_COLUMNS if name in found), found[0] if len(found) == 1 else None)
+    if chosen is None:
+        columns = ", ".join(f"{field.name}: {field.type}" for field in schema)
+        raise ValueError(
+            f"{path} has no column of images. Its columns: {columns}. One called 'image' is due, of bytes or of "
+            "struct<bytes, path>"
+        )
+    return chosen
+
+
+def _label_column(table: pq.ParquetFile, path: Path, image: str, choice: bool | str) -> str | None:
+    """The column of the labels, None for no labels.
+
+    Raises:
+        ValueError: if the choice is no column, or it is not clear which one it is.
+    """
+    import pyarrow as pa
+
+    columns = [name for name in table.schema_arrow.names if name != image]
+    if choice is False or choice in columns:
+        return None if choice is False else str(choice)
+    if choice is not True:
+        raise ValueError(f"{path} has no column {choice!r} of labels: {how_to_choose(*columns[:8], 'none')}")
+    of_classes = [name for name in columns if _class_names(table, name)]
+    if (found := choose_field(of_classes or columns, str(path))) is not None or not of_classes:
+        types = pa.types
+        usual = (types.is_integer, types.is_string, types.is_boolean, types.is_dictionary)
+        kinds = {field.name: field.type for field in table.schema_arrow}
+        others = [
+            name
+            for name in columns
+            if found is None and name.lower() not in _NO_LABELS and any(is_kind(kinds[name]) for is_kind in usual)
+        ]
+        if others:
+            raise ValueError(f"{path} has no column called label; its columns: {', '.join(columns)}. If one holds it, "
+                             + how_to_choose(*others[:8], "none"))  # fmt: skip
+        return found
+    if len(of_classes) > 1:
+        raise ValueError(f"{path} has several columns of classes: {how_to_choose(*of_classes, 'none')}")
+    return of_classes[0]
+
+
+def _groups(table: pq.ParquetFile, path: Path) -> list[tuple[int, int, range]]:
+    """Each row group: its number, bytes in memory, and rows of the file."""
+    found, row = [], 0
+    for group in range(table.num_row_groups):
+        facts = table.metadata.row_group(group)
+        if facts.total_byte_size > LARGEST_GROUP:
+            raise ValueError(
+                f"row group {group} of {path} has {facts.total_byte_size} bytes, at most {LARGEST_GROUP} are read at "
+                "once: write the file again with row_group_size=100"
+            )
+        found.append((group, facts.total_byte_size, range(row, row + facts.num_rows)))
+        row += facts.num_rows
+    return found
+
+
+def _class_names(table: pq.ParquetFile, column: str) -> tuple[str, ...]:
+    """From the metadata that Hugging Face writes into the schema; empty where there are none."""
+    metadata = (table.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        feature = json.loads(metadata)["info"]["features"][column]
+        names = feature.get("names") or (feature.get("feature") or {}).get("names")
+        return tuple(str(name) for name in names) if isinstance(names, list) else ()
+    return ()

@@ -1,0 +1,93 @@
+"""Names of splits, such as ``train2017`` or ``x-validation-00000-of-00002``: two of them are never read as one set."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+_WORDS = {
+    "train": ("train", "training", "trainset"),
+    "validation": ("val", "valid", "validation", "valset", "dev", "devel", "minival"),
+    "test": ("test", "testing", "testset", "eval", "evaluation", "holdout", "heldout"),
+    "trainval": ("trainval",),
+    "unlabeled": ("unlabeled", "unlabelled", "unsup", "unsupervised"),
+    "extra": ("extra",),
+    "images": ("images", "image", "imgs", "img"),
+    "masks": ("masks", "mask", "labels", "annotations", "annotation", "segmentation", "segmentations", "gt",
+              "groundtruth", "depth", "edges"),
+    "thumbnails": ("thumbnails", "thumbnail", "thumbs", "preview", "previews"),
+}  # fmt: skip
+_SPLIT_OF_WORD = {word: split for split, words in _WORDS.items() for word in words}
+_ROLES = {"images", "masks", "thumbnails"}
+_BESIDE_A_SPLIT = {"set", "data", "split", "folder", "partial", "jpeg", "class", "object", "of", "x", "a", "b"}
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+NUMBERED = re.compile(r"(^|[-_.])\d+$")
+"""How the names of the parts of one set end."""
+
+
+def split_of(name: str, *, anywhere: bool = False) -> str | None:
+    """The split that a folder or file name stands for, None for other names.
+
+    Args:
+        name: without a suffix.
+        anywhere: a word of it is enough, as in ``cc3m-train-0001``; otherwise ``train_station`` is no split.
+    """
+    words = [word.lower() for word in _WORD.findall(name.replace("held-out", "holdout").replace("held_out", "holdout"))]
+    splits = [_SPLIT_OF_WORD[word] for word in words if word in _SPLIT_OF_WORD]
+    real = [split for split in splits if split not in _ROLES]
+    if anywhere:
+        return real[-1] if real else None
+    if not splits or any(word not in _SPLIT_OF_WORD and word not in _BESIDE_A_SPLIT for word in words):
+        return None
+    return (real or splits)[-1]
+
+
+def check_folders(names: Iterable[str], where: Path) -> None:
+    """Refuse folders beside each other that are splits of one data set, or its images and their masks.
+
+    Raises:
+        ValueError: naming them.
+    """
+    names = sorted(names)
+    found = {name: split for name in names if (split := split_of(name)) is not None}
+    all_splits = len(names) > 1 and all(split_of(name, anywhere=True) for name in names)
+    if len(set(found.values())) > 1 or all_splits:
+        chosen = sorted(found) or names
+        raise ValueError(f"{where} holds the splits {', '.join(chosen)}: give one of them, such as {where / chosen[0]}")
+
+
+def check_tree(files: Iterable[str], where: Path) -> None:
+    """:func:`check_folders` for the folders beside each other at every depth, given the files' names."""
+    below: dict[str, set[str]] = {}
+    for folder in {name.rpartition("/")[0] for name in files}:
+        parts = folder.split("/")
+        for i, part in enumerate(parts):
+            if part:
+                below.setdefault("/".join(parts[:i]), set()).add(part)
+    for parent, names in sorted(below.items()):
+        check_folders(names, where / parent)
+
+
+def check_files(files: Iterable[str], where: Path) -> None:
+    """Refuse parquet files or shards (names below ``where``) of several splits.
+
+    Raises:
+        ValueError: naming the splits and a way to give one.
+    """
+    found: dict[str, str] = {}
+    for name in sorted(files):
+        path = PurePosixPath(name)
+        part = path.suffix == ".parquet" or NUMBERED.search(path.stem) is not None
+        split = split_of(path.stem, anywhere=part)
+        way = str(path)
+        if split is not None and part:
+            way = str(path.with_name(re.sub(r"[-_.]?\d+(-of-\d+)?$", "", path.stem) + "*" + path.suffix))
+        for folder in path.parents:
+            if split is None and (split := split_of(folder.name)) is not None:
+                way = str(folder)
+        if split is not None:
+            found.setdefault(split, way)
+    if len(found) > 1:
+        ways = ", ".join(f"'{where / way}'" for way in found.values())
+        raise ValueError(f"{where} holds several splits ({', '.join(sorted(found))}): give one of {ways}")

@@ -1,0 +1,176 @@
+"""Members that share a key are one sample, as in webdataset's shards: their images, and the values of their labels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from shortcutflow.data.shards import Skipped
+from shortcutflow.data.sources.archives import Listed
+from shortcutflow.data.sources.labels import NoLabel, choose_field, how_to_choose
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+LARGEST_LABEL = 2**20
+"""Bytes of a member that holds a label."""
+
+_LOOKED_AT = 64
+Read = Callable[[Listed], bytes]
+"""Gives a listed file's bytes."""
+
+
+class Sample(NamedTuple):
+    """An image and the other members of its key, by extension."""
+
+    image: Listed
+    members: dict[str, Listed]
+
+
+def suffix_of(name: str) -> str:
+    """In lower case with its dot, or empty."""
+    last = name.rpartition("/")[2]
+    return "." + last.rpartition(".")[2].lower() if "." in last[1:] else ""
+
+
+def key_and_extension(name: str) -> tuple[str, str]:
+    """As webdataset splits a name: at the first dot of its last part."""
+    folder, slash, last = name.rpartition("/")
+    stem, _, extension = last.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+def _kind(extension: str) -> str:
+    """What decides how a member is decoded: the last part of its extension."""
+    return extension.rpartition(".")[2]
+
+
+def label_members(files: Iterable[Listed]) -> set[str]:
+    """Which of the extensions ``cls``, ``class``, ``json`` and ``txt`` lie beside images with the same key."""
+    images, labels = set(), dict[str, set[str]]()
+    for file in files:
+        key, extension = key_and_extension(file.name)
+        if "." + _kind(extension) in IMAGE_SUFFIXES:
+            images.add(key)
+        elif _kind(extension) in ("cls", "class", "json", "txt"):
+            labels.setdefault(_kind(extension), set()).add(key)
+    return {kind for kind, keys in labels.items() if not images.isdisjoint(keys)}
+
+
+def samples_of(files: Iterable[Listed]) -> tuple[list[Sample], list[Skipped]]:
+    """Samples in the order of their names, and what is part of none."""
+    by_key: dict[str, dict[str, Listed]] = {}
+    samples, skipped = [], []
+    for file in sorted(files):
+        key, extension = key_and_extension(file.name)
+        if extension and key.rpartition("/")[2]:
+            members = by_key.setdefault(key, {})
+            if extension in members:
+                skipped.append(Skipped(file.name, f"{members[extension].name} has the same key and extension"))
+            members.setdefault(extension, file)
+        else:
+            skipped.append(Skipped(file.name, "not an image: suffix (none)"))
+    for members in by_key.values():
+        image, left_out = _image_of(members)
+        skipped += left_out
+        if image is not None:
+            samples.append(Sample(image, members))
+    return samples, skipped
+
+
+def _image_of(members: dict[str, Listed]) -> tuple[Listed | None, list[Skipped]]:
+    """The one image of a sample: the one whose extension is plain (``jpg``), or the only one."""
+    images = {extension: file for extension, file in members.items() if "." + _kind(extension) in IMAGE_SUFFIXES}
+    if not images:
+        reason = f"a sample without an image, it has {', '.join(sorted(members))}"
+        return None, [Skipped(min(members.values()).name, reason)]
+    plain = [extension for extension in images if "." not in extension]
+    if not plain and len(images) > 1:
+        reason = (
+            f"one of {len(images)} images of one sample, "
+            "whose key ends at the first dot of a name, and none is plainly called "
+            "KEY.jpg"
+        )
+        return None, [Skipped(file.name, reason) for file in images.values()]
+    chosen = images[min(plain) if plain else next(iter(images))]
+    reason = f"another image of its sample, {chosen.name} is used"
+    return chosen, [Skipped(file.name, reason) for file in images.values() if file is not chosen]
+
+
+def label_field(samples: list[Sample], read: Read, where: str) -> str | None:
+    """What holds the labels: ``cls``, ``class``, ``json:FIELD``, ``txt`` if it is numbers, or None.
+
+    Raises:
+        ValueError: if several fields may.
+    """
+    for kind in ("cls", "class"):
+        if any(_member(sample, kind) for sample in samples):
+            return kind
+    field = json_field(samples, read, where)
+    if field is not None:
+        return field
+    texts = [file for sample in samples if (file := _member(sample, "txt"))][:_LOOKED_AT]
+    numbers = texts and all(_text(file, read).removeprefix("-").isdecimal() for file in texts)
+    return "txt" if numbers else None
+
+
+def json_field(samples: list[Sample], read: Read, where: str, *, must: bool = False) -> str | None:
+    """The field of ``KEY.json`` that holds the label, as ``json:FIELD``.
+
+    Raises:
+        ValueError: if several may; if none does and it ``must``.
+    """
+    fields: set[str] = set()
+    for file in [file for sample in samples if (file := _member(sample, "json"))][:_LOOKED_AT]:
+        found = _json(file, read)
+        fields.update(found if isinstance(found, dict) else ())
+    field = choose_field(fields, f"KEY.json in {where}", "json:")
+    if field is None and must:
+        listed = ", ".join(sorted(fields)[:20]) or "none"
+        raise ValueError(f"no field of KEY.json in {where} is called label (fields: {listed}): "
+                         + how_to_choose("json:FIELD", "none"))  # fmt: skip
+    return None if field is None else f"json:{field}"
+
+
+def label_values(samples: list[Sample], field: str, read: Read) -> list[object]:
+    """The value of a field (see :func:`label_field`) in each sample; None, or a ``NoLabel``, where there is none."""
+    kind, _, path = field.partition(":")
+    return [_value(sample, kind, path, read) for sample in samples]
+
+
+def _value(sample: Sample, kind: str, path: str, read: Read) -> object:
+    file = _member(sample, kind)
+    if file is None:
+        return None
+    if _size(file) > LARGEST_LABEL:
+        return NoLabel(f"its label has {_size(file)} bytes, at most {LARGEST_LABEL} are read")
+    if kind != "json":
+        return _text(file, read)
+    found = _json(file, read)
+    if found is None:
+        return NoLabel("its .json is not readable")
+    for part in [path] if isinstance(found, dict) and path in found else path.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
+
+
+def _member(sample: Sample, kind: str) -> Listed | None:
+    if kind in sample.members:
+        return sample.members[kind]
+    found = [file for extension, file in sample.members.items() if _kind(extension) == kind]
+    return found[0] if len(found) == 1 else None
+
+
+def _size(file: Listed) -> int:
+    """Places end with the size, but those of zip archives: (offset, compressed, size, method, CRC-32)."""
+    return int(file.place[2] if len(file.place) == 5 else file.place[-1])
+
+
+def _text(file: Listed, read: Read) -> str:
+    return read(file).decode("utf-8", errors="replace").strip() if _size(file) <= LARGEST_LABEL else ""
+
+
+def _json(file: Listed, read: Read) -> object:
+    try:
+        return json.loads(read(file)) if _size(file) <= LARGEST_LABEL else None
+    except (ValueError, RecursionError):
+        return None
