@@ -11,9 +11,7 @@ import typer
 def convert_command(
     checkpoint: Annotated[
         Path,
-        typer.Argument(
-            help="A checkpoint of the released JAX code (a pickle), of SiT or DiT (.pt), or a diffusers folder."
-        ),
+        typer.Argument(help="A pickle of the released JAX code, a .pt of SiT or DiT, or a diffusers folder or hub id."),
     ],
     out: Annotated[Path, typer.Option(help="The model's folder to write.")],
     kind: Annotated[str | None, typer.Option(help="sit or dit, if the name of a .pt does not tell.")] = None,

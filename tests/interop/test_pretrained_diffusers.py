@@ -234,6 +234,79 @@ def test_the_autoencoder_of_a_pipeline(tmp_path: Path) -> None:
     assert convert_pretrained(folder / "transformer", tmp_path / "three")[0].shape == (4, 8, 8)
 
 
+@torch.no_grad()
+def test_folders_as_people_have_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards with an index, a variant, both; a training script's checkpoint; the hub's cache; a hub id."""
+    network, (x, t, y) = dit(num_layers=1), inputs((4, 8, 8), labels=True)
+    half = dit(num_layers=1).half()
+
+    def velocities(source: Path, weights: str | None = None) -> tuple[Tensor, tuple[str, ...]]:
+        out = tmp_path / f"out of {source.name} {weights}"
+        _, notes = convert_pretrained(source, out)
+        return sf.load(out, weights=weights).network(x, t, t, y), notes
+
+    network.save_pretrained(tmp_path / "plain")
+    expected, _ = velocities(tmp_path / "plain")
+    network.save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    assert torch.equal(velocities(tmp_path / "sharded")[0], expected)
+    for name, options in {"half": {}, "half sharded": {"max_shard_size": "20KB"}}.items():
+        half.save_pretrained(tmp_path / name, variant="fp16", **options)
+        got, notes = velocities(tmp_path / name)
+        assert 0 < (got - expected).abs().max() < 0.5
+        assert any("of the variant fp16" in note for note in notes)
+    half.save_pretrained(tmp_path / "plain", variant="fp16")
+    assert torch.equal(velocities(tmp_path / "plain", "current")[0], expected), "full precision is preferred"
+
+    average = dit(num_layers=1)
+    average.proj_out_2.bias.add_(1)
+    saved = tmp_path / "checkpoint-500"
+    network.save_pretrained(saved / "transformer")
+    average.save_pretrained(saved / "transformer_ema")
+    torch.save({}, saved / "optimizer.bin")
+    assert torch.equal(velocities(saved, "current")[0], expected)
+    assert not torch.equal(velocities(saved)[0], expected), "its average is what is loaded by default"
+    (tmp_path / "plain" / "diffusion_pytorch_model.safetensors").rename(tmp_path / "plain" / "model.safetensors")
+    (tmp_path / "plain" / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    assert "give the folder" in refusal(tmp_path / "plain" / "model.safetensors", tmp_path / "none")
+
+    root = tmp_path / "models--a--b"
+    (root / "snapshots").mkdir(parents=True)
+    (tmp_path / "plain").rename(root / "snapshots" / "abc")
+    assert torch.equal(velocities(root)[0], expected)
+    (root / "snapshots" / "older").mkdir()
+    assert "holds 2 snapshots and no main" in refusal(root, tmp_path / "none")
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("abc\n")
+    assert torch.equal(velocities(root, "current")[0], expected)
+
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.chdir(tmp_path)
+    assert is_pretrained(Path("a/b"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(root / "snapshots" / "abc"))
+    assert torch.equal(velocities(Path("a/b"))[0], expected)
+
+    def unreachable(*_: Any, **__: Any) -> str:
+        raise OSError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    assert "cannot be had from the hub: offline" in refusal(Path("a/b"), tmp_path / "none")
+
+
+def test_an_index_that_lies(tmp_path: Path) -> None:
+    dit(num_layers=1).save_pretrained(tmp_path / "net", max_shard_size="50KB")
+    index = tmp_path / "net" / "diffusion_pytorch_model.safetensors.index.json"
+    whole = json.loads(index.read_text())["weight_map"]
+    for placed, message in (
+        ({"a": "../elsewhere.safetensors"}, "'../elsewhere.safetensors', which is not beside it"),
+        (whole | {"more": next(iter(whole.values()))}, "its files lack more"),
+        (whole | {"more": "none.safetensors"}, "there is no file"),
+        ([], "must hold a weight_map"),
+    ):
+        edit(index, weight_map=placed)
+        assert message in refusal(tmp_path / "net", tmp_path / "out")
+
+
 # ---- what is refused
 
 
@@ -310,8 +383,10 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
     (folder / "transformer" / "config.json").unlink()
     assert "a pipeline without one network" in refusal(folder, out)
     (tmp_path / "empty").mkdir()
-    assert "there is no file" in refusal(tmp_path / "empty", out)
-    assert not is_pretrained(tmp_path / "empty")
+    assert "is no folder of a diffusers network or pipeline" in refusal(tmp_path / "empty", out)
+    (tmp_path / "empty" / "model.pt").touch()
+    assert "it holds model.pt: give the file" in refusal(tmp_path / "empty", out)
+    assert is_pretrained(tmp_path / "empty"), "a folder is never the authors' pickle"
 
 
 def test_without_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,6 +166,37 @@ def test_safetensors_too(tmp_path: Path) -> None:
     assert (sf.load(tmp_path / "out").network(x, t, t, y) - original(x, t, y)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("layout", [
+    {"model_state_dict": {}, "ema_state_dict": None}, {"state_dict_ema": None, "net": {}}, {"ema": {"shadow": None}},
+    {"state_dict": None, "epoch": 3}, {"model": {"state_dict": None}},
+])  # fmt: skip
+@pytest.mark.parametrize("prefix", ["module._orig_mod.", "_orig_mod.module.", "model.net.", ""])
+def test_names_of_other_training_scripts(layout: dict[str, Any], prefix: str, tmp_path: Path) -> None:
+    """None stands for the weights; sets that are empty stay so and are refused, so they are filled too."""
+    state = {prefix + name: tensor for name, tensor in PublicTransformer().state_dict().items()}
+
+    def filled(value: Any) -> Any:
+        if value is None or value == {}:
+            return state
+        return {key: filled(part) for key, part in value.items()} if isinstance(value, dict) else value
+
+    torch.save(filled(layout), tmp_path / "net.pt")
+    config, _ = convert_pretrained(tmp_path / "net.pt", tmp_path / "out", kind="sit", heads=2)
+    average = any("ema" in key for key in layout)
+    assert config.default_weights == ("ema" if average else "current")
+    assert len(config.weights) == (2 if average and len(layout) == 2 else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_positions_that_were_rounded_before(dtype: torch.dtype, tmp_path: Path) -> None:
+    """A float32 file of a network that was held in half precision; a table that was learnt is refused as before."""
+    state = {name: tensor.to(dtype).float() for name, tensor in PublicTransformer().state_dict().items()}
+    torch.save(state, tmp_path / "net.pt")
+    convert_pretrained(tmp_path / "net.pt", tmp_path / "out", kind="sit", heads=2)
+    torch.save(state | {"pos_embed": state["pos_embed"] + 1e-3}, tmp_path / "net.pt")
+    assert "not the fixed sine-cosine table" in refusal(tmp_path / "net.pt", tmp_path / "again", heads=2)
+
+
 # ---- what is refused
 
 
@@ -228,6 +259,21 @@ def test_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (tmp_path / "canary").exists(), "it would have run"
 
 
+def test_files_that_are_no_state_dict(tmp_path: Path) -> None:
+    """The format before torch 1.6, programs, and a network that was saved whole: each with its true reason."""
+    file, network = tmp_path / "net.pt", PublicTransformer()
+    torch.save(network.state_dict(), file, _use_new_zipfile_serialization=False)
+    assert is_pretrained(file)
+    assert "format from before version 1.6" in refusal(file, tmp_path / "out")
+    torch.save(network, file)
+    assert "PublicTransformer'" in (said := refusal(file, tmp_path / "out"))
+    assert "saved whole, save its state_dict()" in said
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(str(file))
+    assert "a program of torch.jit" in refusal(file, tmp_path / "out")
+    torch.export.save(torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),)), tmp_path / "net.pt2")
+    assert "a program of torch.export" in refusal(tmp_path / "net.pt2", tmp_path / "out")
+
+
 @pytest.mark.parametrize("kept", [0, 1, 100, 10_000, -1, -200])
 def test_a_file_that_is_cut_off(kept: int, tmp_path: Path) -> None:
     whole = saved(PublicTransformer(), tmp_path / "whole.pt").read_bytes()
@@ -263,5 +309,4 @@ def test_what_looks_like_one(tmp_path: Path) -> None:
     assert is_pretrained(saved(PublicTransformer(), tmp_path / "net.pt"))
     (tmp_path / "released.pkl").write_bytes(b"\x80\x04\x95")
     assert not is_pretrained(tmp_path / "released.pkl")
-    assert not is_pretrained(tmp_path)
     assert not is_pretrained(tmp_path / "nothing")

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from shortcutflow import __version__
 from shortcutflow.config import CURRENT
+from shortcutflow.interop.model import HUB_ID
 from shortcutflow.interop.model_folder import ModelConfig, weights_file
 from shortcutflow.interop.pretrained import dit_sit
-from shortcutflow.interop.pretrained.diffusers_models import describe_folder, is_diffusers_folder
+from shortcutflow.interop.pretrained.diffusers_models import WEIGHTS_NAME, describe_folder, downloaded
 from shortcutflow.interop.pretrained.dit_sit import Kind, check_positions, kind_of
 from shortcutflow.interop.pretrained.foreign import Foreign
 from shortcutflow.interop.pretrained.torch_file import is_torch_file, read_tensors
@@ -27,7 +28,10 @@ from shortcutflow.network import build_network
 from shortcutflow.schedule import levels_of
 from shortcutflow.seeds import seed_for
 
-INSIDE = {"ema": AVERAGE, "model": CURRENT, "state_dict": CURRENT}
+INSIDE = {
+    **dict.fromkeys(("ema", "ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "params_ema"), AVERAGE),
+    **dict.fromkeys(("model", "state_dict", "model_state_dict", "net", "network", "module", "params"), CURRENT),
+}
 """Where training checkpoints keep their weights, and what these are called here."""
 STEP = "condition.step."
 """What the names of the step size's embedding start with."""
@@ -37,7 +41,7 @@ Sets = Mapping[str, Mapping[str, Tensor]]
 
 def is_pretrained(source: Path) -> bool:
     """Whether this looks like what :func:`convert_pretrained` reads, and not like a checkpoint of the released code."""
-    return is_diffusers_folder(source) if source.is_dir() else is_torch_file(source)
+    return source.is_dir() or is_torch_file(source) or (not source.exists() and bool(HUB_ID.fullmatch(str(source))))
 
 
 def convert_pretrained(
@@ -52,7 +56,8 @@ def convert_pretrained(
     """Write a pretrained model as a model's folder; nothing in it is run, little of it is in memory at a time.
 
     Args:
-        source: a ``.pt`` or ``.safetensors`` file of SiT or DiT, or a folder of diffusers' (a pipeline's or a model's).
+        source: a ``.pt`` or ``.safetensors`` file of SiT or DiT; a folder of diffusers' (a pipeline's, a model's, a
+            checkpoint of its training scripts, a repository in the hub's cache); or a hub id of such a folder.
         out: the folder, which must not exist or be empty; it appears when it is complete.
         kind: "sit" or "dit", for a file whose name does not tell.
         heads: of attention, for a file; None takes the usual number for its width.
@@ -68,6 +73,8 @@ def convert_pretrained(
     levels_of(finest_steps)
     foreign: Foreign
     sets: Sets
+    if not source.exists() and HUB_ID.fullmatch(str(source)):
+        source = downloaded(str(source))
     if source.is_dir():
         if kind is not None or heads is not None:
             raise ValueError(f"{source} is a folder, whose config tells what it is: kind and heads are for files")
@@ -84,6 +91,8 @@ def convert_pretrained(
 
 
 def _of_file(source: Path, kind: Kind | None, heads: int | None, image_size: int | None) -> tuple[Foreign, Sets]:
+    if WEIGHTS_NAME.fullmatch(source.name) and (source.parent / "config.json").is_file():
+        raise ValueError(f"{source} is described by the config.json beside it: give the folder {source.parent}")
     sets = read_tensors(source, inside=INSIDE)
     kind = kind or kind_of(source)
     try:

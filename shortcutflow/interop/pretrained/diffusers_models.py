@@ -4,8 +4,11 @@
 
     model_index.json                 of a pipeline only; its parts are then in transformer/ or unet/, scheduler/, vae/
     config.json                      the network's options
-    diffusion_pytorch_model.*        its weights, .safetensors or .bin
+    diffusion_pytorch_model.*        its weights, .safetensors or .bin, in one file or with an index of several
     scheduler_config.json            the betas, and what the network predicts
+
+A checkpoint of diffusers' training scripts has unet/ or transformer/ beside unet_ema/ or transformer_ema/, and a
+repository in the hub's cache (``models--OWNER--NAME``) has such a folder below ``snapshots/``.
 
 Only the JSON and the tensors are read. Nothing here needs diffusers itself; running its U-Net does.
 """
@@ -13,6 +16,7 @@ Only the JSON and the tensors are read. Nothing here needs diffusers itself; run
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,13 @@ from shortcutflow.interop.pretrained.torch_file import read_tensors
 from shortcutflow.io.json import read_object
 
 CONFIG, INDEX, SCHEDULER = "config.json", "model_index.json", "scheduler_config.json"
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+WEIGHTS_NAME = re.compile(
+    r"(diffusion_pytorch_model|pytorch_model|model)(\.(?P<variant>\w+))?\.(?P<format>safetensors|bin)"
+    r"(?P<index>\.index(\.(?P<index_variant>\w+))?\.json)?"
+)
+"""Weights in one file, or the index of several; a variant is a precision such as fp16."""
+LONGEST_INDEX = 2**24
+"""Bytes of an index; a large model names some thousand tensors."""
 MODELS = ("transformer", "unet")
 PREDICTS = {"epsilon": "noise", "v_prediction": "v", "sample": "data"}
 SCHEDULERS = (
@@ -36,11 +46,6 @@ SCHEDULERS = (
 """Those that are given by betas."""
 
 
-def is_diffusers_folder(folder: Path) -> bool:
-    """Whether a folder is a pipeline's, or holds a network as diffusers saves one."""
-    return (folder / INDEX).is_file() or any((folder / name).is_file() for name in WEIGHTS)
-
-
 def describe_folder(source: Path, *, image_size: int | None = None) -> tuple[Foreign, dict[str, dict[str, Tensor]]]:
     """What a folder holds, and its tensors by name, as "current".
 
@@ -48,13 +53,26 @@ def describe_folder(source: Path, *, image_size: int | None = None) -> tuple[For
         FileNotFoundError: if a file is missing.
         ValueError: if the network, its scheduler or its options are of a kind that is not supported.
     """
+    source = _snapshot(source)
     folder = _model_folder(source)
     config = read_object(folder / CONFIG, "a diffusers model")
     diffusion, notes = _diffusion(source, folder)
-    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if weights is None:
-        raise FileNotFoundError(f"{folder} has no weights: there is neither {' nor '.join(WEIGHTS)}")
-    (tensors,) = read_tensors(weights).values()
+    tensors, variant = _weights(folder)
+    notes += [f"weights: those of the variant {variant}; there are no others"] if variant else []
+    foreign, tensors = _described(folder, config, tensors, diffusion, image_size)
+    about = {"predicts": str(diffusion["predicts"])}
+    foreign = dataclasses.replace(foreign, notes=(*notes, *foreign.notes), vae=_vae(source, foreign.shape), about=about)
+    sets = {"current": tensors}
+    average = folder.with_name(f"{folder.name}_ema")
+    if folder != source and (average / CONFIG).is_file():
+        sets["ema"] = _described(average, config, _weights(average)[0], diffusion, image_size)[1]
+    return foreign, sets
+
+
+def _described(
+    folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], diffusion: dict[str, Any], image_size: int | None
+) -> tuple[Foreign, dict[str, Tensor]]:
+    """The network of these tensors, checked, and the tensors under the names of today."""
     try:
         match config.get("_class_name"):
             case "DiTTransformer2DModel" | "Transformer2DModel":
@@ -68,19 +86,96 @@ def describe_folder(source: Path, *, image_size: int | None = None) -> tuple[For
         check_unread(tensors, foreign)
     except (ValueError, TypeError) as error:  # the second of values that are no numbers
         raise ValueError(f"{folder}: {error}") from None
-    about = {"predicts": str(diffusion["predicts"])}
-    foreign = dataclasses.replace(foreign, notes=(*notes, *foreign.notes), vae=_vae(source, foreign.shape), about=about)
-    return foreign, {"current": tensors}
+    return foreign, tensors
+
+
+def downloaded(hub_id: str) -> Path:
+    """The folder of a hub repository's configs and weights, from the cache or downloaded.
+
+    Raises:
+        ImportError: without huggingface_hub.
+        OSError: if there is no such repository, or it cannot be reached.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ImportError(
+            f"there is no file or folder {hub_id}; a hub id needs huggingface_hub: pip install 'shortcutflow[hub]'"
+        ) from error
+    parts = ["", *(f"{part}/" for part in (*MODELS, "scheduler"))]
+    patterns = [f"{part}{name}" for part in parts for name in ("*.json", "*pytorch_model*.safetensors")]
+    try:
+        folder = Path(snapshot_download(hub_id, allow_patterns=patterns))
+        if not any(folder.rglob("*.safetensors")):
+            patterns += [f"{part}*pytorch_model*.bin" for part in parts]
+            folder = Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except Exception as error:  # of the hub's client and of its network library
+        said = " ".join(str(error).split())[:200]
+        raise OSError(f"there is no file or folder {hub_id}, and it cannot be had from the hub: {said}") from error
+    return folder
+
+
+def _snapshot(source: Path) -> Path:
+    """The files of a repository's folder in the hub's cache; any other folder is itself."""
+    snapshots = source / "snapshots"
+    if not snapshots.is_dir():
+        return source
+    main = source / "refs" / "main"
+    if main.is_file() and (snapshots / (name := main.read_text().strip())).is_dir() and name:
+        return snapshots / name
+    found = sorted(path for path in snapshots.iterdir() if path.is_dir())
+    if len(found) != 1:
+        raise ValueError(f"{source} holds {len(found)} snapshots and no main among them: give one below {snapshots}")
+    return found[0]
 
 
 def _model_folder(source: Path) -> Path:
-    if not (source / INDEX).is_file():
+    """The folder of the network: the source itself, or its only part that is one."""
+    if (source / INDEX).is_file():
+        read_object(source / INDEX, "a diffusers model")
+    elif (source / CONFIG).is_file():
         return source
-    read_object(source / INDEX, "a diffusers model")
     found = [source / name for name in MODELS if (source / name / CONFIG).is_file()]
-    if len(found) != 1:
+    if len(found) == 1:
+        return found[0]
+    if (source / INDEX).is_file():
         raise ValueError(f"{source} is a pipeline without one network in {' or '.join(MODELS)}/")
-    return found[0]
+    files = sorted(path.name for path in source.iterdir() if path.suffix in (".pt", ".pth", ".ckpt", ".safetensors"))
+    hint = f"; it holds {files[0]}: give the file if it is SiT's or DiT's" if files else ""
+    raise ValueError(
+        f"{source} is no folder of a diffusers network or pipeline: there is no {CONFIG}, {INDEX}, "
+        f"{' or '.join(f'{name}/{CONFIG}' for name in MODELS)} in it{hint}"
+    )
+
+
+def _weights(folder: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of a model's folder, and their variant if there is no plain file."""
+    found = [match for path in sorted(folder.iterdir()) if (match := WEIGHTS_NAME.fullmatch(path.name))]
+    if not found:
+        raise FileNotFoundError(f"{folder} has no weights: no diffusion_pytorch_model.safetensors or .bin, no index")
+
+    def rank(match: re.Match[str]) -> tuple[bool, bool, bool, bool]:
+        variant = match["variant"] or match["index_variant"]
+        own = match[1] == "diffusion_pytorch_model"
+        return variant is not None, not own, match["format"] == "bin", match["index"] is not None
+
+    best = min(found, key=rank)
+    path, variant = folder / best[0], best["variant"] or best["index_variant"]
+    if not best["index"]:
+        (tensors,) = read_tensors(path).values()
+        return tensors, variant
+    placed = read_object(path, "the parts of a diffusers model", longest=LONGEST_INDEX).get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
+        raise ValueError(f"{path} names no files: it must hold a weight_map")
+    tensors = {}
+    for file in sorted(set(placed.values())):
+        if file != Path(file).name:
+            raise ValueError(f"{path} names {file!r}, which is not beside it")
+        (part,) = read_tensors(folder / file).values()
+        tensors |= part
+    if missing := sorted(placed.keys() - tensors.keys()):
+        raise ValueError(f"{path}: its files lack {', '.join(missing[:3])}")
+    return tensors, variant
 
 
 def _vae(source: Path, shape: tuple[int, ...]) -> str | None:

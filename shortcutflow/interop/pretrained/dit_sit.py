@@ -109,8 +109,12 @@ def check_positions(found: Tensor, backbone: BackboneConfig, shape: tuple[int, .
     # One block has the same positions as all of them.
     tiny = backbone.model_copy(update={"options": backbone.options | {"depth": 1}})
     network = build_network(tiny, shape=shape, num_classes=None, finest_steps=2, seed=0)
-    off = (found.float().reshape(-1, found.shape[-1]) - network.get_buffer("positions")).abs().max()
-    if not off < 1e-4 + torch.finfo(found.dtype).eps:
+    found = found.float()
+    off = (found.reshape(-1, found.shape[-1]) - network.get_buffer("positions")).abs().max()
+    # A file of float32 may hold numbers that were rounded to half precision before.
+    rounded = (torch.bfloat16, torch.float16)
+    precision = next((dtype for dtype in rounded if torch.equal(found, found.to(dtype).float())), torch.float32)
+    if not off < 1e-4 + torch.finfo(precision).eps:
         raise ValueError(
             f"{name} is not the fixed sine-cosine table (off by {off:.3g}); a learned one is not supported"
         )

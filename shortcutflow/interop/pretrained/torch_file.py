@@ -15,8 +15,12 @@ from torch import Tensor
 LONGEST_PICKLE = 2**26
 """Bytes that may describe the tensors; their numbers lie outside of the pickle."""
 MOST_MEMBERS = 100_000
-WRAPPERS = ("module.", "_orig_mod.")
-"""What DDP and torch.compile put before every name."""
+WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.", "ema_model.")
+"""What DDP, torch.compile, Lightning and wrappers of an EMA put before every name."""
+NESTED = ("state_dict", "model", "module", "shadow")
+"""Keys below which an entry of a training checkpoint may keep its state dict."""
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""First bytes of a file of ``torch.save`` before version 1.6."""
 
 
 def read_tensors(path: Path, *, inside: Mapping[str, str] | None = None) -> dict[str, dict[str, Tensor]]:
@@ -41,8 +45,11 @@ def read_tensors(path: Path, *, inside: Mapping[str, str] | None = None) -> dict
         raise ValueError(f"{path} holds a {type(content).__name__}, no dictionary of tensors")
     found: dict[str, dict[str, Tensor]] = {}
     for key, name in (inside or {}).items():
-        if isinstance(content.get(key), Mapping):
-            found.setdefault(name, _checked(content[key], path))
+        value = content.get(key)
+        while isinstance(value, Mapping) and (inner := [value[k] for k in NESTED if isinstance(value.get(k), Mapping)]):
+            value = inner[0]
+        if isinstance(value, Mapping) and name not in found:
+            found[name] = _checked(value, path)
     return found or {"current": _checked(content, path)}
 
 
@@ -51,11 +58,18 @@ def is_torch_file(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        return path.suffix == ".safetensors" or file.read(4) == b"PK\x03\x04"
+        start = file.read(len(LEGACY))
+    return path.suffix == ".safetensors" or start.startswith(b"PK\x03\x04") or start == LEGACY
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse what is no archive, and archives that grow when they are read."""
+    """Refuse what is no archive, archives of programs, and archives that grow when they are read."""
+    with path.open("rb") as file:
+        if file.read(len(LEGACY)) == LEGACY:
+            raise ValueError(
+                f"{path} has torch.save's format from before version 1.6, which is not read here: write it anew with "
+                "torch.save(torch.load(FILE, weights_only=True), NEW_FILE)"
+            )
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -63,6 +77,10 @@ def _check_archive(path: Path) -> None:
         raise ValueError(
             f"{path} is no file of torch.save since version 1.6, or is cut off: {' '.join(str(error).split())}"
         ) from None
+    names = [member.filename.partition("/")[2] for member in members[:MOST_MEMBERS]]
+    for program, sign in (("torch.jit", "constants.pkl"), ("torch.export", "archive_format")):
+        if sign in names:
+            raise ValueError(f"{path} is a program of {program}, which is not read: save the network's state_dict()")
     if len(members) > MOST_MEMBERS:
         raise ValueError(f"{path} has {len(members)} parts; {MOST_MEMBERS} are allowed")
     for member in members:
@@ -83,7 +101,10 @@ def _loaded(path: Path) -> Any:
     except Exception as error:  # a made-up pickle can make the reader fail in any way
         said = " ".join(str(error).split())
         if named := re.search(r"GLOBAL (\S+)", said):
-            raise ValueError(f"{path}: refused, it names {named[1]!r}, which no dictionary of tensors needs") from None
+            raise ValueError(
+                f"{path}: refused, it names {named[1]!r}, which no dictionary of tensors needs; if that is the class "
+                "of a network that was saved whole, save its state_dict() instead"
+            ) from None
         # What precedes is advice to run the file after all.
         if "Weights only" in said:
             said = said.rpartition("WeightsUnpickler error:")[2] if "WeightsUnpickler" in said else ""
@@ -116,7 +137,6 @@ def _checked(tensors: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     # A tensor can repeat one number for ever, and each of many can be all of one part of the file.
     if total > path.stat().st_size:
         raise ValueError(f"{path}: its tensors claim {total} bytes, the file has {path.stat().st_size}")
-    for wrapper in WRAPPERS:
-        if tensors and all(name.startswith(wrapper) for name in tensors):
-            tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+    while tensors and (wrapper := next((w for w in WRAPPERS if all(name.startswith(w) for name in tensors)), None)):
+        tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
     return dict(tensors)
