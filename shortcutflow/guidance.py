@@ -9,7 +9,7 @@ from shortcutflow.types import Network
 
 
 def predict(net: Network, x_t: Tensor, t: Tensor, d: Tensor, y: Tensor | None) -> Tensor:
-    """Ask the network for its velocity and check its shape.
+    """The network's velocity, in float32 at least, so that differences and means of velocities keep their digits.
 
     Raises:
         ValueError: if it does not have the shape of x_t.
@@ -17,7 +17,7 @@ def predict(net: Network, x_t: Tensor, t: Tensor, d: Tensor, y: Tensor | None) -
     v = net(x_t, t, d, y)
     if v.shape != x_t.shape:
         raise ValueError(f"the network must return the shape of x_t, {tuple(x_t.shape)}, not {tuple(v.shape)}")
-    return v
+    return v.to(torch.promote_types(v.dtype, torch.float32))
 
 
 def drop_condition(y: Tensor, dropped: Tensor, null_y: Tensor | float) -> Tensor:

@@ -39,8 +39,12 @@ def draw_bootstrap_sizes(
     offset = torch.rand((), generator=generator, device=device)
     position = (torch.arange(rows, device=device) + offset) * (levels / rows)
     # position < levels holds in exact arithmetic; float32 can round the last one up.
-    k = position.floor().clamp(max=levels - 1)
-    return torch.exp2(k + 1) / finest_steps
+    return size_of(position.long().clamp(max=levels - 1) + 1, finest_steps)
+
+
+def size_of(level: Tensor, finest_steps: int) -> Tensor:
+    """The step size 2^level / M, float32; exact on every device, which exp2 need not be."""
+    return (torch.ones_like(level) << level).float() / finest_steps
 
 
 def draw_times_on_grid(

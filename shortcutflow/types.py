@@ -152,8 +152,15 @@ class Objective(Protocol):
     def tells_step_size(self) -> bool:
         """Whether the network it trains may be told step sizes above 1/M when it is sampled."""
 
-    def draw(self, data: Tensor, *, generator: Generator | None = None, progress: float | None = None) -> Any:
-        """Take every random number of one evaluation."""
+    def draw(
+        self,
+        data: Tensor,
+        *,
+        generator: Generator | None = None,
+        progress: float | None = None,
+        share: Share = WHOLE,
+    ) -> Any:
+        """Take every random number of one evaluation on a share of a batch: those that the whole batch would get."""
 
     def targets(
         self,

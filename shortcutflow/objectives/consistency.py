@@ -48,6 +48,6 @@ def same_end(
     """
     next_v = predict(net, next_x, next_t, 1 - next_t, y)
     end = torch.where(expand_to(next_t, next_x) < 1, data_end(next_x, next_t, next_v), next_x)
-    v = (end - x_t) / expand_to(1 - t, x_t)
+    v = ((end - x_t) / expand_to(1 - t, x_t)).to(x_t.dtype)
     metrics = magnitudes(bootstrap=v, b1=leg, b2=next_v)
     return Targets(x_t, t, 1 - t, y, v, n_bootstrap=len(t), metrics=metrics)

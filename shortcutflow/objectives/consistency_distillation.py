@@ -13,7 +13,7 @@ from shortcutflow.objectives.consistency import ConsistencyObjective, same_end
 from shortcutflow.objectives.objective import GuidanceScale, StepDraw, guided_evaluations, require_teacher
 from shortcutflow.objectives.regression import check_batch
 from shortcutflow.path import interpolate
-from shortcutflow.types import Network, Targets
+from shortcutflow.types import WHOLE, Network, Share, Targets
 
 
 class ConsistencyDistillationObjective(ConsistencyObjective):
@@ -54,9 +54,16 @@ class ConsistencyDistillationObjective(ConsistencyObjective):
         """The teacher's step and the neighbour's end on each row."""
         return guided_evaluations(self.guidance_scale) + 1.0
 
-    def draw(self, data: Tensor, *, generator: Generator | None = None, progress: float | None = None) -> StepDraw:
+    def draw(
+        self,
+        data: Tensor,
+        *,
+        generator: Generator | None = None,
+        progress: float | None = None,
+        share: Share = WHOLE,
+    ) -> StepDraw:
         """Noise, times and dropped conditions for a batch of data (b, *shape); ``progress`` is not used."""
-        return self.draw_steps(data, 1 / self.finest_steps, generator)
+        return self.draw_steps(data, 1 / self.finest_steps, generator, share)
 
     @torch.no_grad()
     def targets(
@@ -81,7 +88,7 @@ class ConsistencyDistillationObjective(ConsistencyObjective):
         # The teacher is asked for its flow, d = 0.
         flow = torch.zeros_like(draw.t)
         v = guided_velocity(teacher, x_t, draw.t, flow, y, scale=self.guidance_scale, null_y=null_y)
-        next_x = x_t + draw.size * v
+        next_x = (x_t + draw.size * v).to(x_t.dtype)
         if self.clip is not None:
             next_x = next_x.clamp(-self.clip, self.clip)
         return same_end(net, x_t, draw.t, next_x, draw.t + draw.size, y, v)

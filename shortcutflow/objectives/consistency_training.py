@@ -12,7 +12,7 @@ from shortcutflow.objectives.objective import StepDraw, stage_of
 from shortcutflow.objectives.regression import check_batch
 from shortcutflow.path import interpolate, velocity
 from shortcutflow.schedule import levels_of
-from shortcutflow.types import Network, Targets
+from shortcutflow.types import WHOLE, Network, Share, Targets
 
 
 class ConsistencyTrainingObjective(ConsistencyObjective):
@@ -46,13 +46,20 @@ class ConsistencyTrainingObjective(ConsistencyObjective):
         """The gap d between neighbours when so much of the training is done."""
         return 2.0 ** -stage_of(progress, levels_of(self.finest_steps), self.kind)
 
-    def draw(self, data: Tensor, *, generator: Generator | None = None, progress: float | None = None) -> StepDraw:
+    def draw(
+        self,
+        data: Tensor,
+        *,
+        generator: Generator | None = None,
+        progress: float | None = None,
+        share: Share = WHOLE,
+    ) -> StepDraw:
         """Noise, times and dropped conditions for a batch of data (b, *shape).
 
         Raises:
             ValueError: without progress, the share of the training that is done.
         """
-        return self.draw_steps(data, self.gap_at(progress), generator)
+        return self.draw_steps(data, self.gap_at(progress), generator, share)
 
     @torch.no_grad()
     def targets(

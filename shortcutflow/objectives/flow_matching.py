@@ -9,11 +9,12 @@ import torch
 from pydantic import Field, field_validator
 from torch import Generator, Tensor
 
-from shortcutflow.objectives.objective import TrainingObjective
+from shortcutflow.objectives.objective import TrainingObjective, noise_for
 from shortcutflow.objectives.regression import check_batch
 from shortcutflow.path import interpolate, velocity
 from shortcutflow.schedule import draw_times_on_grid, levels_of
-from shortcutflow.types import Network, Share, Targets
+from shortcutflow.seeds import generator_or_default
+from shortcutflow.types import WHOLE, Network, Share, Targets
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,6 @@ class FlowDraw:
     noise: Tensor
     t: Tensor
     dropped: Tensor
-
-    def of(self, share: Share) -> FlowDraw:
-        """The rows of a share."""
-        return FlowDraw(self.noise[share.rows], self.t[share.rows], self.dropped[share.rows])
 
 
 class FlowMatchingObjective(TrainingObjective):
@@ -63,15 +60,23 @@ class FlowMatchingObjective(TrainingObjective):
         """False: such a network knows the flow alone, so a sampler must not tell it larger steps."""
         return False
 
-    def draw(self, data: Tensor, *, generator: Generator | None = None, progress: float | None = None) -> FlowDraw:
+    def draw(
+        self,
+        data: Tensor,
+        *,
+        generator: Generator | None = None,
+        progress: float | None = None,
+        share: Share = WHOLE,
+    ) -> FlowDraw:
         """Noise, times and dropped conditions for a batch of data (b, *shape)."""
-        b, device = len(data), data.device
-        noise = torch.randn(data.shape, dtype=data.dtype, generator=generator, device=device)
+        b, device = len(data) * share.total, data.device
+        generator = generator_or_default(generator, device)
+        noise = noise_for(data, generator, share)
         if self.time_steps is None:
             t = torch.rand(b, generator=generator, device=device)
         else:
             t = draw_times_on_grid(b, 1 / self.time_steps, generator=generator, device=device)
-        return FlowDraw(noise, t, self.draw_dropped(b, generator, device))
+        return FlowDraw(noise, t[share.rows], self.draw_dropped(b, generator, device)[share.rows])
 
     def targets(
         self,

@@ -6,19 +6,27 @@ lines it learns the straightened flow, at d = 1. There d is a name for one of tw
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
-from shortcutflow.objectives.objective import FinestSteps, GuidanceScale, TrainingObjective, guided_evaluations
+from shortcutflow.objectives.objective import (
+    FinestSteps,
+    GuidanceScale,
+    TrainingObjective,
+    guided_evaluations,
+    noise_for,
+    require_shared_evenly,
+)
 from shortcutflow.objectives.pairs import end_of_flow
 from shortcutflow.objectives.regression import check_batch, rows_of
 from shortcutflow.path import interpolate, velocity
 from shortcutflow.schedule import draw_times_on_grid
-from shortcutflow.types import Network, SamplerKind, Share, Targets
+from shortcutflow.seeds import generator_or_default
+from shortcutflow.types import WHOLE, Network, SamplerKind, Share, Targets
 
 
 @dataclass(frozen=True)
@@ -38,27 +46,6 @@ class LiveReflowDraw:
     dropped: Tensor
     n_reflow: int
     source: Tensor | None = None
-
-    def of(self, share: Share) -> LiveReflowDraw:
-        """The rows of a share, reflow rows first as in the whole.
-
-        Raises:
-            ValueError: if a share would have no reflow row while another has, or rows that use another's samples.
-        """
-        n = self.n_reflow
-        if 0 < n < share.total:
-            raise ValueError(f"{n} reflow rows cannot be shared by {share.total} processes: use larger batches")
-        if self.source is not None and n % share.total:
-            raise ValueError(f"the released rows need reflow rows that {share.total} shares divide, there are {n}")
-        return replace(
-            self,
-            noise=self.noise[share.rows],
-            t=self.t[share.rows],
-            dropped=self.dropped[share.rows],
-            n_reflow=share.rows_among_first(n),
-            # Sample i lies in share i % total, at place i // total there.
-            source=None if self.source is None else self.source[share.rows] // share.total,
-        )
 
 
 class LiveReflowObjective(TrainingObjective):
@@ -136,16 +123,29 @@ class LiveReflowObjective(TrainingObjective):
         return rows_of(self.reflow_fraction, batch_size, "reflow")
 
     def draw(
-        self, data: Tensor, *, generator: Generator | None = None, progress: float | None = None
+        self,
+        data: Tensor,
+        *,
+        generator: Generator | None = None,
+        progress: float | None = None,
+        share: Share = WHOLE,
     ) -> LiveReflowDraw:
-        """Noise, times and dropped conditions for a batch of data (b, *shape); ``progress`` is not used."""
-        b, n, device, d = len(data), self.n_reflow(len(data)), data.device, 1 / self.finest_steps
-        noise = torch.randn(data.shape, dtype=data.dtype, generator=generator, device=device)
-        t = draw_times_on_grid(b, d, generator=generator, device=device)
-        dropped = self.draw_dropped(b, generator, device)
+        """Noise, times and dropped conditions for a batch of data (b, *shape); ``progress`` is not used.
+
+        Raises:
+            ValueError: if a share would have no reflow row while another has, or rows that use another's samples.
+        """
+        b, device, d = len(data) * share.total, data.device, 1 / self.finest_steps
+        n = self.n_reflow(b)
+        require_shared_evenly(n, share, "reflow", exactly=self.rows != "each_once")
+        generator = generator_or_default(generator, device)
+        noise = noise_for(data, generator, share)
+        t = draw_times_on_grid(b, d, generator=generator, device=device)[share.rows]
+        dropped = self.draw_dropped(b, generator, device)[share.rows]
         if self.rows == "each_once":
-            return LiveReflowDraw(noise, t, dropped, n)
-        return self.released_rows(draw_times_on_grid(n, d, generator=generator, device=device), t, noise, dropped)
+            return LiveReflowDraw(noise, t, dropped, share.rows_among_first(n))
+        t_reflow = draw_times_on_grid(n, d, generator=generator, device=device)[share.rows]
+        return self.released_rows(t_reflow, t, noise, dropped)
 
     def released_rows(self, t_reflow: Tensor, t_flow: Tensor, noise: Tensor, dropped: Tensor) -> LiveReflowDraw:
         """Merge the released code's draws for n reflow and b flow rows into its b rows."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-import torch
 from pydantic import AfterValidator, Field
 from torch import Generator, Tensor
 
-from shortcutflow.objectives.regression import ObjectiveSettings, check_batch, regress, whole_batch
+from shortcutflow.objectives.regression import ObjectiveSettings, check_batch, regress
 from shortcutflow.schedule import draw_times_on_grid, levels_of
+from shortcutflow.seeds import draw_noise_rows, generator_or_default
 from shortcutflow.types import WHOLE, LossReport, Mean, Network, Share, Targets
 
 
@@ -40,17 +40,28 @@ class StepDraw:
     dropped: Tensor
     size: float
 
-    def of(self, share: Share) -> StepDraw:
-        """The rows of a share."""
-        return replace(self, noise=self.noise[share.rows], t=self.t[share.rows], dropped=self.dropped[share.rows])
-
 
 class TrainingObjective(ObjectiveSettings, ABC):
     """Base of the objectives: three steps, and the call that takes them one after the other."""
 
     @abstractmethod
-    def draw(self, data: Tensor, *, generator: Generator | None = None, progress: float | None = None) -> Any:
-        """Take every random number of one evaluation on a batch of data (b, *shape)."""
+    def draw(
+        self,
+        data: Tensor,
+        *,
+        generator: Generator | None = None,
+        progress: float | None = None,
+        share: Share = WHOLE,
+    ) -> Any:
+        """Take every random number of one evaluation on a batch of data (b, *shape), or on a share of a batch.
+
+        Args:
+            data: gives shape, type and device.
+            generator: on data's device; None is torch's default generator, which ``torch.manual_seed`` seeds.
+            progress: share of the training that is done, in [0, 1], for methods with a schedule.
+            share: which rows of the global batch data is: they get the numbers that the whole batch would give them.
+                Numbers of a few bytes a row are drawn for the whole batch, noise for the share alone.
+        """
 
     @abstractmethod
     def targets(
@@ -88,25 +99,46 @@ class TrainingObjective(ObjectiveSettings, ABC):
             teacher: the trained network that two-phase methods learn from.
             progress: share of the training that is done, in [0, 1], for methods with a schedule.
             null_y: the condition that stands for "none": needed for condition_dropout and guidance.
-            generator: where the random numbers come from, on data's device.
-            share: which rows of the global batch data is; each share draws as if it were the whole.
+            generator: where the random numbers come from, on data's device; None is torch's default generator.
+            share: which rows of the global batch data is; they get the numbers that the whole would give them.
 
         Raises:
             ValueError: for a missing teacher, progress or null_y, or shapes that do not fit together.
         """
         check_batch(data, y)
-        draw = self.draw(whole_batch(data, share), generator=generator, progress=progress).of(share)
+        generator = generator_or_default(generator, data.device)
+        draw = self.draw(data, generator=generator, progress=progress, share=share)
         maker = net if target_net is None else target_net
         return regress(net, self.targets(maker, data, y, draw, teacher=teacher, null_y=null_y))
 
-    def draw_steps(self, data: Tensor, size: float, generator: Generator | None) -> StepDraw:
+    def draw_steps(self, data: Tensor, size: float, generator: Generator | None, share: Share) -> StepDraw:
         """Noise, times that are multiples of size, and dropped conditions."""
-        b, device = len(data), data.device
+        b, device = len(data) * share.total, data.device
+        generator = generator_or_default(generator, device)
         return StepDraw(
-            noise=torch.randn(data.shape, dtype=data.dtype, generator=generator, device=device),
-            t=draw_times_on_grid(b, size, generator=generator, device=device),
-            dropped=self.draw_dropped(b, generator, device),
+            noise=noise_for(data, generator, share),
+            t=draw_times_on_grid(b, size, generator=generator, device=device)[share.rows],
+            dropped=self.draw_dropped(b, generator, device)[share.rows],
             size=size,
+        )
+
+
+def noise_for(data: Tensor, generator: Generator, share: Share) -> Tensor:
+    """Noise like data, which is a share of a batch; see :func:`shortcutflow.seeds.draw_noise_rows`."""
+    return draw_noise_rows(len(data), data.shape[1:], generator, share, dtype=data.dtype, device=data.device)
+
+
+def require_shared_evenly(n: int, share: Share, rows: str, *, exactly: bool) -> None:
+    """Raise ValueError if shares of a batch would have none of its n special rows, or unequal numbers of them."""
+    if exactly and n % share.total:
+        raise ValueError(
+            f"the released rows need {rows} rows that {share.total} shares divide, there are {n}: a share is a "
+            "process's batch, or one of its accumulation's parts"
+        )
+    if 0 < n < share.total:
+        raise ValueError(
+            f"{n} {rows} rows cannot be shared by {share.total} parts (processes times accumulation): "
+            "use larger batches"
         )
 
 

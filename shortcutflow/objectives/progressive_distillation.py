@@ -22,7 +22,7 @@ from shortcutflow.objectives.objective import (
 from shortcutflow.objectives.regression import check_batch
 from shortcutflow.path import interpolate
 from shortcutflow.schedule import levels_of
-from shortcutflow.types import Network, Targets
+from shortcutflow.types import WHOLE, Network, Share, Targets
 
 
 class ProgressiveDistillationObjective(TrainingObjective):
@@ -91,13 +91,20 @@ class ProgressiveDistillationObjective(TrainingObjective):
         levels = levels_of(self.finest_steps)
         return 2.0 ** (1 + min(stage_of(progress, levels, self.kind), levels - 1)) / self.finest_steps
 
-    def draw(self, data: Tensor, *, generator: Generator | None = None, progress: float | None = None) -> StepDraw:
+    def draw(
+        self,
+        data: Tensor,
+        *,
+        generator: Generator | None = None,
+        progress: float | None = None,
+        share: Share = WHOLE,
+    ) -> StepDraw:
         """Noise, times and dropped conditions for a batch of data (b, *shape).
 
         Raises:
             ValueError: without progress, the share of the training that is done.
         """
-        return self.draw_steps(data, self.size_at(progress), generator)
+        return self.draw_steps(data, self.size_at(progress), generator, share)
 
     @torch.no_grad()
     def targets(
@@ -120,13 +127,15 @@ class ProgressiveDistillationObjective(TrainingObjective):
         y = self.drop(y, draw.dropped, null_y)
         x_t = interpolate(draw.noise, data, draw.t, self.sigma_min)
         half = draw.size / 2
-        told = torch.full_like(draw.t, half)
-        scale = self.guidance_scale if draw.size == 2 / self.finest_steps else 1.0
-        v1 = guided_velocity(teacher, x_t, draw.t, told, y, scale=scale, null_y=null_y)
-        half_way = x_t + half * v1
+        is_first_stage = draw.size == 2 / self.finest_steps
+        scale = self.guidance_scale if is_first_stage else 1.0
+        # The first teacher is a flow, whatever its own M; later ones have learnt steps of this size.
+        d_teacher = torch.full_like(draw.t, 0.0 if is_first_stage else half)
+        v1 = guided_velocity(teacher, x_t, draw.t, d_teacher, y, scale=scale, null_y=null_y)
+        half_way = (x_t + half * v1).to(x_t.dtype)
         if self.clip is not None:
             half_way = half_way.clamp(-self.clip, self.clip)
-        v2 = guided_velocity(teacher, half_way, draw.t + half, told, y, scale=scale, null_y=null_y)
+        v2 = guided_velocity(teacher, half_way, draw.t + half, d_teacher, y, scale=scale, null_y=null_y)
         v = ((v1 + v2) / 2).to(x_t.dtype)
         metrics = magnitudes(bootstrap=v, b1=v1, b2=v2)
-        return Targets(x_t, draw.t, 2 * told, y, v, n_bootstrap=len(v), metrics=metrics)
+        return Targets(x_t, draw.t, torch.full_like(draw.t, draw.size), y, v, n_bootstrap=len(v), metrics=metrics)

@@ -13,11 +13,18 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
-from shortcutflow.objectives.objective import GuidanceScale, TrainingObjective, guided_evaluations, require_teacher
+from shortcutflow.objectives.objective import (
+    GuidanceScale,
+    TrainingObjective,
+    guided_evaluations,
+    noise_for,
+    require_teacher,
+)
 from shortcutflow.objectives.pairs import end_of_flow
 from shortcutflow.objectives.regression import check_batch
 from shortcutflow.path import interpolate, velocity
-from shortcutflow.types import Network, Share, Targets
+from shortcutflow.seeds import generator_or_default
+from shortcutflow.types import WHOLE, Network, Share, Targets
 
 
 @dataclass(frozen=True)
@@ -33,19 +40,6 @@ class ReflowDraw:
     noise: Tensor
     t: Tensor
     dropped: Tensor
-
-    def of(self, share: Share) -> ReflowDraw:
-        """The rows of a share, with their pairs.
-
-        Raises:
-            ValueError: if shares would have to make the same pair.
-        """
-        if len(self.noise) % share.total and len(self.noise) < len(self.t):
-            raise ValueError(
-                f"{len(self.noise)} pairs of several rows cannot be shared by {share.total} processes: "
-                "use a batch size that both divide, or rows_per_pair=1"
-            )
-        return ReflowDraw(self.noise[share.rows], self.t[share.rows], self.dropped[share.rows])
 
 
 class ReflowObjective(TrainingObjective):
@@ -83,19 +77,33 @@ class ReflowObjective(TrainingObjective):
         """The teacher's steps on each pair."""
         return self.teacher_steps * guided_evaluations(self.guidance_scale) / self.rows_per_pair
 
-    def draw(self, data: Tensor, *, generator: Generator | None = None, progress: float | None = None) -> ReflowDraw:
+    def draw(
+        self,
+        data: Tensor,
+        *,
+        generator: Generator | None = None,
+        progress: float | None = None,
+        share: Share = WHOLE,
+    ) -> ReflowDraw:
         """Noise of the pairs, times and dropped conditions; ``progress`` is not used.
 
         Raises:
-            ValueError: for a batch that rows_per_pair does not divide.
+            ValueError: for a batch that rows_per_pair does not divide, or shares that would have to make the same pair.
         """
-        if len(data) % self.rows_per_pair:
-            raise ValueError(f"a batch of {len(data)} cannot be made of pairs of {self.rows_per_pair} rows each")
-        b, n, device = len(data), len(data) // self.rows_per_pair, data.device
+        b, device = len(data) * share.total, data.device
+        if b % self.rows_per_pair:
+            raise ValueError(f"a batch of {b} cannot be made of pairs of {self.rows_per_pair} rows each")
+        n = b // self.rows_per_pair
+        if n % share.total:
+            raise ValueError(
+                f"{n} pairs of several rows cannot be shared by {share.total} processes: "
+                "use a batch size that both divide, or rows_per_pair=1"
+            )
+        generator = generator_or_default(generator, device)
         return ReflowDraw(
-            noise=torch.randn((n, *data.shape[1:]), dtype=data.dtype, generator=generator, device=device),
-            t=torch.rand(b, generator=generator, device=device),
-            dropped=self.draw_dropped(n, generator, device),
+            noise=noise_for(data[: n // share.total], generator, share),
+            t=torch.rand(b, generator=generator, device=device)[share.rows],
+            dropped=self.draw_dropped(n, generator, device)[share.rows],
         )
 
     @torch.no_grad()

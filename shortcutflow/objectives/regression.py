@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from shortcutflow.guidance import drop_condition, predict, require_null
 from shortcutflow.path import check_state
-from shortcutflow.types import LossReport, Mean, Network, SamplerKind, Share, Targets
+from shortcutflow.types import LossReport, Mean, Network, SamplerKind, Targets
 
 
 class ObjectiveSettings(BaseModel):
@@ -47,9 +47,16 @@ class ObjectiveSettings(BaseModel):
         """Apply dropped to y; a condition_dropout of 0 needs no null_y.
 
         Raises:
-            ValueError: if rows may be dropped and null_y is missing.
+            ValueError: if rows may be dropped and y or null_y is missing.
         """
-        if y is None or (self.condition_dropout == 0 and null_y is None):
+        if y is None:
+            if self.condition_dropout:
+                raise ValueError(
+                    f"condition_dropout is {self.condition_dropout:g}, but there is no condition y to drop: "
+                    "pass y, or set condition_dropout to 0"
+                )
+            return None
+        if self.condition_dropout == 0 and null_y is None:
             return y
         return drop_condition(y, dropped, require_null(null_y))
 
@@ -76,11 +83,6 @@ def check_batch(data: Tensor, y: Tensor | None) -> None:
         raise ValueError(f"data must be a float tensor (batch, *shape), got {data.dtype} {tuple(data.shape)}")
     if y is not None and y.shape[:1] != data.shape[:1]:
         raise ValueError(f"y must have one row a sample: data has {len(data)}, y has shape {tuple(y.shape)}")
-
-
-def whole_batch(data: Tensor, share: Share) -> Tensor:
-    """Stands for the global batch that data is a share of: its shape, type and device; takes no memory."""
-    return data if share.total == 1 else data[:1].expand(len(data) * share.total, *data.shape[1:])
 
 
 def regress(net: Network, targets: Targets) -> LossReport:

@@ -23,7 +23,9 @@ from shortcutflow.objectives.objective import (
     GuidanceScale,
     TrainingObjective,
     magnitudes,
+    noise_for,
     require_progress,
+    require_shared_evenly,
     require_teacher,
 )
 from shortcutflow.objectives.regression import check_batch, rows_of
@@ -31,7 +33,8 @@ from shortcutflow.objectives.released import released_bootstrap_sizes, released_
 from shortcutflow.objectives.shortcut_draw import ShortcutDraw
 from shortcutflow.path import check_unit_interval, expand_to, interpolate, velocity
 from shortcutflow.schedule import draw_bootstrap_sizes, draw_times_on_grid, levels_of
-from shortcutflow.types import Mean, Network, Targets
+from shortcutflow.seeds import generator_or_default
+from shortcutflow.types import WHOLE, Mean, Network, Share, Targets
 
 
 class ShortcutObjective(TrainingObjective):
@@ -134,30 +137,47 @@ class ShortcutObjective(TrainingObjective):
         """
         return rows_of(self.bootstrap_fraction, batch_size, "bootstrap")
 
-    def draw(self, data: Tensor, *, generator: Generator | None = None, progress: float | None = None) -> ShortcutDraw:
+    def draw(
+        self,
+        data: Tensor,
+        *,
+        generator: Generator | None = None,
+        progress: float | None = None,
+        share: Share = WHOLE,
+    ) -> ShortcutDraw:
         """Noise, times, step sizes and dropped conditions for a batch of data (b, *shape).
 
         Raises:
-            ValueError: with stages and without progress, the share of the training that is done.
+            ValueError: with stages and without progress, the share of the training that is done; if a share would have
+                no bootstrap row while another has, or rows that use another's samples.
         """
         if self.rows != "each_once":
-            return self.draw_released(data, generator=generator)
-        b, device, M = len(data), data.device, self.finest_steps
+            return self.draw_released(data, generator=generator, share=share)
+        b, device, M = len(data) * share.total, data.device, self.finest_steps
         n = self.n_bootstrap(b) if self._has_begun(self.bootstrap_from, progress) else 0
+        require_shared_evenly(n, share, "bootstrap", exactly=False)
+        generator = generator_or_default(generator, device)
+        noise = noise_for(data, generator, share)
         d = torch.full((b,), 1 / M, device=device)
         if n > 0:
             d[:n] = draw_bootstrap_sizes(n, M, generator=generator, device=device)
         t = draw_times_on_grid(b, d, generator=generator, device=device)
+        d, n_here = d[share.rows], share.rows_among_first(n)
+        n_guided = self._n_may_be_guided(n) if self._has_begun(self.guidance_from, progress) else 0
         return ShortcutDraw(
-            noise=torch.randn(data.shape, dtype=data.dtype, generator=generator, device=device),
-            t=t,
+            noise=noise,
+            t=t[share.rows],
             d=d,
-            dropped=self.draw_dropped(b, generator, device),
-            n_bootstrap=n,
+            dropped=self.draw_dropped(b, generator, device)[share.rows],
+            n_bootstrap=n_here,
             # Sizes come finest first.
-            guided=d[:n] == 2 / M,
-            n_may_be_guided=self._n_may_be_guided(n) if self._has_begun(self.guidance_from, progress) else 0,
+            guided=self._is_finest(d[:n_here]),
+            n_may_be_guided=share.rows_among_first(n_guided),
         )
+
+    def _is_finest(self, d: Tensor) -> Tensor:
+        """Which bootstrap rows have d = 2/M, whose half steps are the flow's."""
+        return (d * self.finest_steps).round() == 2
 
     def _has_begun(self, stage: float, progress: float | None) -> bool:
         return stage == 0 or require_progress(progress, self.kind) >= stage
@@ -180,6 +200,7 @@ class ShortcutObjective(TrainingObjective):
         force_t: float | None = None,
         force_d: float | None = None,
         generator: Generator | None = None,
+        share: Share = WHOLE,
     ) -> ShortcutDraw:
         """The released code's rows: its order, its reuse of images, its remainder at d = 1.
 
@@ -187,19 +208,22 @@ class ShortcutObjective(TrainingObjective):
             force_t: use this time in all rows instead of drawn ones.
             force_d: use this step size in all bootstrap rows.
         """
-        b, device = len(data), data.device
+        b, device = len(data) * share.total, data.device
         n = self.n_bootstrap(b)
-        d = released_bootstrap_sizes(n, self.finest_steps, bias=self.rows == "released_dt_bias").to(device)
+        require_shared_evenly(n, share, "bootstrap", exactly=True)
+        generator = generator_or_default(generator, device)
+        noise_bootstrap = noise_for(data[: n // share.total], generator, share)
+        d = released_bootstrap_sizes(n, self.finest_steps, bias=self.rows == "released_dt_bias", device=device)
         if force_d is not None:
             d = torch.full_like(d, force_d)
         t_bootstrap = draw_times_on_grid(n, d, generator=generator, device=device)
+        noise_flow = noise_for(data, generator, share)
         t_flow = draw_times_on_grid(b, 1 / self.finest_steps, generator=generator, device=device)
         if force_t is not None:
             t_bootstrap, t_flow = torch.full_like(t_bootstrap, force_t), torch.full_like(t_flow, force_t)
-        noise_bootstrap = torch.randn((n, *data.shape[1:]), dtype=data.dtype, generator=generator, device=device)
-        noise_flow = torch.randn(data.shape, dtype=data.dtype, generator=generator, device=device)
+        here, dropped = share.rows, self.draw_dropped(b, generator, device)
         return self.released_rows(
-            t_bootstrap, d, noise_bootstrap, t_flow, noise_flow, self.draw_dropped(b, generator, device)
+            t_bootstrap[here], d[here], noise_bootstrap, t_flow[here], noise_flow, dropped[here], share=share
         )
 
     def released_rows(
@@ -210,21 +234,27 @@ class ShortcutObjective(TrainingObjective):
         t_flow: Tensor,
         noise_flow: Tensor,
         dropped: Tensor,
+        *,
+        share: Share = WHOLE,
     ) -> ShortcutDraw:
-        """Merge the released code's two sets of draws, of n bootstrap and b flow rows, into its b rows."""
+        """Merge the released code's two sets of draws, of n bootstrap and b flow rows, into its b rows.
+
+        Of a share of a batch all are the share's rows: since shares divide n, they merge among themselves.
+        """
         n, b = len(t_bootstrap), len(t_flow)
         kept = slice(b - n)
         image = torch.arange(b, device=t_flow.device)
         d_flow = torch.full((b - n,), 1 / self.finest_steps, device=t_flow.device)
-        n_guided = released_guided_rows(n, self.finest_steps, bias=self.rows == "released_dt_bias")
+        in_all = n * share.total
+        n_guided = released_guided_rows(in_all, self.finest_steps, bias=self.rows == "released_dt_bias")
         return ShortcutDraw(
             noise=torch.cat([noise_bootstrap, noise_flow[kept]]),
             t=torch.cat([t_bootstrap, t_flow[kept]]),
             d=torch.cat([d_bootstrap, d_flow]),
             dropped=torch.cat([torch.zeros_like(dropped[:n]), dropped[kept]]),
             n_bootstrap=n,
-            guided=image[:n] < n_guided,
-            n_may_be_guided=self._n_may_be_guided(n),
+            guided=image[:n] < share.rows_among_first(n_guided),
+            n_may_be_guided=share.rows_among_first(self._n_may_be_guided(in_all)),
             source=torch.cat([image[:n], image[kept]]),
         )
 
@@ -246,7 +276,8 @@ class ShortcutObjective(TrainingObjective):
             data: x_1, (b, *shape).
             y: condition, (b, ...) or None.
             draw: what :meth:`draw` returned, or numbers of your own.
-            teacher: the network whose flow is followed, with ``flow_of="teacher"``; called with d = 1/M.
+            teacher: the network whose flow is followed, with ``flow_of="teacher"``; called with d = 0,
+                which is the flow of any network, whatever its own M.
             null_y: the null condition, for dropped rows and guidance.
 
         Raises:
@@ -268,7 +299,8 @@ class ShortcutObjective(TrainingObjective):
         if teacher is not None:
             # A share without flow rows calls the teacher too, on one row in vain: if it is sharded all must call it.
             first = min(n, len(x_t) - 1)
-            followed = predict(teacher, x_t[first:], draw.t[first:], draw.d[first:], y[first:] if y is not None else y)
+            flow = torch.zeros_like(draw.d)
+            followed = predict(teacher, x_t[first:], draw.t[first:], flow[first:], y[first:] if y is not None else y)
             v = torch.cat([v[:n], followed[n - first :].to(v.dtype)])
         if n == 0:
             return Targets(x_t, draw.t, draw.d, y, v, source=draw.source)
@@ -284,7 +316,7 @@ class ShortcutObjective(TrainingObjective):
         """The average velocity of two steps of size d/2 from x_t, and the root mean squares of its parts."""
         t, half = draw.t[: len(x_t)], draw.d[: len(x_t)] / 2
         v1 = half_step(x_t, t)
-        x_half_way = self._clipped(x_t + expand_to(half, x_t) * v1)
+        x_half_way = self._clipped(x_t + expand_to(half, x_t) * v1).to(x_t.dtype)
         v2 = half_step(x_half_way, t + half)
         v = self._clipped((v1 + v2) / 2)
         return v, magnitudes(bootstrap=v, b1=v1, b2=v2)
@@ -307,12 +339,13 @@ class ShortcutObjective(TrainingObjective):
         # Sizes come finest first; how many rows have it differs from draw to draw, this bound does not.
         head = slice(self._n_at_finest(n))
         y_head = y[head] if y is not None else None
-        at_finest = draw.d[head] == 2 / self.finest_steps
+        at_finest = self._is_finest(draw.d[head])
+        flow = torch.zeros_like(half[head])
 
         def of_both(x: Tensor, t: Tensor) -> Tensor:
             v = predict(net, x, t, half, y)
             followed = partly_guided_velocity(
-                teacher, x[head], t[head], half[head], y_head,
+                teacher, x[head], t[head], flow, y_head,
                 guided=draw.guided[head], at_most=draw.n_may_be_guided, scale=self.guidance_scale, null_y=null_y,
             )  # fmt: skip
             mask = at_finest.view(-1, *(1,) * (x.ndim - 1))

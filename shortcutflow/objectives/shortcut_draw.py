@@ -1,12 +1,10 @@
-"""The random numbers of the shortcut objective, and which of them belong to a share of a batch."""
+"""The random numbers of the shortcut objective."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from torch import Tensor
-
-from shortcutflow.types import Share
 
 
 @dataclass(frozen=True)
@@ -31,28 +29,3 @@ class ShortcutDraw:
     guided: Tensor
     n_may_be_guided: int
     source: Tensor | None = None
-
-    def of(self, share: Share) -> ShortcutDraw:
-        """The rows of a share, bootstrap rows first as in the whole.
-
-        Raises:
-            ValueError: if a share would have no bootstrap row while another has, or rows that use another's samples.
-        """
-        if share.total == 1:
-            return self
-        n = self.n_bootstrap
-        if 0 < n < share.total:
-            raise ValueError(f"{n} bootstrap rows cannot be shared by {share.total} processes: use larger batches")
-        if self.source is not None and n % share.total:
-            raise ValueError(f"the released rows need bootstrap rows that {share.total} shares divide, there are {n}")
-        return ShortcutDraw(
-            noise=self.noise[share.rows],
-            t=self.t[share.rows],
-            d=self.d[share.rows],
-            dropped=self.dropped[share.rows],
-            n_bootstrap=share.rows_among_first(n),
-            guided=self.guided[share.rows],
-            n_may_be_guided=share.rows_among_first(self.n_may_be_guided),
-            # Sample i lies in share i % count, at place i // count there.
-            source=None if self.source is None else self.source[share.rows] // share.total,
-        )

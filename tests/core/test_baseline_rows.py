@@ -113,6 +113,10 @@ def test_dropped_rows_have_no_condition_anywhere(name: str) -> None:
 def test_no_condition_stays_none(objective: Any) -> None:
     if "guidance_scale" in type(objective).model_fields:
         objective = objective.model_copy(update={"guidance_scale": 1.0})
+    if objective.condition_dropout:
+        with pytest.raises(ValueError, match="no condition y to drop"):
+            objective(Learner(), torch.randn(ROWS, 4), teacher=affine, progress=0.2)
+    objective = objective.model_copy(update={"condition_dropout": 0.0})
     report = objective(Learner(), torch.randn(ROWS, 4), teacher=affine, progress=0.2)
     assert report.targets.y is None
 

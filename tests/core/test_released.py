@@ -115,7 +115,7 @@ def test_guidance_of_the_finest_rows(switches: dict[str, object], guided: int, g
 
 
 def test_clip_at_four(generator: Generator) -> None:
-    objective = sf.ShortcutObjective.released()
+    objective = sf.ShortcutObjective.released(class_dropout_prob=0)
     data = torch.randn(BATCH, 3, generator=generator)
     draw = objective.draw(data, generator=generator)
     net = Recorder(lambda x, t, d, y: 100 * affine(x, t, d, y))
@@ -127,7 +127,7 @@ def test_clip_at_four(generator: Generator) -> None:
 
 @pytest.mark.parametrize(("force_t", "force_d"), [(0.25, None), (None, 0.5), (0.5, 0.25), (None, None)])
 def test_forced_times_and_sizes(force_t: float | None, force_d: float | None, generator: Generator) -> None:
-    objective = sf.ShortcutObjective.released()
+    objective = sf.ShortcutObjective.released(class_dropout_prob=0)
     data = torch.randn(BATCH, 3, generator=generator)
     draw = objective.draw_released(data, force_t=force_t, force_d=force_d, generator=generator)
     targets = objective.targets(zero, data, None, draw)

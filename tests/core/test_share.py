@@ -10,6 +10,7 @@ from torch import Tensor
 
 import shortcutflow as sf
 from shortcutflow.objectives import LiveReflowObjective
+from shortcutflow.seeds import draw_noise_rows
 from shortcutflow.types import WHOLE, LossReport, Share
 from tests.core.networks import Recorder, affine
 
@@ -119,3 +120,55 @@ def test_released_rows_that_use_anothers_samples_are_refused() -> None:
     objective = sf.ShortcutObjective.released(bootstrap_every=4)
     with pytest.raises(ValueError, match="bootstrap rows that 4 shares divide, there are 6"):
         loss_of(objective, Share(1, 4))
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 4])
+@every_objective
+def test_a_share_draws_its_own_noise_alone(objective: Any, total: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control counts what one share of one draws."""
+    drawn = 0
+    randn = torch.randn
+
+    def counting(*args: Any, **options: Any) -> Tensor:
+        nonlocal drawn
+        noise = randn(*args, **options)
+        drawn += noise.numel()
+        return noise
+
+    data = torch.zeros(192, 2, 3)
+    y = torch.arange(192)
+    counts = []
+    monkeypatch.setattr(torch, "randn", counting)
+    for share in (WHOLE, Share(total - 1, total)):
+        drawn = 0
+        generator = torch.Generator().manual_seed(0)
+        objective(affine, data[share.rows], y[share.rows], teacher=affine, null_y=192, generator=generator, share=share)
+        counts.append(drawn)
+    assert counts[0] >= data.numel()
+    assert counts[1] == counts[0] // total
+
+
+@pytest.mark.parametrize(("rows", "total"), [(24, 3), (256, 128), (130, 5), (13, 13), (2048, 256), (128, 1), (0, 1)])
+def test_noise_is_that_of_the_whole_batch(rows: int, total: int) -> None:
+    """Also where shares do not hold whole blocks."""
+    generator = torch.Generator().manual_seed(3)
+    whole = draw_noise_rows(rows, (2,), generator)
+    for number in {0, total // 2, total - 1}:
+        share = Share(number, total)
+        assert torch.equal(draw_noise_rows(rows // total, (2,), generator, share), whole[share.rows])
+    assert len(whole.unique()) == whole.numel(), "no two blocks are alike"
+    if rows > 1000:
+        assert abs(float(whole.mean())) < 0.07
+        assert abs(float(whole.std()) - 1) < 0.05
+
+
+def test_without_a_generator_torchs_default_one_decides() -> None:
+    """As the docstrings say: ``torch.manual_seed`` makes a call repeatable."""
+    data, y = batch()
+    objective = OBJECTIVES["shortcut"]
+    states = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        states.append(objective(affine, data, y, null_y=ROWS).targets.x_t)
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])

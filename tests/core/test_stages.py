@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 import shortcutflow as sf
+from shortcutflow.objectives.progressive_distillation import ProgressiveDistillationObjective
 from shortcutflow.objectives.shortcut import ShortcutObjective
 from tests.core.gaussian import Gaussian
 
@@ -77,6 +78,34 @@ def test_flow_rows_follow_the_teacher() -> None:
     # Half steps of 1/M are the teacher's, larger ones the network's own.
     assert (rows.v[: draw.n_bootstrap][finest] == 7).all()
     assert (rows.v[: draw.n_bootstrap][~finest] == 1).all()
+
+
+@pytest.mark.parametrize("m", [8, 64, 128])
+def test_a_flow_is_followed_whatever_its_own_finest_steps(m: int) -> None:
+    """A flow with M = 128 told 1/64 would be asked for a step that it never learnt: here that is not a number."""
+
+    def flow(x: Tensor, t: Tensor, d: Tensor, y: Tensor | None) -> Tensor:
+        learnt = (d <= 1 / 128).view(-1, 1)
+        return torch.where(learnt, GAUSSIAN.velocity(x, t), torch.nan)
+
+    data = GAUSSIAN.draw(64, seeded())
+    shortcut = ShortcutObjective(finest_steps=m, bootstrap_fraction=0.5, flow_of="teacher")
+    for objective in (shortcut, ProgressiveDistillationObjective(finest_steps=m)):
+        draw = objective.draw(data, generator=seeded(), progress=0.0)
+        rows = objective.targets(always(0.0), data, None, draw, teacher=flow)
+        assert rows.v.isfinite().all()
+        finest = (rows.d * m).round() <= 2
+        assert (rows.v[finest] != 0).any()
+    later = ProgressiveDistillationObjective(finest_steps=m)
+    told = []
+
+    def student(x: Tensor, t: Tensor, d: Tensor, y: Tensor | None) -> Tensor:
+        told.append(d)
+        return x
+
+    draw = later.draw(data, generator=seeded(), progress=1.5 / (m.bit_length() - 1))
+    later.targets(always(0.0), data, None, draw, teacher=student)
+    assert all((d == 2 / m).all() for d in told), "later teachers get the step that they have learnt"
 
 
 def test_an_exact_teacher_and_network_leave_no_error() -> None:

@@ -14,9 +14,11 @@ from torch import Generator, Tensor
 
 import shortcutflow as sf
 from shortcutflow.guidance import guided_velocity, partly_guided_velocity
+from shortcutflow.objectives.shortcut import ShortcutObjective
 from shortcutflow.objectives.shortcut_draw import ShortcutDraw
 from shortcutflow.path import expand_to
 from shortcutflow.types import Targets
+from tests.core.baseline_cases import BASELINES
 from tests.core.networks import Recorder, affine
 
 NULL = -2
@@ -133,3 +135,53 @@ def test_guidance_needs_both_conditions(y: Tensor | None, null_y: Any, message: 
     objective = sf.ShortcutObjective(guidance_scale=SCALE)
     with pytest.raises(ValueError, match=message):
         objective(affine, torch.randn(32, 2, generator=generator), y, null_y=null_y, generator=generator)
+
+
+@pytest.mark.parametrize("flow_of", ["data", "teacher"])
+def test_guidance_and_means_keep_the_digits_of_a_bfloat16_network(flow_of: str) -> None:
+    """Two close velocities in bfloat16, their difference times 8: computed in bfloat16 that rounds again each time."""
+
+    def close(x: Tensor, t: Tensor, d: Tensor, y: Tensor | None, /) -> Tensor:
+        assert y is not None
+        return (1.5 + x.float() / 8 + (y / 64).view(-1, 1)).bfloat16()
+
+    data, y = torch.randn(64, 5, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 3
+    objective = ShortcutObjective(finest_steps=4, bootstrap_fraction=0.5, guidance_scale=8.0, flow_of=flow_of)
+    draw = objective.draw(data, generator=torch.Generator().manual_seed(1))
+    rows = objective.targets(close, data, y, draw, teacher=close, null_y=3)
+
+    def reference(precise: bool) -> Tensor:
+        """Eq. 4 on the guided rows, from the same bfloat16 velocities."""
+        x, t, half = rows.x_t[:32], rows.t[:32], rows.d[:32] / 2
+        cast = (lambda v: v.float()) if precise else (lambda v: v)
+        total = []
+        for _ in range(2):
+            with_y, null = (cast(close(x, t, half, c)) for c in (y[:32], torch.full((32,), 3)))
+            v = null + 8.0 * (with_y - null)
+            total.append(torch.where(draw.guided.view(-1, 1), v, with_y))
+            x = x + half.view(-1, 1) * total[0]
+        return ((total[0] + total[1]) / 2).float()
+
+    torch.testing.assert_close(rows.v[:32], reference(precise=True), rtol=1e-6, atol=1e-6)
+    assert (rows.v[:32] - reference(precise=False)).abs().max() > 3e-3, "the negative control: all in bfloat16"
+    guided = guided_velocity(close, data, draw.t, draw.d, y, scale=8.0, null_y=3)
+    assert guided.dtype == torch.float32
+    null = torch.full_like(y, 3)
+    parts = [close(data, draw.t, draw.d, c).float() for c in (y, null)]
+    torch.testing.assert_close(guided, parts[1] + 8 * (parts[0] - parts[1]), rtol=1e-6, atol=1e-6)
+
+
+def test_a_network_in_bfloat16_trains_on_bfloat16_data() -> None:
+    """Velocities are combined in float32, but states reach the network in the type of the data."""
+    net = torch.nn.Linear(5, 5).bfloat16()
+
+    def call(x: Tensor, t: Tensor, d: Tensor, y: Tensor | None, /) -> Tensor:
+        return net(x)
+
+    data = torch.randn(32, 5).bfloat16()
+    for objective in (ShortcutObjective(finest_steps=4, bootstrap_fraction=0.5), *BASELINES.values()):
+        plain = objective.model_copy(update={"condition_dropout": 0.0})
+        y = torch.zeros(32, dtype=torch.int64)
+        generator = torch.Generator().manual_seed(0)
+        report = plain(call, data[:24], y[:24], teacher=call, progress=0.3, null_y=1, generator=generator)
+        assert report.loss.isfinite()
