@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from shortcutflow.evaluation.decoded import ImageDecoder
     from shortcutflow.evaluation.drawing.predictor import Predictor
     from shortcutflow.evaluation.subject import Subject
     from shortcutflow.types import Batch
@@ -72,7 +73,7 @@ def trajectory_command(
     out = _checked(out, "trajectory")
     subject, predictor = _opened(run, weights, guidance_scale, device)
     noise, y = starts_of(subject.info, labels=labels, count=_or(count, labels, 4), seed=seed, device=subject.device)
-    picture = trajectory_picture(predictor, noise, y, subject.info, steps=steps, columns=columns, seed=seed)
+    picture = trajectory_picture(predictor, noise, y, _decoder(subject), steps=steps, columns=columns, seed=seed)
     _write(picture, out, subject)
 
 
@@ -97,10 +98,9 @@ def interpolation_command(
     subject, predictor = _opened(run, weights, guidance_scale, device)
     budgets = steps or [1]
     noise, y = pairs_of(subject.info, labels=labels, pairs=_or(pairs, labels, 4), seed=seed, device=subject.device)
-    made = {
-        budget: interpolate_samples(predictor, noise, y, columns=columns, steps=budget, seed=seed) for budget in budgets
-    }
-    _write(interpolation_picture(made, y, subject.info), out, subject)
+    made = [interpolate_samples(predictor, noise, y, columns=columns, steps=steps, seed=seed) for steps in budgets]
+    images = dict(zip(budgets, _decoder(subject)(*made), strict=True))
+    _write(interpolation_picture(images, y), out, subject)
 
 
 @plot_app.command("neighbours")
@@ -129,7 +129,7 @@ def neighbours_command(
     fresh = fresh_noise_of(seed, range(len(noise)), noise)
     samples = predictor.sample(noise, y, steps=steps, fresh_noise=fresh)
     found, real_distance = neighbours_in(source, samples, nearest)
-    _write(neighbours_picture(samples, found, real_distance, y, subject.info), out, subject)
+    _write(neighbours_picture(samples, found, real_distance, y, _decoder(subject)), out, subject)
     print(said(found, real_distance))
 
 
@@ -156,7 +156,7 @@ def reconstruction_command(
     batch = some_data(source, count, seed=seed)
     y = _labels_in(batch, subject)
     ends = reconstruct(predictor, batch.data.to(subject.device), noise, y)
-    _write(reconstruction_picture(ends, y, subject.info), out, subject)
+    _write(reconstruction_picture(ends.decoded(_decoder(subject)), y), out, subject)
 
 
 def _opened(place: str, weights: str | None, guidance_scale: float, device: str | None) -> tuple[Subject, Predictor]:
@@ -166,6 +166,12 @@ def _opened(place: str, weights: str | None, guidance_scale: float, device: str 
 
     subject = open_subject(place, weights, Rank().device(device))
     return subject, Predictor(subject.network, guidance_scale=guidance_scale, **subject.sampler_options())
+
+
+def _decoder(subject: Subject) -> ImageDecoder:
+    from shortcutflow.evaluation.decoded import ImageDecoder
+
+    return ImageDecoder(subject.info, subject.device)
 
 
 def _data(subject: Subject, folder: Path | None) -> DataSettings:

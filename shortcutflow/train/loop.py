@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from shortcutflow.config import RunConfig
+from shortcutflow.evaluation.decoded import ImageDecoder
 from shortcutflow.evaluation.runs import CHECKPOINTS, write_weights
 from shortcutflow.train.distributed import World, joined
 from shortcutflow.train.faults import BadSteps, NonFiniteError
@@ -86,7 +87,7 @@ def _run_steps(
     stop = stack.enter_context(StopRequest())
     watchdog = stack.enter_context(Watchdog(run_dir / RANKS, world.rank, world.size, settings.hang_timeout))
     bar = stack.enter_context(_progress_bar(start, settings.steps, shown=world.is_first))
-    reporter = Reporter(config, parts, world)
+    reporter, decoder = Reporter(config, parts, world), ImageDecoder(config.data.describe(), world.device)
 
     for step in range(start, settings.steps):
         done, is_last = step + 1, step + 1 == settings.steps
@@ -127,7 +128,7 @@ def _run_steps(
             watchdog.beat(step, "evaluate")
             made = training_pictures(config, parts.weights(config.sample_weights), world.device)
             if log is not None:
-                for name, pixels in save_pictures(config, made, run_dir, done).items():
+                for name, pixels in save_pictures(config, made, run_dir, done, decoder).items():
                     log.picture(done, name, pixels)
         if stopping and not is_last:
             saver.wait()

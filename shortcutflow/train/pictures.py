@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shortcutflow.config import RunConfig
-from shortcutflow.evaluation.decoded import as_pictures
+from shortcutflow.evaluation.decoded import ImageDecoder
 from shortcutflow.evaluation.drawing.ends import Ends
 from shortcutflow.evaluation.drawing.grids import sample_grid, save_picture
 from shortcutflow.evaluation.drawing.interpolation import interpolate_samples, interpolation_picture
@@ -24,10 +24,10 @@ from shortcutflow.evaluation.generate import generate, labels_of, noise_of
 from shortcutflow.types import Batch
 
 SAMPLES = 10
-RECONSTRUCTED = 4
-"""Real samples."""
-PAIRS = 4
-"""Of noises."""
+RECONSTRUCTED, RECONSTRUCTION_COLUMNS = 2, 5
+"""Real samples, and times. These and the next are small because latents are decoded one by one."""
+PAIRS, PAIR_COLUMNS = 2, 7
+"""Of noises, and samples from one noise to the other."""
 
 
 class Made(NamedTuple):
@@ -68,18 +68,24 @@ def training_pictures(config: RunConfig, network: nn.Module, device: torch.devic
     predictor = Predictor(network, **config.sampler_options())
     with _asked(config, network, device):
         grid = _grid(config, network, device)
-        ends = reconstruct(predictor, real.data, noise, real.y)
-        between = interpolate_samples(predictor, pairs, pair_labels, seed=config.seed)
+        ends = reconstruct(predictor, real.data, noise, real.y, most_columns=RECONSTRUCTION_COLUMNS)
+        between = interpolate_samples(predictor, pairs, pair_labels, columns=PAIR_COLUMNS, seed=config.seed)
     return Made(grid, real, ends, between, pair_labels)
 
 
-def save_pictures(config: RunConfig, made: Made, run_dir: Path, step: int) -> dict[str, np.ndarray]:
-    """Draw all of it, save the samples in the run's folder, and give the pictures by name, (height, width, 3) uint8."""
-    info = config.data.describe()
+def save_pictures(
+    config: RunConfig, made: Made, run_dir: Path, step: int, decoder: ImageDecoder
+) -> dict[str, np.ndarray]:
+    """Draw all of it, save the samples in the run's folder, and give the pictures by name, (height, width, 3) uint8.
+
+    Everything is decoded in one call of the decoder.
+    """
+    budgets = len(made.grid)
+    between, *images = decoder(made.between, *made.grid, *made.ends.groups())
     return {
-        "samples": _save_grid(config, made.grid, run_dir, step),
-        "reconstruction": reconstruction_picture(made.ends, made.real.y, info),
-        "interpolation": interpolation_picture({1: made.between}, made.pair_labels, info),
+        "samples": _save_grid(config, images[:budgets], run_dir, step),
+        "reconstruction": reconstruction_picture(made.ends.with_groups(images[budgets:]), made.real.y),
+        "interpolation": interpolation_picture({1: between}, made.pair_labels),
     }
 
 
@@ -107,9 +113,7 @@ def _asked(config: RunConfig, network: nn.Module, device: torch.device) -> Itera
 
 
 def _save_grid(config: RunConfig, rows: list[Tensor], run_dir: Path, step: int) -> np.ndarray:
-    """Draw rows of samples, save the picture in the run's folder and give it, (height, width, 3) uint8."""
-    info = config.data.describe()
-    rows = [as_pictures(row, info) for row in rows]
+    """Draw rows of images, save the picture in the run's folder and give it, (height, width, 3) uint8."""
     picture = sample_grid(rows, [f"{steps}" for steps in config.training.grid_steps])
     folder = run_dir / "grids"
     folder.mkdir(exist_ok=True)

@@ -14,6 +14,7 @@ from recipes.digits import recipe
 from shortcutflow.config import RunConfig, with_overrides
 from shortcutflow.data.digits import DigitsData
 from shortcutflow.data.source import DataInfo
+from shortcutflow.evaluation.decoded import ImageDecoder
 from shortcutflow.evaluation.drawing.ends import Ends, draw_ends, names_of
 from shortcutflow.evaluation.drawing.grids import sample_grid
 from shortcutflow.evaluation.drawing.interpolation import between, interpolate_samples, interpolation_picture
@@ -283,12 +284,12 @@ def test_a_copied_digit_is_found(digits: DigitsData) -> None:
     assert f"{float(found.distance[:, 0].mean()):.3f}, real ones to others {real_distance:.3f}" in said(
         found, real_distance
     )
-    picture = neighbours_picture(samples, found, real_distance, torch.arange(5), DataInfo((1, 8, 8), 10))
+    picture = neighbours_picture(samples, found, real_distance, torch.arange(5), ImageDecoder(INFO, "cpu"))
     assert picture.std() > 20
     copy, other = found._replace(distance=found.distance + 1), found
     assert not np.array_equal(
-        neighbours_picture(samples, copy, real_distance, None, INFO),
-        neighbours_picture(samples, other, real_distance, None, INFO),
+        neighbours_picture(samples, copy, real_distance, None, ImageDecoder(INFO, "cpu")),
+        neighbours_picture(samples, other, real_distance, None, ImageDecoder(INFO, "cpu")),
     )
 
 
@@ -308,12 +309,11 @@ def test_texts_cover_no_image() -> None:
 
 
 def test_columns_show_the_states() -> None:
-    info = DataInfo((3, 4, 4), None)
     reds = [0, 51, 102, 153, 204, 255]  # one a kind and time, which no grey of a text is
     colours = torch.tensor([[red, 200, 100] for red in reds]) / 127.5 - 1
     values = colours.view(3, 2, 1, 3, 1, 1).expand(3, 2, 1, 3, 4, 4)
     ends = Ends([0.0, 0.5], values[0], values[1], values[2])
-    picture = draw_ends(ends, info, names=names_of(None, 1), title="")
+    picture = draw_ends(ends, names=names_of(None, 1), title="")
     corners = []
     for red in reds:
         y, x = np.nonzero((picture == (red, 200, 100)).all(-1))
@@ -321,7 +321,7 @@ def test_columns_show_the_states() -> None:
         corners.append((int(y.min()), int(x.min())))
     tops, lefts = sorted({y for y, _ in corners}), sorted({x for _, x in corners})
     assert corners == [(top, left) for top in tops for left in lefts], "a row a kind, a column a time"
-    assert draw_ends(ends._replace(by_steps=None), info, names=[""], title="").shape[0] < picture.shape[0]
+    assert draw_ends(ends._replace(by_steps=None), names=[""], title="").shape[0] < picture.shape[0]
 
 
 def test_pictures_of_a_network() -> None:
@@ -329,10 +329,10 @@ def test_pictures_of_a_network() -> None:
     predictor, (_, y) = Predictor(data.net()), starts_of(INFO, labels=[3, 1])
     noise, one = gaussian_noise(data, 2), torch.tensor([3])
     drawn = {
-        "trajectory": trajectory_picture(predictor, noise, y, INFO, steps=4),
-        "reconstruction": reconstruction_picture(reconstruct(predictor, noise / 2, noise, y), y, INFO),
+        "trajectory": trajectory_picture(predictor, noise, y, ImageDecoder(INFO, "cpu"), steps=4),
+        "reconstruction": reconstruction_picture(reconstruct(predictor, noise / 2, noise, y), y),
         "interpolation": interpolation_picture(
-            {s: interpolate_samples(predictor, noise, one, steps=s) for s in (1, 4)}, one, INFO
+            {s: interpolate_samples(predictor, noise, one, steps=s) for s in (1, 4)}, one
         ),
     }
     for name, picture in drawn.items():
@@ -385,7 +385,7 @@ def test_training_pictures(objective: str, digits: DigitsData, tmp_path: Path) -
     assert torch.equal(made.between, again.between)
     assert (made.ends.by_flow is None) == (objective == "consistency_training")
     assert (made.ends.by_steps is None) == (objective == "flow_matching")
-    pictures = save_pictures(config, made, tmp_path, 7)
+    pictures = save_pictures(config, made, tmp_path, 7, ImageDecoder(config.data.describe(), device))
     assert list(pictures) == ["samples", "reconstruction", "interpolation"]
     assert (tmp_path / "grids" / "step_00000007.png").is_file()
     for name, picture in pictures.items():

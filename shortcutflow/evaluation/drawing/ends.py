@@ -7,11 +7,9 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from shortcutflow.data.source import DataInfo
-from shortcutflow.evaluation.decoded import as_pictures
+from shortcutflow.evaluation.decoded import ImageDecoder
 from shortcutflow.evaluation.drawing.grids import sample_grid
 
 
@@ -30,21 +28,32 @@ class Ends(NamedTuple):
     by_flow: Tensor | None
     by_steps: Tensor | None
 
+    def decoded(self, decoder: ImageDecoder) -> Ends:
+        """The same as images."""
+        return self.with_groups(decoder(*self.groups()))
 
-def draw_ends(
-    ends: Ends, info: DataInfo, *, names: Sequence[str], title: str, columns: Sequence[str] | None = None
-) -> np.ndarray:
+    def groups(self) -> list[Tensor]:
+        """The tensors that are not None, in order."""
+        return [x for x in (self.x_t, self.by_flow, self.by_steps) if x is not None]
+
+    def with_groups(self, groups: Sequence[Tensor]) -> Ends:
+        """The same with other tensors in the places of :meth:`groups`."""
+        x_t, *rest = groups
+        by_flow = rest.pop(0) if self.by_flow is not None else None
+        return Ends(self.t, x_t, by_flow, rest.pop(0) if self.by_steps is not None else None)
+
+
+def draw_ends(ends: Ends, *, names: Sequence[str], title: str, columns: Sequence[str] | None = None) -> np.ndarray:
     """A picture (height, width, 3) uint8: for each sample a row of states and one or two rows of their ends.
 
     Args:
-        ends: what is drawn.
-        info: of the samples.
+        ends: what is drawn, as images.
         names: one a sample, before its first row.
         title: above all.
         columns: what stands above the columns beside the time.
     """
     kinds = {"x_t": ends.x_t, "flow": ends.by_flow, "steps": ends.by_steps}
-    shown = {kind: _decoded(values, info) for kind, values in kinds.items() if values is not None}
+    shown = {kind: values for kind, values in kinds.items() if values is not None}
     rows, labels = [], []
     for i, name in enumerate(names):
         for kind, values in shown.items():
@@ -64,8 +73,3 @@ def names_of(y: Tensor | None, n: int) -> list[str]:
 def as_fraction(value: float) -> str:
     """A time or step size as people write it: 0.125 is 1/8."""
     return str(Fraction(value).limit_denominator(4096))
-
-
-def _decoded(values: Tensor, info: DataInfo) -> Tensor:
-    """(c, n, *shape) as pictures."""
-    return torch.stack([as_pictures(column, info) for column in values])

@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shortcutflow.data.source import DataInfo
-from shortcutflow.evaluation.decoded import as_pictures
 from shortcutflow.evaluation.drawing.ends import as_fraction, names_of
 from shortcutflow.evaluation.drawing.grids import sample_grid
 from shortcutflow.evaluation.drawing.predictor import Predictor, fresh_noise_of
@@ -57,14 +55,13 @@ def interpolate_samples(
 
 
 def interpolation_picture(
-    by_budget: dict[int, Tensor], y: Tensor | None, info: DataInfo, names: Sequence[str] | None = None
+    by_budget: dict[int, Tensor], y: Tensor | None, names: Sequence[str] | None = None
 ) -> np.ndarray:
     """Draw :func:`interpolate_samples` of several budgets, (height, width, 3) uint8: a row a pair and budget.
 
     Args:
-        by_budget: samples (pairs, columns, *shape) by number of steps.
+        by_budget: images (pairs, columns, channels, h, w) by number of steps.
         y: the pairs' labels, or None.
-        info: of the samples.
         names: of the pairs; None for their labels.
     """
     pairs, columns = next(iter(by_budget.values())).shape[:2]
@@ -72,7 +69,7 @@ def interpolation_picture(
     rows, labels = [], []
     for i, name in enumerate(names):
         for steps, samples in by_budget.items():
-            rows.append(as_pictures(samples[i], info))
+            rows.append(samples[i])
             budget = f"{steps} step{'s' * (steps > 1)}"
             labels.append(f"{name}  {budget}".strip())
     places = [as_fraction(i / (columns - 1)) for i in range(columns)]

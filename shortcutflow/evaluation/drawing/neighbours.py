@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shortcutflow.data.source import DataInfo, DataSettings
-from shortcutflow.evaluation.decoded import as_pictures
+from shortcutflow.data.source import DataSettings
+from shortcutflow.evaluation.decoded import ImageDecoder
 from shortcutflow.evaluation.drawing.ends import names_of
 from shortcutflow.evaluation.drawing.grids import sample_grid
 from shortcutflow.evaluation.drawing.real import all_data
@@ -94,7 +94,7 @@ def neighbours_in(settings: DataSettings, samples: Tensor, nearest: int) -> tupl
 
 
 def neighbours_picture(
-    samples: Tensor, found: Neighbours, real_distance: float, y: Tensor | None, info: DataInfo
+    samples: Tensor, found: Neighbours, real_distance: float, y: Tensor | None, decoder: ImageDecoder
 ) -> np.ndarray:
     """Draw each sample and its nearest neighbours with their distances, (height, width, 3) uint8.
 
@@ -103,10 +103,10 @@ def neighbours_picture(
         found: their neighbours.
         real_distance: mean distance of real samples to the nearest other one.
         y: labels of the samples or None.
-        info: of the samples.
+        decoder: of the samples.
     """
     images = torch.cat([samples.float().cpu()[:, None], found.data], dim=1)
-    rows = [as_pictures(row, info) for row in images]
+    rows = list(decoder(images)[0])
     captions = [["", *(f"{distance:.3f}" for distance in row)] for row in found.distance.tolist()]
     columns = ["sample", *(f"no. {i + 1}" for i in range(found.distance.shape[1]))]
     return sample_grid(

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shortcutflow.data.source import DataInfo
 from shortcutflow.evaluation.drawing.ends import Ends, as_fraction, draw_ends, names_of
 from shortcutflow.evaluation.drawing.predictor import Predictor
 from shortcutflow.path import interpolate
@@ -22,18 +21,23 @@ TITLE = (
 )
 
 
-def reconstruct(predictor: Predictor, data: Tensor, noise: Tensor, y: Tensor | None) -> Ends:
+def reconstruct(
+    predictor: Predictor, data: Tensor, noise: Tensor, y: Tensor | None, *, most_columns: int | None = None
+) -> Ends:
     """Send x_t to t = 1 from t = 0, 1/2, 3/4, ... 1 - 1/M, by two evaluations for all times together.
 
     Args:
         predictor: the network.
         data, noise: (n, *shape).
         y: conditions of the data, (n, ...), or None.
+        most_columns: of these times, evenly chosen, the first and the last among them; None keeps all.
 
     Returns:
         A column a time and, last, the data at t = 1.
     """
     times = [1 - 2.0**-level for level in range(levels_of(predictor.finest_steps) + 1)]
+    if most_columns is not None and most_columns < len(times):
+        times = [times[round(i * (len(times) - 1) / (most_columns - 1))] for i in range(most_columns)]
     c, n = len(times), len(data)
     t = torch.tensor(times, device=data.device).repeat_interleave(n)
     x_t = interpolate(_repeated(noise, c), _repeated(data, c), t)
@@ -50,10 +54,10 @@ def reconstruct(predictor: Predictor, data: Tensor, noise: Tensor, y: Tensor | N
     )
 
 
-def reconstruction_picture(ends: Ends, y: Tensor | None, info: DataInfo) -> np.ndarray:
-    """Draw :func:`reconstruct`: (height, width, 3) uint8, a column a step size."""
+def reconstruction_picture(ends: Ends, y: Tensor | None) -> np.ndarray:
+    """Draw :func:`reconstruct`, as images: (height, width, 3) uint8, a column a step size."""
     columns = [*(f"d = {as_fraction(1 - t)}" for t in ends.t[:-1]), "data"]
-    return draw_ends(ends, info, names=names_of(y, ends.x_t.shape[1]), title=TITLE, columns=columns)
+    return draw_ends(ends, names=names_of(y, ends.x_t.shape[1]), title=TITLE, columns=columns)
 
 
 def _repeated(rows: Tensor, times: int) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shortcutflow.evaluation.decoded import as_pictures
+from shortcutflow.evaluation.decoded import ImageDecoder
 from shortcutflow.evaluation.drawing.grids import sample_grid
 from shortcutflow.evaluation.drawing.starts import starts_of
 from shortcutflow.evaluation.generate import generate
@@ -45,5 +45,5 @@ def sample_sheet(
     options = {"guidance_scale": guidance_scale, "seed": seed, **subject.sampler_options()}
     rows = [generate(subject.network, noise, y, steps=budget, **options) for budget in budgets]
     return sample_grid(
-        [as_pictures(row, info) for row in rows], [f"{budget} step{'s' * (budget > 1)}" for budget in budgets]
+        ImageDecoder(info, subject.device)(*rows), [f"{budget} step{'s' * (budget > 1)}" for budget in budgets]
     )

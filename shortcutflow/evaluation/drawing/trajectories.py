@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shortcutflow.data.source import DataInfo
+from shortcutflow.evaluation.decoded import ImageDecoder
 from shortcutflow.evaluation.drawing.ends import Ends, draw_ends, names_of
 from shortcutflow.evaluation.drawing.predictor import Predictor, fresh_noise_of
 
@@ -55,7 +55,7 @@ def trajectory_picture(
     predictor: Predictor,
     noise: Tensor,
     y: Tensor | None,
-    info: DataInfo,
+    decoder: ImageDecoder,
     *,
     steps: int,
     columns: int = 9,
@@ -64,7 +64,7 @@ def trajectory_picture(
     """Draw :func:`follow`: (height, width, 3) uint8, a column a state."""
     ends = follow(predictor, noise, y, steps=steps, columns=columns, seed=seed)
     title = TITLE.format(steps=steps, s="s" * (steps > 1))
-    return draw_ends(ends, info, names=names_of(y, len(noise)), title=title)
+    return draw_ends(ends.decoded(decoder), names=names_of(y, len(noise)), title=title)
 
 
 def _end_by_flow(predictor: Predictor, x_t: Tensor, t: float, y: Tensor | None) -> Tensor:

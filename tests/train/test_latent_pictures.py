@@ -1,0 +1,95 @@
+"""Training on latents draws images: decoded on the training device, in batches, by one autoencoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recipes.digits import recipe
+from shortcutflow.config import with_overrides
+from shortcutflow.data import standin
+from shortcutflow.data.autoencoder import load_autoencoder
+from shortcutflow.data.source import DataInfo
+from shortcutflow.evaluation import decoded
+from shortcutflow.evaluation.decoded import BATCH_SIZE, ImageDecoder
+from shortcutflow.train.loop import train
+from tests.data.test_autoencoder import tiny_network
+
+
+class Counter:
+    """Takes the place of ``load_autoencoder``: counts loads, and the rows of each call of the decoder."""
+
+    def __init__(self) -> None:
+        self.devices: list[Any] = []
+        self.batches: list[int] = []
+        self.seen_on: set[str] = set()
+
+    def __call__(self, name: str, *, device: Any) -> Any:
+        self.devices.append(device)
+        autoencoder = load_autoencoder(name, device=device)
+        network: Any = autoencoder._network
+        decode = network.decode
+
+        def counted(latents: torch.Tensor) -> Any:
+            self.batches.append(len(latents))
+            self.seen_on.add(latents.device.type)
+            return decode(latents)
+
+        network.decode = counted
+        return autoencoder
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    counter = Counter()
+    monkeypatch.setattr(decoded, "load_autoencoder", counter)
+    return counter
+
+
+@pytest.fixture
+def vae(tmp_path: Path) -> Path:
+    tiny_network().save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+def test_a_run_of_latents(tmp_path: Path, vae: Path, counter: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standin, "LATENT_SHAPE", (4, 8, 8))
+    monkeypatch.setattr(standin, "NO_AUTOENCODER", str(vae))
+    (tmp_path / "latents").mkdir()
+    standin.write_latents(tmp_path / "latents", 10)
+    config = with_overrides(recipe(), [
+        "data.kind=shards", f"data.folder={tmp_path / 'latents'}", "backbone.options.width=16", "evaluation=null",
+        "backbone.options.depth=1", "training.steps=4", "training.grid_every=2", "training.grid_steps=[1,2]",
+        "training.global_batch_size=8", "training.device=cpu",
+    ])  # fmt: skip
+    train(config, tmp_path / "run")
+    assert counter.devices == [torch.device("cpu")], "one load for both grids, on the run's device"
+    assert counter.seen_on == {"cpu"}
+    # 2 budgets of 10 samples; 2 real samples at 5 times in 3 rows, and themselves; 2 pairs of 7 columns.
+    latents_a_grid = 20 + 2 * (5 * 3 + 1) + 14
+    assert BATCH_SIZE < sum(counter.batches) <= 2 * latents_a_grid
+    assert len(counter.batches) <= 2 * -(-latents_a_grid // BATCH_SIZE)
+    assert max(counter.batches) == BATCH_SIZE
+    assert len(list((tmp_path / "run" / "grids").glob("*.png"))) == 2
+
+
+def test_equal_latents_are_decoded_once(vae: Path, counter: Counter) -> None:
+    decoder = ImageDecoder(DataInfo((4, 8, 8), None, vae=str(vae)), "cpu")
+    x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    grid, single = decoder(torch.stack([x, x.flip(0)]), x[1:2])
+    assert counter.batches == [3]
+    expected = load_autoencoder(vae).decode(x)
+    assert grid.shape == (2, 3, 3, 16, 16)
+    torch.testing.assert_close(grid, torch.stack([expected, expected.flip(0)]))
+    torch.testing.assert_close(single, expected[1:2])
+
+
+def test_without_the_autoencoder_latents_are_shown(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    decoder, x = ImageDecoder(DataInfo((4, 8, 8), None, vae=str(tmp_path)), "cpu"), torch.ones(2, 4, 8, 8)
+    for _ in range(2):
+        assert torch.equal(decoder(x)[0], x[:, :3] / 2)
+    assert caplog.text.count("latents are shown as they are") == 1
+    assert torch.equal(ImageDecoder(DataInfo((4, 8, 8), None), "cpu")(x)[0], x)
