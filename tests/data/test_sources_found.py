@@ -128,6 +128,7 @@ def shard(path: Path, *samples: dict[str, bytes | str | dict[str, Any]]) -> Path
 def test_labels_of_shards(beside: list[Any], numbers: list[int | None], names: tuple[str, ...], tmp_path: Path) -> None:
     source = open_source(shard(tmp_path / "s.tar", *({"jpg": P[i], **members} for i, members in enumerate(beside))))
     assert ([item.label for item in source.items], source.class_names) == (numbers, names)
+    assert bool(source.notes) == ("cls" not in str(beside).lower() and "dog" not in str(beside))
 
 
 def test_fields_of_shards_can_be_chosen(tmp_path: Path) -> None:

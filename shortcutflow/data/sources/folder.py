@@ -115,6 +115,8 @@ def images_of(
         found = (
             _Found(images, [None] * len(images)) if choice is False else _by_folder(images, inner, whole, path, choice)
         )
+    if choice is True and not found.names and "json" in beside:
+        found = found._replace(notes=(*found.notes, "no labels; --labels json:FIELD takes a field of KEY.json"))
     items = [
         RawItem(file.name, label, file.place)
         for file, label in zip(found.images, found.labels, strict=True)

@@ -92,7 +92,7 @@ def _image_of(members: dict[str, Listed]) -> tuple[Listed | None, list[Skipped]]
         )
         return None, [Skipped(file.name, reason) for file in images.values()]
     chosen = images[min(plain) if plain else next(iter(images))]
-    reason = f"another image of its sample, {chosen.name} is used"
+    reason = "a further image of a sample, of which one is used"
     return chosen, [Skipped(file.name, reason) for file in images.values() if file is not chosen]
 
 
