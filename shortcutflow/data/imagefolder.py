@@ -9,6 +9,7 @@ from pydantic import Field
 
 from shortcutflow.data.images import Crop, ImageFormat
 from shortcutflow.data.manifest import MANIFEST, Manifest
+from shortcutflow.data.preparation import Preparation
 from shortcutflow.data.prepare import prepare
 from shortcutflow.data.source import DataInfo, DataSettings
 from shortcutflow.data.sources import open_source
@@ -38,11 +39,21 @@ class ImageFolderData(DataSettings):
         return self.folder or Path("data") / f"{self.path.name.partition('.')[0] or 'pictures'}-{self.size}"
 
     def prepare(self) -> Path:
-        """Write the shards unless they are there; gives their folder. Several processes may ask at once.
+        """Write the shards unless they are there; returns their folder. Several processes may call at once.
+
+        Finished shards are enough: the raw pictures may be gone. Where they are, they must be those of the shards.
 
         Raises:
             FileNotFoundError, ValueError: see :func:`~shortcutflow.data.prepare.prepare`.
         """
+        found = Preparation.read(self.shards) if (self.shards / MANIFEST).is_file() else None
+        if found is not None and not self.path.exists():
+            if found.path and found.path != str(self.path.resolve()):
+                raise ValueError(
+                    f"{self.shards} holds the pictures of {found.path}, data.path is {self.path}: name another "
+                    f"data.folder, or train on these with data.kind=shards data.folder={self.shards}"
+                )
+            return self.shards
         prepare(
             self.path, self.shards, size=self.size, crop=self.crop, format=self.format, quality=self.quality,
             labels=self.labels, seed=self.order_seed, samples_per_shard=self.samples_per_shard,

@@ -104,16 +104,17 @@ def prepare_latents(
     if rank.number:
         # Before that, rank 0 may be in the middle of writing it.
         wait_for(folder, lambda: "" if (folder / PREPARATION).is_file() else f"{PREPARATION}, of rank 0, is")
-    if (done := complete(folder, options.model_dump())) is not None:
-        return done
     raw = open_source(source, labels=options.labels)
     if strict:
         refuse(raw.skipped)
+    fingerprint = raw.fingerprint()
+    if (done := complete(folder, options.model_dump(), fingerprint, strict=strict)) is not None:
+        return done
     job = _Job(raw, folder, options, autoencoder, rank, workers, strict, progress)
     if rank.number:
         return _help(job)
     with only_one(folder, say=progress):
-        if (done := complete(folder, options.model_dump())) is not None:
+        if (done := complete(folder, options.model_dump(), fingerprint, strict=strict)) is not None:
             return done
         return _lead(job, source)
 

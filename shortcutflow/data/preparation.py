@@ -31,6 +31,7 @@ class Preparation(BaseModel):
     Attributes:
         options: that decide about the content of the shards.
         source: fingerprint of the raw data.
+        path: where that was; empty in records of older versions.
         versions: of the packages that encode; others may give other bytes for the same picture.
     """
 
@@ -38,6 +39,7 @@ class Preparation(BaseModel):
 
     options: dict[str, JsonValue]
     source: str
+    path: str = ""
     versions: dict[str, str]
 
     @classmethod
@@ -92,11 +94,19 @@ def check_place(folder: Path, source: Path) -> None:
         raise ValueError(f"{folder} lies in the raw data {source}: name a folder outside of it")
 
 
-def complete(folder: Path, options: dict[str, JsonValue]) -> Manifest | None:
+def complete(
+    folder: Path, options: dict[str, JsonValue], source: str | None = None, *, strict: bool = False
+) -> Manifest | None:
     """The manifest of a folder that was made completely with these options; None if there is more to do.
 
+    Args:
+        folder: of the shards.
+        options: that decide about their content.
+        source: fingerprint of the raw data; None does not compare it.
+        strict: refuse a folder that was made without some items.
+
     Raises:
-        ValueError: if it was made with others, or by something else; saying which options differ.
+        ValueError: if it was made of another source, with other options or by something else; saying what differs.
     """
     found = Preparation.read(folder)
     if found is None:
@@ -107,13 +117,28 @@ def complete(folder: Path, options: dict[str, JsonValue]) -> Manifest | None:
             raise ValueError(f"{folder} already holds other files ({', '.join(others[:3])}); name an empty folder")
         return None
     _check_same(folder, "options", found.options, options)
+    if source is not None:
+        _check_source(folder, found, source)
     if not (folder / MANIFEST).is_file():
         return None
     try:
         shards = ShardFolder(folder, cache=folder)
-        return None if shards.wrong_sizes() else shards.manifest
+        if shards.wrong_sizes():
+            return None
     except (FileNotFoundError, ValueError):
         return None  # something was lost since: that shard is made again
+    if strict and (skipped := shards.manifest.settings.get("skipped")):
+        raise ValueError(f"{folder} was made without {skipped} items, which {folder / SKIPPED} lists")
+    return shards.manifest
+
+
+def _check_source(folder: Path, found: Preparation, source: str) -> None:
+    if found.source != source:
+        of = f" ({found.path})" if found.path else ""
+        raise ValueError(
+            f"{folder} was begun from another source{of}, or files of the source were added, removed or changed since: "
+            "remove the folder, or name another"
+        )
 
 
 def begin(folder: Path, preparation: Preparation) -> None:
@@ -127,11 +152,7 @@ def begin(folder: Path, preparation: Preparation) -> None:
     found = Preparation.read(folder)
     if found is not None:
         _check_same(folder, "options", found.options, preparation.options)
-        if found.source != preparation.source:
-            raise ValueError(
-                f"{folder} was begun from another source, or files of the source were added, removed or changed since: "
-                "remove the folder, or name another"
-            )
+        _check_source(folder, found, preparation.source)
         _check_same(folder, "versions", found.versions, preparation.versions)
     remove_leftovers(folder)
     (folder / MANIFEST).unlink(missing_ok=True)

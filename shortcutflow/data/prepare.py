@@ -28,7 +28,8 @@ from shortcutflow.data.preparation import (
     skipped_of,
     versions_of,
 )
-from shortcutflow.data.shard_workers import ShardTask, cores, write_tasks
+from shortcutflow.data.ranks import cores
+from shortcutflow.data.shard_workers import ShardTask, write_tasks
 from shortcutflow.data.shards import Skipped, Stored, WrittenShard, shard_name
 from shortcutflow.data.sources import open_source
 from shortcutflow.data.sources.labels import LabelChoice
@@ -115,7 +116,7 @@ def prepare(
     """Write the pictures of a source as shards that training streams from.
 
     The same call continues after any stop, even of power, and gives the same bytes as an uninterrupted one with any
-    number of workers. A complete folder is returned at once, without a look at the source.
+    number of workers. A folder that is complete is returned as it is, if it was made of the same source and options.
 
     Args:
         source: raw pictures, see :mod:`shortcutflow.data.sources`.
@@ -142,13 +143,17 @@ def prepare(
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     check_place(folder, source)
-    if (done := complete(folder, options.model_dump())) is not None:
+    raw = open_source(source, labels=options.labels)
+    if strict and raw.skipped:
+        raise ValueError(f"{raw.skipped[0].name}: {raw.skipped[0].reason}")
+    fingerprint = raw.fingerprint()
+    if (done := complete(folder, options.model_dump(), fingerprint, strict=strict)) is not None:
         return done
     with only_one(folder, say=progress):
-        if (done := complete(folder, options.model_dump())) is not None:
+        if (done := complete(folder, options.model_dump(), fingerprint, strict=strict)) is not None:
             return done
         try:
-            return _prepare(source, folder, options, workers or cores(), strict, progress)
+            return _prepare(raw, source, folder, options, workers or cores(), strict, progress)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise OSError(error.errno, f"no space left for {folder}: free some, the same call continues") from error
@@ -174,15 +179,17 @@ def default_format(size: int) -> Literal["png", "jpg"]:
     return "png" if size <= LOSSLESS_UP_TO else "jpg"
 
 
-def _prepare(path: Path, folder: Path, options: PrepareOptions, workers: int, strict: bool, progress: bool) -> Manifest:
-    source = open_source(path, labels=options.labels)
-    if strict and source.skipped:
-        raise ValueError(f"{source.skipped[0].name}: {source.skipped[0].reason}")
+def _prepare(
+    source: RawSource, path: Path, folder: Path, options: PrepareOptions, workers: int, strict: bool, progress: bool
+) -> Manifest:
     if progress:
         source.print_notes()
     fingerprint = source.fingerprint()
     versions = versions_of("shortcutflow", "pillow")
-    begin(folder, Preparation(options=options.model_dump(), source=fingerprint, versions=versions))
+    begin(
+        folder,
+        Preparation(options=options.model_dump(), source=fingerprint, path=str(path.resolve()), versions=versions),
+    )
     shards = _write_missing(source, folder, options, workers, strict, progress)
     skipped = skipped_of(source.skipped, shards)
     names = source.class_names if options.labels else ()

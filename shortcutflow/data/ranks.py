@@ -64,6 +64,11 @@ def _number(name: str, default: int) -> int:
         raise ValueError(f"the environment variable {name} must be a number, got {text!r}") from error
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def wait_for(folder: Path, missing: Callable[[], str]) -> None:
     """Wait until nothing is missing, for as long as anything in the folder still changes.
 

@@ -7,10 +7,15 @@ are, and they are compared with their CRC-32 before they are decoded. So damage 
 from __future__ import annotations
 
 import io
+import logging
 import math
 import os
+import time
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,6 +26,10 @@ from shortcutflow.data.shards import Sample
 
 OPEN_SHARDS = 64
 """Shards whose files and indexes are kept at once."""
+PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""Seconds before each further try of a shard that the system could not read."""
+Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
 
 
 class DamagedSampleError(ValueError):
@@ -29,6 +38,10 @@ class DamagedSampleError(ValueError):
 
 class LostShardError(DamagedSampleError):
     """A shard of which no sample can be read, naming it."""
+
+
+class ReadError(OSError):
+    """A shard that the system could not read in several tries, naming it."""
 
 
 class ShardReader:
@@ -63,26 +76,34 @@ class ShardReader:
             DamagedSampleError: if it cannot be read, is not what was written, or not what the manifest says.
             LostShardError: if no sample of its shard can be read.
             FetchError: if its shard cannot be fetched, which says nothing about the sample.
+            ReadError: if its shard cannot be read for another reason than its content, in several tries.
         """
+        return self._retried(shard, lambda: self._read(shard, number, copy))
+
+    def _read(self, shard: int, number: int, copy: int) -> Sample:
         index, file = self._opened(shard)
         name = index.names[number]
         try:
             content = _stored(file, index, number, copy)
             return Sample(decode(content, self.manifest), self._condition(file, index, number), name)
-        except (ValueError, OSError, IndexError) as error:
+        except (ValueError, IndexError) as error:
             raise DamagedSampleError(f"{name} ({self.manifest.shards[shard].name}, {number}): {error}") from error
 
     def stored(self, shard: int, number: int, *, copy: int = 0) -> bytes:
         """One sample as it is stored, with the right checksum; raises as :meth:`read` does."""
-        index, file = self._opened(shard)
-        try:
-            return _stored(file, index, number, copy)
-        except (ValueError, OSError, IndexError) as error:
-            raise DamagedSampleError(f"sample {number} of {self.manifest.shards[shard].name}: {error}") from error
+
+        def read() -> bytes:
+            index, file = self._opened(shard)
+            try:
+                return _stored(file, index, number, copy)
+            except (ValueError, IndexError) as error:
+                raise DamagedSampleError(f"sample {number} of {self.manifest.shards[shard].name}: {error}") from error
+
+        return self._retried(shard, read)
 
     def labels(self, shard: int) -> np.ndarray | None:
         """All labels of a shard, (n,) int64, without reading its samples."""
-        return self._index(shard).label
+        return self._retried(shard, lambda: self._index(shard)).label
 
     def close(self) -> None:
         """Close the files."""
@@ -93,11 +114,34 @@ class ShardReader:
         """A shard's index and file."""
         try:
             return self._index(shard), self._file(shard)
-        except FetchError:
-            raise
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             entry = self.manifest.shards[shard]
             raise LostShardError(f"all {entry.samples} samples of {entry.name}: {error}") from error
+
+    def _retried(self, shard: int, action: Callable[[], Result]) -> Result:
+        """Do it; after an error of the disk or network again, with growing pauses: that says nothing about the data.
+
+        Raises:
+            ReadError: naming the shard, when the last try failed too.
+        """
+        for pause in (*PAUSES, None):
+            try:
+                return action()
+            except FetchError:  # which was tried several times already
+                raise
+            except OSError as error:
+                path = self.folder.path / self.manifest.shards[shard].name
+                if pause is None:
+                    raise ReadError(
+                        f"shard {path} could not be read in {len(PAUSES) + 1} tries ({error}): check the disk or "
+                        "network it lies on; --resume then continues the run"
+                    ) from error
+                logger.warning("shard %s could not be read (%s); trying again in %g s", path, error, pause)
+                time.sleep(pause)
+                if shard in self._files:  # a stale handle stays stale
+                    with suppress(OSError):
+                        os.close(self._files.pop(shard))
+        raise AssertionError("unreachable")
 
     def _condition(self, file: int, index: Index, number: int) -> int | np.ndarray | None:
         if self.manifest.condition_shape is not None:

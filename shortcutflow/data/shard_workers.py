@@ -40,11 +40,6 @@ class ShardTask(NamedTuple, Generic[Work]):
     items: int
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def write_tasks(
     tasks: Sequence[ShardTask[Work]], encode: Encode[Work], *, workers: int, done: int = 0, progress: bool = True
 ) -> list[WrittenShard]:

@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from shortcutflow.data.order import EpochOrder
+from shortcutflow.data.ranks import cores
 from shortcutflow.data.reader import DamagedSampleError, LostShardError, ShardReader
 from shortcutflow.data.remote import ShardFolder
 from shortcutflow.data.shards import Sample
@@ -70,7 +71,7 @@ class ShardStream:
     Raises:
         FileNotFoundError, ValueError: if the folder is not complete or does not fit the other arguments.
         DamagedSampleError: at a batch with a sample that cannot be read, if that is an error or none can be read.
-        FetchError: at a batch with a shard of a URL that cannot be fetched.
+        FetchError, ReadError: at a batch with a shard that cannot be fetched or read, after several tries.
     """
 
     def __init__(
@@ -167,7 +168,7 @@ class ShardStream:
 def workers_to_spare() -> int:
     """Cores of this process beside the one that trains, shared among the processes of this machine."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // here - 1))
+    return max(1, min(MOST_WORKERS, cores() // here - 1))
 
 
 class HostBatch(NamedTuple):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import logging
+import os
 import pickle
 import tarfile
 import zlib
@@ -15,7 +18,7 @@ import pytest
 
 from shortcutflow.data.index import read_index
 from shortcutflow.data.manifest import Manifest
-from shortcutflow.data.reader import DamagedSampleError
+from shortcutflow.data.reader import DamagedSampleError, ReadError
 from shortcutflow.data.shards import Stored, write_shard
 from shortcutflow.data.stream import ShardStream
 from tests.data.test_stream import write_numbers
@@ -300,3 +303,49 @@ def test_other_size_is_refused_before_decoding(tmp_path: Path) -> None:
         rewrite(tmp_path, [Stored("n000", claiming(good_png(tmp_path), side), "png", 1)])
         with pytest.raises(DamagedSampleError, match=rf"n000 .*{says}"):
             epoch(tmp_path, "raise")
+
+
+@pytest.mark.parametrize("fault", [errno.EIO, errno.ESTALE, errno.EMFILE])
+@pytest.mark.parametrize("call", ["pread", "open"])
+def test_an_error_of_the_disk_is_not_damage(
+    fault: int, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried again with growing pauses: every sample once an epoch, and the stream equals one without errors."""
+    write_numbers(tmp_path)
+    options = {"batch_size": 8, "seed": 3, "shuffle_buffer": 16, "cache_bytes": 0, "workers": 0}
+    twin = ShardStream(tmp_path, **options)  # type: ignore[arg-type]
+    want = [next(twin).keys for _ in range(20)]
+    pauses: list[float] = []
+    monkeypatch.setattr("shortcutflow.data.reader.time.sleep", pauses.append)
+    real, calls = getattr(os, call), itertools.count()
+
+    def failing(path: object, *args: object) -> object:
+        # Two failures in a row, now and then; other files are none of its business.
+        if (call == "pread" or str(path).endswith(".tar")) and next(calls) % 7 < 2:
+            raise OSError(fault, os.strerror(fault))
+        return real(path, *args)
+
+    monkeypatch.setattr(os, call, failing)
+    stream = ShardStream(tmp_path, **options)  # type: ignore[arg-type]
+    assert [next(stream).keys for _ in range(9)] == want[:9]
+    resumed = ShardStream(tmp_path, **options)  # type: ignore[arg-type]
+    resumed.load_state_dict(stream.state_dict())
+    assert [next(resumed).keys for _ in range(11)] == want[9:]
+    assert not stream.damaged | resumed.damaged
+    assert {0.5, 1.0} <= set(pauses)
+
+
+def test_a_disk_that_stays_away_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_numbers(tmp_path)
+    pauses: list[float] = []
+    monkeypatch.setattr("shortcutflow.data.reader.time.sleep", pauses.append)
+
+    def failing(*_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", failing)
+    stream = ShardStream(tmp_path, batch_size=8, seed=3, on_error="skip")
+    with pytest.raises(ReadError, match=r"shard .*shard-00000\d\.tar could not be read in 6 tries .*--resume"):
+        next(stream)
+    assert pauses == [0.5, 1, 2, 4, 8]
+    assert not stream.damaged

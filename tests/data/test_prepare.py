@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import zipfile
 from itertools import islice
 from pathlib import Path
@@ -170,9 +171,45 @@ def test_other_versions_do_not_continue_but_a_complete_folder_stays(raw: Path, t
         prepare(raw, tmp_path, size=8, workers=1, progress=False)
 
 
-def test_a_complete_folder_needs_no_source(raw: Path, tmp_path: Path) -> None:
-    manifest = prepare(raw, tmp_path, size=8, workers=1, progress=False)
-    assert prepare(tmp_path.with_name("gone"), tmp_path, size=8, workers=1, progress=False) == manifest
+def test_a_complete_folder_is_that_of_its_source(raw: Path, tmp_path: Path) -> None:
+    """Another source, more files, a source that is not there and ``strict`` are refused, and nothing is changed."""
+    source, folder = tmp_path / "cats" / "train", tmp_path / "out"
+    shutil.copytree(raw, source)
+    options = {"size": 8, "workers": 1, "progress": False}
+    manifest = prepare(source, folder, **options)  # type: ignore[arg-type]
+    assert prepare(source, folder, **options) == manifest  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match="gone"):
+        prepare(tmp_path / "gone", folder, **options)  # type: ignore[arg-type]
+    other = tmp_path / "dogs" / "train"
+    shutil.copytree(source, other)
+    first = next(path for path in sorted(other.rglob("*")) if path.is_file())
+    shutil.copy(first, first.with_name("z-new" + first.suffix))
+    with pytest.raises(ValueError, match=r"begun from another source \(.*cats/train\)"):
+        prepare(other, folder, **options)  # type: ignore[arg-type]
+    write_files(source, {first.parent.name + "/broken.png": b"not a picture"})
+    with pytest.raises(ValueError, match="were added, removed or changed since"):
+        prepare(source, folder, **options)  # type: ignore[arg-type]
+    prepare(source, tmp_path / "new", **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"was made without 1 items, which .*skipped\.txt lists"):
+        prepare(source, tmp_path / "new", strict=True, **options)  # type: ignore[arg-type]
+    assert Manifest.read(folder) == manifest
+
+
+def test_folders_of_one_last_name_are_not_mixed_up(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's data whose shards' folder, by its default name, holds another source's: there or not."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("cats", "dogs"):
+        shutil.copytree(raw, tmp_path / name / "train")
+    write_files(tmp_path, {"dogs/train/a/new.png": encode_image(Image.new("RGB", (8, 8)), "png", 95)})
+    cats, dogs = (ImageFolderData(path=Path(name) / "train", size=8) for name in ("cats", "dogs"))
+    assert cats.prepare() == dogs.shards
+    with pytest.raises(ValueError, match="another source"):
+        dogs.prepare()
+    for name in ("cats", "dogs"):
+        shutil.rmtree(tmp_path / name)
+    assert cats.prepare() == cats.shards, "finished shards are enough"
+    with pytest.raises(ValueError, match=r"holds the pictures of .*cats/train, data.path is dogs/train"):
+        dogs.prepare()
 
 
 def test_folders_with_other_contents_are_left_alone(raw: Path, tmp_path: Path) -> None:
