@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from shortcutflow.data.manifest import Manifest
+from shortcutflow.data.manifest import MANIFEST, Manifest
 from shortcutflow.data.remote import ShardFolder, url_of
 from shortcutflow.data.stream import BatchStream, ShardStream
 
@@ -65,13 +66,38 @@ class DataSettings(BaseModel):
     ) -> BatchStream:
         """A rank's share of global batches of this size."""
         return ShardStream(
-            self.prepare(), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, device=device,
+            self.opened(), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, device=device,
             **self.stream_options(),
         )  # fmt: skip
 
     def stream_options(self) -> dict[str, Any]:
         """The stream's other arguments."""
         return self.model_dump(include=set(DataSettings.model_fields))
+
+    def opened(self) -> ShardFolder:
+        """The folder of shards, prepared if need be; opened once a process, and again if its manifest has changed."""
+        key = f"{Path.cwd()}: {self.model_dump_json()}"  # a copy of this object may have other settings
+        shards, state = self._kept.get(key, (None, None))
+        if shards is None or _state(shards) != state:
+            shards = self._open(self._place())
+            self._kept[key] = shards, _state(shards)
+        return shards
+
+    def _place(self) -> Path | str:
+        return self.prepare()
+
+    def _open(self, place: Path | str) -> ShardFolder:
+        return ShardFolder(place, cache=Path("data/cache"))
+
+    @cached_property
+    def _kept(self) -> dict[str, tuple[ShardFolder, int | None]]:
+        return {}
+
+
+def _state(shards: ShardFolder) -> int | None:
+    """When a local folder's manifest was written; None if it is gone. One of a URL stays as it is."""
+    manifest = shards.path / MANIFEST
+    return manifest.stat().st_mtime_ns if shards.url is None and manifest.is_file() else None
 
 
 class ShardsData(DataSettings):
@@ -101,21 +127,24 @@ class ShardsData(DataSettings):
         Raises:
             ValueError: if they were made with another one, naming both.
         """
-        self._manifest()
+        self.opened()
         return self.folder
 
     def describe(self) -> DataInfo:
         """Read from its manifest."""
-        return info_of(self._manifest())
+        return info_of(self.opened().manifest)
 
     def stream_options(self) -> dict[str, Any]:
         """The settings that every source has, and where a URL's shards are kept."""
         return super().stream_options() | {"shard_cache": self.cache, "shard_cache_limit": self.cache_limit}
 
-    def _manifest(self) -> Manifest:
-        manifest = ShardFolder(self.folder, cache=self.cache).manifest
-        made_with = manifest.latents.vae if manifest.latents is not None else None
-        if self.vae is not None and made_with != self.vae:
-            held = f"latents of {made_with!r}" if made_with else "no latents"
+    def _open(self, place: Path | str) -> ShardFolder:
+        shards = ShardFolder(place, cache=self.cache, cache_limit=self.cache_limit)
+        latents = shards.manifest.latents
+        if self.vae is not None and (latents is None or latents.vae != self.vae):
+            held = f"latents of {latents.vae!r}" if latents else "no latents"
             raise ValueError(f"{self.folder} holds {held}, data.vae says {self.vae!r}: prepare them with that one")
-        return manifest
+        return shards
+
+    def _place(self) -> Path | str:
+        return self.folder

@@ -54,7 +54,7 @@ class ShardStream:
     Images come in [-1, 1], latents drawn anew at each visit, other data as it was stored.
 
     Args:
-        folder: holds shards and ``manifest.json``; or a URL of such a folder.
+        folder: holds shards and ``manifest.json``; or a URL of such a folder; or one opened before.
         batch_size: samples a global batch, over all ranks.
         seed: of the order, the flips and the latents.
         shuffle_buffer: whole shards are taken together until they hold so many samples, and are shuffled through.
@@ -76,7 +76,7 @@ class ShardStream:
 
     def __init__(
         self,
-        folder: Path | str,
+        folder: Path | str | ShardFolder,
         *,
         batch_size: int,
         seed: int,
@@ -93,7 +93,9 @@ class ShardStream:
     ) -> None:
         if batch_size % world_size:
             raise ValueError(f"a global batch of {batch_size} cannot be shared equally by {world_size} processes")
-        shards = ShardFolder(folder, cache=shard_cache, cache_limit=shard_cache_limit)
+        shards = folder
+        if not isinstance(shards, ShardFolder):
+            shards = ShardFolder(shards, cache=shard_cache, cache_limit=shard_cache_limit)
         for complaint in shards.wrong_sizes():
             if on_error == "raise":
                 raise ValueError(complaint)

@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+from recipes.digits import recipe
 from shortcutflow.data.digits import DigitsData, load_digits, write_digits
 from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.shards import Sample, write_shards
+from shortcutflow.data.source import ShardsData
 from shortcutflow.data.stream import ShardStream
 from shortcutflow.io.atomic import build_once
+from shortcutflow.launch import smoke as training_smoke
+from shortcutflow.train.loop import train
 
 
 def write_numbers(folder: Path, count: int = 53, samples_per_shard: int = 10) -> Manifest:
@@ -172,3 +176,29 @@ def test_several_processes_may_prepare_at_once(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         build_once(tmp_path / "other", lambda new: 1 / len(list(new.iterdir())), marker="manifest.json")
     assert [path.name for path in tmp_path.iterdir()] == ["digits"], "nothing half made is left"
+
+
+def test_a_data_set_is_opened_once_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training run with grids reads its manifest once; another one in its place is noticed."""
+    write_digits(tmp_path / "shards")
+    reads: list[str] = []
+    parse = Manifest.parse.__func__  # type: ignore[attr-defined]
+
+    def counted(cls: type[Manifest], content: bytes, where: str) -> Manifest:
+        reads.append(where)
+        return parse(cls, content, where)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(Manifest, "parse", classmethod(counted))
+    data = ShardsData(folder=tmp_path / "shards")
+    smoke = training_smoke(recipe())
+    settings = smoke.training.model_copy(update={"steps": 4, "grid_every": 1, "grid_steps": (1,)})
+    train(smoke.model_copy(update={"data": data, "evaluation": None, "training": settings}), tmp_path / "run")
+    assert list((tmp_path / "run").glob("*/step_00000004.png")) or list((tmp_path / "run").rglob("*.png"))
+    assert len(reads) == 1
+    assert data == ShardsData(folder=tmp_path / "shards"), "what is kept is no part of the settings"
+    assert data.describe().num_classes == 10
+    write_numbers(tmp_path / "shards", count=5)
+    assert data.opened().manifest.samples == 5
+    assert data.model_copy(update={"vae": "x"}) != data
+    with pytest.raises(ValueError, match=r"data.vae says 'x'"):
+        data.model_copy(update={"vae": "x"}).describe()

@@ -36,4 +36,4 @@ def all_data(settings: DataSettings, *, block: int = 512) -> Iterator[Batch]:
 
 def _stream(settings: DataSettings, *, batch_size: int, seed: int) -> ShardStream:
     options = settings.stream_options() | {"workers": 0, "cache_bytes": 0, "horizontal_flip": False}
-    return ShardStream(settings.prepare(), batch_size=batch_size, seed=seed, **options)
+    return ShardStream(settings.opened(), batch_size=batch_size, seed=seed, **options)
