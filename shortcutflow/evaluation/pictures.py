@@ -110,13 +110,18 @@ class RawPictures:
 
     def __init__(self, path: Path, *, size: int | None = None, crop: Crop = "released") -> None:
         self._source = open_source(path, labels=False)
-        self._size, self._crop = size, crop
+        self._path, self._size, self._crop = path, size, crop
         self.name = str(path) if size is None else f"{path}, crop {crop}, {size} pixels"
         self.count = len(self._source.items)
 
     def fingerprint(self) -> str:
-        """See :class:`Pictures`; whether a file's content has changed at the same size is not looked at."""
-        return f"{self._source.fingerprint()}/{self._size}/{self._crop if self._size else None}"
+        """See :class:`Pictures`; a file is known by its name, size and time of change, its content is not read."""
+        place = next(place for place in (self._path, *self._path.absolute().parents) if place.exists())
+        digest = hashlib.sha256()
+        for file in [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file()):
+            state = file.stat()
+            digest.update(f"{file.relative_to(place)} {state.st_size} {state.st_mtime_ns}\n".encode())
+        return f"{self._source.fingerprint()}/{digest.hexdigest()}/{self._size}/{self._crop if self._size else None}"
 
     def read(self, samples: range) -> Iterator[np.ndarray]:
         """See :class:`Pictures`."""

@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from shortcutflow.data.digits import load_digits
 from shortcutflow.evaluation.distances.inception_score import inception_score
 from shortcutflow.evaluation.features.digit_features import DigitExtractor
-from shortcutflow.evaluation.features.extractors import PixelExtractor, extractor_of_file, extractor_of_module
+from shortcutflow.evaluation.features.extractors import (
+    PixelExtractor,
+    exact_float32,
+    extractor_of_file,
+    extractor_of_module,
+)
 from tests.evaluation.inception_standin import save_torchscript
 from tests.evaluation.test_resize import pictures
 
@@ -240,3 +245,17 @@ def test_digits_reader_takes_digits_only_and_is_fast() -> None:
     start = time.perf_counter()
     reader(images)
     assert time.perf_counter() - start < 5
+
+
+def test_exact_float32_beside_the_new_switches() -> None:
+    cudnn = torch.backends.cudnn
+    places: tuple[Any, ...] = (torch.backends, cudnn, cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
+    before = [place.fp32_precision for place in places]
+    try:
+        torch.backends.fp32_precision = "tf32"
+        with exact_float32():
+            assert (cudnn.conv.fp32_precision, cudnn.deterministic) == ("ieee", True)
+        assert (cudnn.conv.fp32_precision, cudnn.deterministic) == ("tf32", False)
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.fp32_precision = value

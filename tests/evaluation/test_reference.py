@@ -203,3 +203,15 @@ def test_statistics_of_clean_fid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             clean_fid_statistics(name, "clean-fid")
     with pytest.raises(ValueError, match="goes with --protocol clean-fid, not adm"):
         clean_fid_statistics("cifar10-train", "adm")
+
+
+def test_files_replaced_by_others_of_equal_size_are_noticed(tmp_path: Path) -> None:
+    for value in (10, 200):
+        Image.fromarray(np.full((4, 4, 3), value, np.uint8)).save(tmp_path / f"{value}.bmp")
+    before = open_pictures(tmp_path).fingerprint()
+    assert open_pictures(tmp_path).fingerprint() == before
+    first, second = tmp_path / "10.bmp", tmp_path / "200.bmp"
+    content = second.read_bytes()
+    assert len(content) == first.stat().st_size
+    first.write_bytes(content)
+    assert open_pictures(tmp_path).fingerprint() != before

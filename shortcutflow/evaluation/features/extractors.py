@@ -253,9 +253,23 @@ def check_images(images: np.ndarray) -> None:
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Convolutions in full float32 with algorithms that repeat, so that a GPU's features are those of a CPU."""
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+    """Convolutions in full float32 with algorithms that repeat, so a GPU's features are a CPU's; restored at the end.
+
+    By torch's newer switches alone: it refuses to read ``allow_tf32`` once anybody has set ``fp32_precision``.
+    """
+    cudnn: Any = torch.backends.cudnn
+    switches: list[tuple[Any, str, Any]] = [
+        (cudnn.conv, "fp32_precision", "ieee"),
+        (cudnn, "enabled", True), (cudnn, "deterministic", True), (cudnn, "benchmark", False),
+    ]  # fmt: skip
+    before = [getattr(place, name) for place, name, _ in switches]
+    try:
+        for place, name, value in switches:
+            setattr(place, name, value)
         yield
+    finally:
+        for (place, name, _), value in zip(switches, before, strict=True):
+            setattr(place, name, value)
 
 
 def _numpy(values: Tensor) -> np.ndarray:
