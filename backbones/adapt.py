@@ -46,8 +46,9 @@ def adapt(
         network: maps x_t (b, *shape), and what else it takes, to the same shape.
         shape: shape of one sample, of any number of dimensions.
         at: name of the part (see ``network.named_modules()``) to whose output the embedding is added; its channels are
-            axis 1 of (b, c, h, w) or the last axis. The output of a time embedding is the best place, that of a patch
-            embedding the second best. None adds to x_t, whose channels are axis 0 of an image's shape, else the last.
+            axis 1 of (b, c, h, w) or (b, c, frames, h, w), or the last axis. The output of a time embedding is the best
+            place, that of a patch embedding the second best. None adds to x_t, whose channels are axis 0 of the shape
+            of an image or a video, else the last.
         call: how to call the network, as ``call(network, x_t, t, y)``: translates times, names arguments, unpacks
             results. None calls network(x_t), with t unless that is embedded here, and with y if the network takes it.
         embed: what to embed here, "d" and, of a network that does not take them, "t" and "y".
@@ -96,7 +97,7 @@ class Adapted(nn.Module):
             width, num_classes=num_classes, finest_steps=finest_steps, embeds_time="t" in embed
         ).to(device)
         if at is None:
-            features = self.shape[0] if len(self.shape) == 3 else self.shape[-1]
+            features = self.shape[0] if len(self.shape) >= 3 else self.shape[-1]
         else:
             part = _part(network, at)
             features = features or _channels_of(part, at)
@@ -146,7 +147,7 @@ class Adapted(nn.Module):
 
     def _sum(self, x: Tensor, embedding: Tensor) -> Tensor:
         features = embedding.shape[1]
-        if x.ndim == 4 and x.shape[1] == features:
+        if x.ndim >= 4 and x.shape[1] == features:
             axis = 1
         elif x.shape[-1] == features:
             axis = x.ndim - 1

@@ -2,7 +2,9 @@
 
 The compiler refuses ``nn.LSTM``, and its decomposition unrolls every token. Behind an operator of its own the layer
 runs as it does in eager mode (cuDNN or oneDNN), without a break in the graph; its backward pass runs the layer once
-more, since what the kernels keep for themselves cannot cross the operator's border.
+more, since what the kernels keep for themselves cannot cross the operator's border. There is no public way to use
+autograd inside an operator, so :func:`_autograd_inside_an_operator` uses three names of ``torch._C``, the only ones in
+this package; the contract tests compare a compiled network's gradients with the eager ones and fail if they change.
 """
 
 from __future__ import annotations
@@ -12,9 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backbones.embeddings import without_autocast
+
 
 def run_layer(x: Tensor, weights: list[Tensor], mode: str, bidirectional: bool) -> Tensor:
     """As :func:`recurrent_layer`, by PyTorch's own operator, differentiable as usual."""
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        # Autocast would run cuDNN's layer in float16, whatever type it is set to, and its gradients without a scaler.
+        with without_autocast(x):
+            return run_layer(x.float(), [w.float() for w in weights], mode, bidirectional)
     state = x.new_zeros(2 if bidirectional else 1, x.shape[0], weights[1].shape[1])
     if mode == "lstm":
         return torch.lstm(x, (state, state), weights, True, 1, 0.0, True, bidirectional, True)[0]
@@ -76,6 +84,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 recurrent_layer.register_autograd(_backward, setup_context=_setup)
-# The same type of numbers as the eager layer gets under autocast.
+# The type in which the eager layer runs under autocast: cuDNN has no bfloat16 layer in every version, and float32 may
+# use TF32 there.
 for _device in ("cpu", "cuda"):
-    recurrent_layer.register_autocast(_device, torch.bfloat16)
+    recurrent_layer.register_autocast(_device, torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import lru_cache
+from itertools import compress
 from typing import Any, Literal
 
 import numpy as np
@@ -95,6 +96,7 @@ class Average:
         self._mine: list[Tensor] = []
         self._theirs: list[Tensor] = []
         self._sharded: list[Any] = []
+        self._rounded_off: dict[int, Tensor] = {}
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
@@ -107,11 +109,26 @@ class Average:
         if not self._theirs or next(network.parameters()) is not self._theirs[0]:
             self._sharded = [m for net in (self.network, network) for m in net.modules() if hasattr(m, "reshard")]
             _let_go(self._sharded)
+            self._rounded_off.clear()
             self._mine, self._theirs = list(self.network.parameters()), list(network.parameters())
         mine, theirs = [local(p) for p in self._mine], [local(p) for p in self._theirs]
-        torch._foreach_lerp_(mine, theirs, 1 - self.config.decay_at(step))
+        weight = 1 - self.config.decay_at(step)
+        whole = [not _is_half(p) for p in mine]
+        if any(whole):
+            torch._foreach_lerp_(list(compress(mine, whole)), list(compress(theirs, whole)), weight)
+        for i, (p, other) in enumerate(zip(mine, theirs, strict=True)):
+            if _is_half(p):
+                # A small change rounds away in 16 bits: what is lost is kept beside the weights and added next time.
+                exact = p.float() + self._rounded_off.get(i, 0.0)
+                exact.lerp_(other.float(), weight)
+                p.copy_(exact)
+                self._rounded_off[i] = exact - p.float()
         for mine_b, theirs_b in zip(self.network.buffers(), network.buffers(), strict=True):
             mine_b.copy_(theirs_b)
+
+
+def _is_half(p: Tensor) -> bool:
+    return p.dtype in (torch.float16, torch.bfloat16)
 
 
 @torch.no_grad()

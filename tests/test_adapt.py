@@ -249,3 +249,15 @@ def test_adapting_one_of_ours_is_not_needed_but_works() -> None:
                 call=lambda net, x, t, y: net(x, t, torch.zeros_like(t), y))  # fmt: skip
     x_t, t, d, y = inputs(Foreign(net, lambda *_: torch.empty(0), {"shape": (3, 8, 8)}))
     assert net(x_t, t, d, y).shape == x_t.shape
+
+
+def test_a_video_gets_the_embedding_on_its_channels() -> None:
+    """Also where its width equals the number of channels."""
+    for at in (None, "0"):
+        net = adapt(nn.Sequential(nn.Conv3d(4, 4, 1)), shape=(4, 2, 3, 4), at=at, call=lambda n, x, t, y: n(x))
+        x, t = torch.zeros(2, 4, 2, 3, 4), torch.full((2,), 0.5)
+        before = net(x, t, t)
+        nn.init.normal_(net.out.weight)
+        added = net(x, t, t) - before
+        assert added.flatten(2).std(2).max() < 1e-6, "the same at every place of a channel"
+        assert added.mean((2, 3, 4)).std(1).min() > 1e-3, "another for each channel"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from backbones.lstm import Recurrent
+from backbones.recurrence import recurrent_layer, run_layer
 from tests.backbones_contract.cases import IMAGE, TINY, Case
 
 
@@ -35,3 +36,17 @@ def test_cells_have_their_sizes() -> None:
     # Two directions of 16 channels, four gates: of input, of state, and two biases.
     assert size() == 2 * 4 * 16 * (32 + 16 + 2)
     assert size(cell="gru") == 3 / 4 * size()
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_autocast_leaves_the_layer_in_float32(cell: str) -> None:
+    """Called eagerly and as the operator of a compiled network."""
+    layer = Recurrent(8, cell)
+    layer.reset_parameters()
+    x = torch.randn(2, 5, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = [f(x.bfloat16(), list(layer.parameters()), cell, True) for f in (run_layer, recurrent_layer)]
+    expected = run_layer(x.bfloat16().float(), list(layer.parameters()), cell, True)
+    for out in outputs:
+        assert out.dtype == torch.float32
+        torch.testing.assert_close(out, expected)

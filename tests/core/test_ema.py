@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import shortcutflow as sf
-from shortcutflow.ema import AnyAverageConfig, PowerAverageConfig, power_of
+from shortcutflow.ema import AnyAverageConfig, Average, AverageConfig, PowerAverageConfig, power_of
 
 
 def network(seed: int) -> nn.Sequential:
@@ -296,3 +296,20 @@ def test_sharded_average_equals_whole(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(train_sharded, (port, str(tmp_path)), nprocs=2)
     for rank in (0, 1):
         assert (tmp_path / f"{rank}.txt").read_text() == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("config", [AverageConfig(decay=0.999, warm_up=False), PowerAverageConfig(sigma_rel=0.05)])
+def test_averages_of_16_bits_move_as_far_as_those_of_32(config: Any, dtype: torch.dtype) -> None:
+    """A thousandth of the way is less than 16 bits resolve: added there it would be rounded off each time."""
+    net = nn.Linear(3, 3).to(dtype)
+    average, expected = Average(net, config), 1.0
+    with torch.no_grad():
+        average.network.weight.fill_(1.0)
+        net.weight.fill_(2.0)
+    for step in range(5000, 6000):
+        average.update(net, step)
+        expected += (1 - config.decay_at(step)) * (2.0 - expected)
+    assert 1.5 < expected < 2
+    assert average.network.weight.dtype == dtype
+    assert (average.network.weight.float() - expected).abs().max() < 0.008
