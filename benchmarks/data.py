@@ -15,6 +15,7 @@ import io
 import itertools
 import math
 import statistics
+import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +25,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: a plain install has no benchmarks
 
 from benchmarks.record import print_rows, put_into_readme, seconds_in_turn, write_result
 from shortcutflow.data.images import encode_image, to_square

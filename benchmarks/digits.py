@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: a plain install has no benchmarks
 
 from benchmarks.recipe_run import ROOT, run_recipe
 from benchmarks.record import put_into_readme, write_result

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: a plain install has no benchmarks
+
 import backbones
 from benchmarks.loop import CLASSES, LATENT, PAGE, Row, made_run
 from benchmarks.record import print_rows, put_into_readme, write_result

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: a plain install has no benchmarks
+
 from benchmarks.record import put_into_readme, write_result
 from shortcutflow.config import RunConfig
 

@@ -40,7 +40,7 @@ def convert_command(
 def export_command(
     folder: Annotated[Path, typer.Argument(help="A model's or a run's folder.")],
     out: Annotated[Path, typer.Option(help="The file to write; for diffusers a folder.")],
-    format: Annotated[str, typer.Option(help="jax, diffusers, onnx or torch.")] = "jax",
+    format: Annotated[str, typer.Option(help="diffusers, onnx, torch (torch.export) or jax (the released code).")],
     weights: Annotated[str | None, typer.Option(help="Which of the model's weights. [default: the config's]")] = None,
     steps: Annotated[
         list[float] | None, typer.Option(help="Of onnx and torch: a number of steps, or step sizes. [default: 1]")

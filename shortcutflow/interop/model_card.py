@@ -17,7 +17,6 @@ tags:
 - few-step
 ---
 """
-SUMMARY = "A shortcut model: one network that samples in any number of steps.\n"
 USE = """## Use
 
 ```python
@@ -90,12 +89,6 @@ def _report(path: Path) -> str | None:
     if isinstance(told.get("protocol"), dict):
         told["protocol"] = f"{told['protocol'].get('name')} ({told['protocol'].get('description')})"
     return table + "\n" + "; ".join(f"{topic}: {words}" for topic, words in told.items()) + "\n"
-
-
-def _numbers(row: dict[str, Any]) -> dict[str, Any]:
-    """Those to show: the report of a protocol keeps them together, and seconds apart."""
-    values = row.get("values")
-    return {"steps": row.get("steps", ""), **values} if isinstance(values, dict) else row
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> str:

@@ -21,7 +21,6 @@ from shortcutflow.io.json import read_object
 from shortcutflow.network import BackboneConfig
 from shortcutflow.types import SamplerKind
 
-FORMAT = "shortcutflow-model"
 CHECKPOINTS = "checkpoints"
 """A run's folder of them."""
 REPORTS = "evaluation*.json"

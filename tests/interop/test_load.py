@@ -275,11 +275,12 @@ def test_exports_that_are_refused(run: Path, tmp_path: Path, capsys: pytest.Capt
         return capsys.readouterr().err
 
     folder, out = str(model_in(tmp_path / "m")), str(tmp_path / "x.pkl")
-    assert "this library's own conventions" in fails(folder, "--out", out)
+    assert "this library's own conventions" in fails(folder, "--out", out, "--format", "jax")
     assert "unknown format 'onnyx'; known: " in fails(folder, "--out", out, "--format", "onnyx")
-    assert "there is no folder" in fails(str(run), "--out", str(tmp_path / "none/x.pkl"))
+    assert "there is no folder" in fails(str(run), "--format", "jax", "--out", str(tmp_path / "none/x.pkl"))
+    assert "--format" in fails(folder, "--out", out), "no format is taken without a word"
     (tmp_path / "x.pkl").write_bytes(b"mine")
-    assert "exists already" in fails(str(run), "--out", out)
+    assert "exists already" in fails(str(run), "--format", "jax", "--out", out)
     assert (tmp_path / "x.pkl").read_bytes() == b"mine"
 
 
