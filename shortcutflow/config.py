@@ -262,7 +262,9 @@ def _set(values: dict[str, Any], path: str, text: str) -> None:
             raise ValueError(_unknown(path, ".".join([*sections[:i], section]), here, sections[:i]))
         here = here[section]
     free_form = bool(sections) and sections[-1] in ("options", "averages")
-    if field not in here and not free_form:
+    # A section that has changed its kind lacks the fields that have no default.
+    kind = _kinds(sections[0]).get(here.get("kind")) if len(sections) == 1 else None  # type: ignore[arg-type]
+    if field not in here and not free_form and field not in (kind.model_fields if kind is not None else ()):
         raise ValueError(_unknown(path, field, here, sections))
     try:
         value = json.loads(text)
@@ -282,8 +284,7 @@ def _unknown(path: str, field: str, here: dict[str, Any], sections: list[str]) -
 
 def _change_kind(values: dict[str, Any], section: str, kind: str) -> None:
     """Keep what the new kind of a section also has."""
-    models = _models_in(RunConfig.model_fields[section].annotation)
-    kinds = {model.model_fields["kind"].default: model for model in models}
+    kinds = _kinds(section)
     if kind not in kinds:
         raise ValueError(f"{section}.kind is {kind!r}; known: {', '.join(sorted(kinds))}")
     fields = kinds[kind].model_fields
@@ -292,6 +293,12 @@ def _change_kind(values: dict[str, Any], section: str, kind: str) -> None:
     }
     kept = {name: value for name, value in values[section].items() if name in fields}
     values[section] = defaults | kept | {"kind": kind}
+
+
+def _kinds(section: str) -> dict[str, type[BaseModel]]:
+    """The models of a section, by their ``kind``; none if it has no kinds."""
+    models = _models_in(RunConfig.model_fields[section].annotation)
+    return {model.model_fields["kind"].default: model for model in models if "kind" in model.model_fields}
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

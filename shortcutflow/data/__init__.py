@@ -8,5 +8,8 @@ from shortcutflow.data.digits import DigitsData
 from shortcutflow.data.imagefolder import ImageFolderData
 from shortcutflow.data.pusht import PushTData
 from shortcutflow.data.source import ShardsData
+from shortcutflow.data.webdataset import WebdatasetData
 
-DataConfig = Annotated[DigitsData | ImageFolderData | PushTData | ShardsData, Field(discriminator="kind")]
+DataConfig = Annotated[
+    DigitsData | ImageFolderData | PushTData | ShardsData | WebdatasetData, Field(discriminator="kind")
+]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ LARGEST_SAMPLE = 64 * 2**20
 
 
 class Extent(NamedTuple):
-    """A run of bytes in a shard: where it begins, its length and CRC-32."""
+    """A run of bytes in a shard: where it begins, its length and CRC-32 (-1 if it is not known)."""
 
     offset: int
     size: int
@@ -81,6 +82,7 @@ class Index(NamedTuple):
         names: of the samples.
         entry: of its shard, None for a shard without samples.
         skipped: (name, reason) of source items that gave no sample.
+        version: of a shard that was not written here: what it was recognised by when it was indexed.
     """
 
     offset: np.ndarray
@@ -91,15 +93,19 @@ class Index(NamedTuple):
     names: tuple[str, ...]
     entry: ShardEntry | None
     skipped: tuple[tuple[str, str], ...]
+    version: str = ""
 
 
-def write_index(path: Path, builder: IndexBuilder, entry: ShardEntry | None, skipped: list[tuple[str, ...]]) -> str:
+def write_index(
+    path: Path, builder: IndexBuilder, entry: ShardEntry | None, skipped: Sequence[tuple[str, ...]], version: str = ""
+) -> str:
     """Write it, whole or not at all; gives its SHA-256."""
     from safetensors.numpy import save
 
     shard = entry.model_dump_json(exclude={"index_sha256"}) if entry is not None else "null"
     # One entry: safetensors keeps several in no fixed order.
-    metadata = {"shard": json.dumps({"entry": json.loads(shard), "skipped": skipped})}
+    described = {"entry": json.loads(shard), "skipped": skipped} | ({"version": version} if version else {})
+    metadata = {"shard": json.dumps(described)}
     content = save(builder.columns(), metadata)
     write_whole(path, content)
     return hashlib.sha256(content).hexdigest()
@@ -164,7 +170,7 @@ def _parse(content: bytes, digest: str) -> Index:
     names = tuple(lines.decode(errors="replace").split("\n"))
     skipped = tuple((str(name), str(reason)) for name, reason in described["skipped"])
     offset, size, crc = extents
-    return Index(offset, size, crc, label, condition, names, entry, skipped)
+    return Index(offset, size, crc, label, condition, names, entry, skipped, str(described.get("version", "")))
 
 
 def _check_columns(columns: list[np.ndarray], shape: tuple[int, ...]) -> None:

@@ -19,6 +19,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from shortcutflow.data.images import Crop, read_image, to_square
 from shortcutflow.data.index import Index, read_index
 from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.remote import FetchError, ShardFolder
@@ -85,7 +86,7 @@ class ShardReader:
         name = index.names[number]
         try:
             content = _stored(file, index, number, copy)
-            return Sample(decode(content, self.manifest), self._condition(file, index, number), name)
+            return Sample(decode(content, self.manifest, self.folder.crop), self._condition(file, index, number), name)
         except (ValueError, IndexError) as error:
             raise DamagedSampleError(f"{name} ({self.manifest.shards[shard].name}, {number}): {error}") from error
 
@@ -191,13 +192,18 @@ def _bytes(file: int, offset: int, size: int, crc: int) -> bytes:
     content = os.pread(file, size, offset)
     if len(content) != size:
         raise ValueError(f"the shard ends after {len(content)} of its {size} bytes: it is cut off")
-    if zlib.crc32(content) != crc:
+    if crc >= 0 and zlib.crc32(content) != crc:
         raise ValueError("its bytes are not the ones that were written (checksum)")
     return content
 
 
-def decode(content: bytes, manifest: Manifest) -> np.ndarray:
+def decode(content: bytes, manifest: Manifest, crop: Crop | None = None) -> np.ndarray:
     """A sample's values: pixels (channels, height, width) uint8, float32, or float16 moments (2 channels, h, w).
+
+    Args:
+        content: as it is stored.
+        manifest: says what it is.
+        crop: of an image of any format and size: how it becomes the size in the manifest. None: it must have that.
 
     Raises:
         ValueError: if it is not what the manifest says.
@@ -210,6 +216,8 @@ def decode(content: bytes, manifest: Manifest) -> np.ndarray:
         return np.frombuffer(content, dtype="<f2").reshape(shape)
     if manifest.values == "float32":
         return decode_array(content, manifest.shape, np.dtype("<f4"))
+    if crop is not None:
+        return np.moveaxis(np.asarray(to_square(read_image(content), manifest.shape[-1], crop)), -1, 0)
     return _decode_image(content, manifest.shape, manifest.format)
 
 

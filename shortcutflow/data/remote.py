@@ -10,17 +10,19 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 
+from shortcutflow.data.images import Crop
 from shortcutflow.data.index import LARGEST_INDEX
 from shortcutflow.data.manifest import LARGEST_MANIFEST, MANIFEST, Manifest, ShardEntry
 from shortcutflow.io.atomic import atomic_file, locked
@@ -36,6 +38,13 @@ COMMANDS = {
     "gs": ("gsutil", "cat", "{}"),
 }
 """For each kind of URL, what writes the file at "{}" to its standard output. Retries are made here, not by them."""
+VERSIONS = {
+    "http": (*_CURL[:-1], "--head", "--", "{}"),
+    "https": (*_CURL[:-1], "--head", "--", "{}"),
+    "s3": ("aws", "s3", "ls", "{}"),
+    "gs": ("gsutil", "ls", "-l", "{}"),
+}
+"""For each kind of URL, what writes a description that changes with the file; of HTTP, its headers."""
 TRIES = 5
 FIRST_PAUSE = 1.0
 """Seconds after the first failure; twice as long after each further one."""
@@ -50,6 +59,10 @@ class FetchError(OSError):
 class ShardFolder:
     """A folder of shards.
 
+    Attributes:
+        manifest: what they hold.
+        crop: how images are made to the manifest's size when they are read; None: they have it.
+
     Args:
         place: a local folder, or a URL of one.
         cache: where shards of a URL are kept; a folder of its own below it for each URL.
@@ -60,6 +73,8 @@ class ShardFolder:
         ValueError: for a manifest that does not parse, or a URL of another kind.
         FetchError: if the manifest cannot be fetched.
     """
+
+    crop: Crop | None = None
 
     def __init__(self, place: str | Path, *, cache: Path, cache_limit: int | None = None) -> None:
         self.url = url_of(place)
@@ -74,11 +89,18 @@ class ShardFolder:
         host = urlsplit(self.url).hostname or ""  # without a password, if the URL has one
         self.path = cache / f"{host}-{hashlib.sha256(self.url.encode()).hexdigest()[:12]}"
         self.path.mkdir(parents=True, exist_ok=True)
-        content = _with_retries(lambda: self._read(MANIFEST, LARGEST_MANIFEST), f"{self.url}/{MANIFEST}")
+        content = with_retries(lambda: self._read(MANIFEST, LARGEST_MANIFEST), f"{self.url}/{MANIFEST}")
         self.manifest = Manifest.parse(content, f"{self.url}/{MANIFEST}")
+
+    def __str__(self) -> str:
+        return self.url or str(self.path)
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_ahead": {}, "_pool": None}
+
+    def url_of_file(self, name: str) -> str:
+        """The URL of a file of a remote folder."""
+        return f"{self.url}/{name}"
 
     def path_of(self, entry: ShardEntry) -> Path:
         """The local file of a shard, fetched if it is not there yet."""
@@ -136,7 +158,7 @@ class ShardFolder:
             return path
         with locked(self.path / f".{path.name}.lock"):
             if not path.exists():
-                _with_retries(lambda: self._fetch(name, path, size, sha256), f"{self.url}/{name}", tries)
+                with_retries(lambda: self._fetch(name, path, size, sha256), self.url_of_file(name), tries)
                 self._make_room(keep=path)
         return path
 
@@ -147,48 +169,18 @@ class ShardFolder:
 
     def _fetch(self, name: str, path: Path, size: int | None, sha256: str) -> None:
         """Download one file; it is renamed into place only if it is what the manifest says."""
-        digest, read = hashlib.sha256(), 0
         with atomic_file(path) as unfinished:
-            with self._open(name) as source, unfinished.open("wb") as out:
-                while chunk := source.read(2**20):
-                    read += len(chunk)
-                    if read > (LARGEST_INDEX if size is None else size):
-                        break
-                    digest.update(chunk)
-                    out.write(chunk)
-            if digest.hexdigest() != sha256:
+            digest, read = download(self.url_of_file(name), unfinished, LARGEST_INDEX if size is None else size)
+            if digest != sha256:
                 of = f" of {size}" if size is not None else ""
                 raise OSError(f"what came ({read} bytes{of}) is not what the manifest says")
 
     def _read(self, name: str, at_most: int) -> bytes:
-        with self._open(name) as source:
+        with open_url(self.url_of_file(name)) as source:
             content = source.read(at_most + 1)
         if not content or len(content) > at_most:
             raise OSError(f"it has {len(content)} bytes or more, from 1 to {at_most} are read")
         return content
-
-    @contextmanager
-    def _open(self, name: str) -> Iterator[BinaryIO]:
-        url = f"{self.url}/{name}"
-        command = [part.format(url) for part in COMMANDS[url.partition("://")[0]]]
-        if shutil.which(command[0]) is None:
-            raise FetchError(f"{url} is fetched by the command {command[0]!r}, which is not installed")
-        with (
-            tempfile.TemporaryFile() as said,
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as process,
-        ):
-            assert process.stdout is not None
-            try:
-                yield cast(BinaryIO, process.stdout)
-                is_whole = not process.stdout.read(1)
-            except BaseException:
-                process.kill()
-                raise
-            if not is_whole:
-                process.kill()
-            elif process.wait() != 0:
-                said.seek(0)
-                raise OSError(said.read(1000).decode(errors="replace").strip() or f"{command[0]} failed")
 
     def _make_room(self, keep: Path) -> None:
         if self._limit is None:
@@ -206,6 +198,73 @@ class ShardFolder:
             path.unlink(missing_ok=True)
 
 
+@contextmanager
+def open_url(url: str, commands: Mapping[str, tuple[str, ...]] = COMMANDS) -> Iterator[BinaryIO]:
+    """Read what the command for a URL writes: the file, with :data:`COMMANDS`; ``hf://`` is read by huggingface_hub.
+
+    Raises:
+        FetchError: if the command is not installed.
+        OSError: with what the command wrote to its standard error, if it fails.
+    """
+    scheme = url.partition("://")[0]
+    if scheme == "hf" and commands is COMMANDS:
+        from huggingface_hub import HfFileSystem
+
+        with HfFileSystem().open(url, "rb", block_size=0) as stream:  # without blocks: one request, read once through
+            yield stream
+        return
+    command = [part.format(url) for part in commands[scheme]]
+    if shutil.which(command[0]) is None:
+        raise FetchError(f"{url} is fetched by the command {command[0]!r}, which is not installed")
+    with (
+        tempfile.TemporaryFile() as said,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            yield cast(BinaryIO, process.stdout)
+            is_whole = not process.stdout.read(1)
+        except BaseException:
+            process.kill()
+            raise
+        if not is_whole:
+            process.kill()
+        elif process.wait() != 0:
+            said.seek(0)
+            raise OSError(said.read(1000).decode(errors="replace").strip() or f"{command[0]} failed")
+
+
+def download(url: str, path: Path, at_most: int = 2**63) -> tuple[str, int]:
+    """Fetch a file once; gives the SHA-256 and size of what came, of which no more is kept than ``at_most`` bytes."""
+    digest, read = hashlib.sha256(), 0
+    with open_url(url) as source, path.open("wb") as out:
+        while chunk := source.read(2**20):
+            read += len(chunk)
+            if read > at_most:
+                break
+            digest.update(chunk)
+            out.write(chunk)
+    return digest.hexdigest(), read
+
+
+def version_of(url: str) -> str:
+    """A short text that changes when the file at a URL does; empty if the server does not say."""
+    try:
+        if url.startswith("hf://"):
+            from huggingface_hub import HfFileSystem
+
+            found = HfFileSystem().info(url)
+            return f"{found['size']} {(found.get('lfs') or {}).get('sha256') or found.get('blob_id', '')}"
+        with open_url(url, VERSIONS) as answer:
+            text = answer.read(2**16)
+    except OSError as error:
+        logger.debug("%s: no version (%s)", url, error)
+        return ""
+    if url.startswith("http"):
+        text = b"".join(re.findall(rb"(?im)^(?:etag|last-modified|content-length):.*", text))
+    return hashlib.sha256(text).hexdigest()[:32] if text else ""
+
+
 def url_of(place: str | Path) -> str | None:
     """The URL without a trailing slash, or None for a local path.
 
@@ -220,7 +279,7 @@ def url_of(place: str | Path) -> str | None:
     return str(place).rstrip("/")
 
 
-def _with_retries(action: Callable[[], Result], url: str, tries: int = TRIES) -> Result:
+def with_retries(action: Callable[[], Result], url: str, tries: int = TRIES) -> Result:
     """Do it; after a failure again, with pauses of 1, 2, 4, ... seconds.
 
     Raises:

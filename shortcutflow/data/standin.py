@@ -14,6 +14,7 @@ from shortcutflow.data.manifest import MANIFEST, LatentsInfo, Manifest
 from shortcutflow.data.pusht import PushTData
 from shortcutflow.data.shards import Sample, StoredPack, shard_name, write_shard, write_shards
 from shortcutflow.data.source import DataSettings, ShardsData
+from shortcutflow.data.webdataset import WebdatasetData
 from shortcutflow.io.atomic import build_once
 
 SAMPLES_PER_SHARD, SHARDS = 16, 2
@@ -23,7 +24,7 @@ LATENT_CLASSES, IMAGE_CLASSES = 1000, 10
 NO_AUTOENCODER = "stand-in/for/an autoencoder"
 """Neither a folder nor a hub id, so nobody looks for it elsewhere: sample grids show the latents themselves."""
 
-AnyData = DigitsData | ImageFolderData | PushTData | ShardsData
+AnyData = DigitsData | ImageFolderData | PushTData | ShardsData | WebdatasetData
 
 
 class StandIn(NamedTuple):

@@ -67,16 +67,16 @@ class ShardPictures:
     """Prepared shards of images, in the order in which they lie in them.
 
     Args:
-        folder: of the shards, or its URL.
+        folder: of the shards, or its URL, or one that is open.
         cache: where shards of a URL are kept.
 
     Raises:
         ValueError: if they hold no images.
     """
 
-    def __init__(self, folder: Path | str, cache: Path = Path("data/cache")) -> None:
+    def __init__(self, folder: Path | str | ShardFolder, cache: Path = Path("data/cache")) -> None:
         self.name = str(folder)
-        self._reader = ShardReader(ShardFolder(folder, cache=cache))
+        self._reader = ShardReader(folder if isinstance(folder, ShardFolder) else ShardFolder(folder, cache=cache))
         self._manifest: Manifest = self._reader.manifest
         if self._manifest.values != "uint8":
             held = "latents" if self._manifest.latents is not None else "numbers that are no images"
@@ -135,13 +135,19 @@ class RawPictures:
 
 
 def open_pictures(
-    source: str | Path, *, size: int | None = None, crop: Crop = "released", cache: Path = Path("data/cache")
+    source: str | Path | ShardFolder,
+    *,
+    size: int | None = None,
+    crop: Crop = "released",
+    cache: Path = Path("data/cache"),
 ) -> Pictures:
     """The pictures of a source: "digits", a folder or URL of shards, or raw pictures.
 
     Raises:
         FileNotFoundError, ValueError: if there are none, or size is given for pictures that are prepared already.
     """
+    if isinstance(source, ShardFolder):
+        return ShardPictures(source)
     prepared = str(source) == DIGITS or url_of(source) is not None or (Path(source) / MANIFEST).is_file()
     if not prepared:
         return RawPictures(Path(source), size=size, crop=crop)

@@ -40,9 +40,15 @@ class Server:
     def __init__(self, folder: Path) -> None:
         self.requests: Counter[str] = Counter()
         self.answer: Answer = lambda name, count, content: (200, content)
+        self.versions: dict[str, str] = {}
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                self.send_response(200)
+                self.send_header("ETag", outer.versions.get(self.path.rpartition("/")[2], "first"))
+                self.end_headers()
+
             def do_GET(self) -> None:
                 name = self.path.rpartition("/")[2]
                 outer.requests[name] += 1

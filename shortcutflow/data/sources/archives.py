@@ -187,7 +187,7 @@ def _list_members(
     file: BinaryIO, start: int, end: int, where: str, number: int, listing: Listing, *, prefix: str
 ) -> None:
     links: dict[str, str] = {}
-    for member in _members(file, start, end, where):
+    for member in tar_members(file, start, end, where):
         name = clean(prefix + member.name)
         if _in_junk(name):
             continue
@@ -242,7 +242,7 @@ def compression_of(head: bytes) -> str | None:
     return next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), None)
 
 
-def _members(file: BinaryIO, start: int, end: int, where: str) -> Iterator[tarfile.TarInfo]:
+def tar_members(file: BinaryIO, start: int, end: int, where: str) -> Iterator[tarfile.TarInfo]:
     """All members between two offsets of a file, also of tars that were appended to each other."""
     while start < end:
         file.seek(start)
