@@ -57,7 +57,7 @@ class DataSettings(BaseModel):
     workers: int | None = Field(default=None, ge=0, description="processes that read ahead; null: cores to spare")
     on_error: Literal["skip", "raise"] = Field(default="skip", description="what a sample that cannot be read does")
 
-    def prepare(self) -> Path | str | ShardFolder:
+    def prepare(self) -> Path | str:
         """Make sure that the shards are there; gives their folder, or its URL."""
         raise NotImplementedError
 

@@ -32,7 +32,7 @@ from shortcutflow.data.sources import braced
 from shortcutflow.data.sources.archives import compression_of, tar_members
 from shortcutflow.data.sources.labels import MOST_CLASSES
 from shortcutflow.data.sources.webdataset import LARGEST_LABEL, key_and_extension
-from shortcutflow.io.atomic import atomic_file, locked, write_whole
+from shortcutflow.io.atomic import locked, sync, unfinished_name, write_whole
 
 SCHEMES = (*COMMANDS, "hf")
 SCAN_THREADS = 8
@@ -59,8 +59,8 @@ class WebdatasetData(DataSettings):
     cache: Path = Path("data/cache")
     cache_limit: int | None = Field(default=None, ge=0, description="bytes of shards of URLs that are kept; null: all")
 
-    def prepare(self) -> ShardFolder:
-        """The shards, indexed if they were not; several processes may ask at once and share the work.
+    def opened(self) -> ShardFolder:
+        """The shards, indexed if they were not; several processes may call at once and share the work.
 
         Raises:
             FileNotFoundError: if a shard is not there.
@@ -101,19 +101,15 @@ def expand(urls: str | tuple[str, ...]) -> list[str]:
     Raises:
         ValueError: for URLs of another kind, and if there are none, or one comes twice.
     """
-    try:
-        from webdataset.shardlists import expand_urls
-    except ImportError as error:
-        raise ImportError("data.kind=webdataset needs webdataset: pip install 'shortcutflow[train]'") from error
     places: list[str] = []
     for url in (urls,) if isinstance(urls, str) else urls:
         if not _is_url(url) and not url.endswith(".tar") and Path(url).is_file():
             lines = [line.strip() for line in Path(url).read_text(encoding="utf-8").splitlines()]
-            found = [place for line in lines if line and not line.startswith("#") for place in expand_urls(line)]
+            found = [place for line in lines if line and not line.startswith("#") for place in braced(line)]
             # Relative to the list, so that both can be moved together.
             places += [place if _is_url(place) else str(Path(url).parent / place) for place in found]
         else:
-            places += expand_urls(url)
+            places += braced(url)
     for place in places:
         if (_is_url(place) and place.partition("://")[0] not in SCHEMES) or re.match(r"[a-z]{2,}:(?!//)", place):
             raise ValueError(
@@ -242,10 +238,11 @@ class WebdatasetShards(ShardFolder):
             ))  # fmt: skip
 
     def _fetch_and_index(self, place: str, name: str, paths: list[Path], version: str) -> _Shard:
-        unfinished = self.path / f".{name}.unfinished-{os.getpid()}"
+        unfinished = unfinished_name(self.path / name)
         try:
             sha256, size = download(place, unfinished)
             builder, skipped = scan(unfinished, self._fields)
+            sync(unfinished)
             kept = self._kept_at(name, sha256)
             unfinished.replace(kept)
         finally:
@@ -365,8 +362,6 @@ def scan(path: Path, fields: Fields) -> tuple[IndexBuilder, list[tuple[str, str]
     Raises:
         ValueError: if it is compressed, so that samples cannot be read in any order.
     """
-    from webdataset.tariterators import base_plus_ext
-
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     skipped: list[tuple[str, str]] = []
     builder = IndexBuilder()
@@ -375,14 +370,14 @@ def scan(path: Path, fields: Fields) -> tuple[IndexBuilder, list[tuple[str, str]
             raise ValueError(f"{path} is compressed by {compression}: decompress it to a plain .tar")
         try:
             for member in tar_members(file, 0, os.fstat(file.fileno()).st_size, path.name):
-                key, extension = base_plus_ext(member.name)
-                if key is None or _META.match(member.name):
+                key, extension = key_and_extension(member.name)
+                if not extension or _META.match(member.name) or not member.isreg() or member.issparse():
                     continue
                 members = samples.setdefault(key, {})
-                if extension.lower() in members:
+                if extension in members:
                     skipped.append((member.name, "a member of this name comes before it, which is used"))
                 else:
-                    members[extension.lower()] = member.offset_data, member.size
+                    members[extension] = member.offset_data, member.size
         except ValueError as error:
             skipped.append((path.name, f"{error}; {len(samples)} samples before that are used"))
         for key, members in samples.items():

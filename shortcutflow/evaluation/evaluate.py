@@ -242,4 +242,4 @@ def pictures_of(sampler: Sampler) -> Pictures:
             f"{name} was trained on latents, and a reference is made of pictures: name those that they were made from, "
             "or their statistics, with --reference"
         )
-    return open_pictures(DIGITS if data.kind == "digits" else data.prepare())
+    return open_pictures(DIGITS if data.kind == "digits" else data.opened())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from shortcutflow.cli import main
 from shortcutflow.data import remote
 from shortcutflow.data import webdataset as ours
 from shortcutflow.data.images import read_image, to_square
@@ -151,7 +153,7 @@ def test_shards_are_indexed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ours, "SCAN_THREADS", 1)
     monkeypatch.setattr(ours, "scan", watched)
     with pytest.raises(KeyboardInterrupt):
-        settings(urls).prepare()
+        settings(urls).opened()
     assert scanned == ["train-000000.tar", "train-000001.tar"]
     monkeypatch.setattr(ours, "scan", lambda path, fields: scanned.append(path.name) or scan(path, fields))
     expected = batches(settings(urls), 4)
@@ -170,7 +172,7 @@ def test_shards_are_indexed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     os.replace(tmp_path / "other" / "train-000000.tar", tmp_path / "s" / "train-000001.tar")
     with pytest.raises(ValueError, match=r"train-000001\.tar has changed since it was indexed"):
         list(islice(stream, 4))
-    assert settings(urls).prepare().manifest.samples == SAMPLES - PER_SHARD + 1
+    assert settings(urls).opened().manifest.samples == SAMPLES - PER_SHARD + 1
     assert scanned[len(before) :] == ["train-000001.tar"]
 
 
@@ -216,7 +218,7 @@ def test_what_is_left_out_is_listed(tmp_path: Path, capsys: pytest.CaptureFixtur
         for name in ("n00000000.jpg", "n00000000.cls", "._n1.jpg", "__meta__/x.jpg", "no_extension"):
             file.addfile(tarfile.TarInfo(name), io.BytesIO())
     data = settings(urls)
-    assert data.prepare().manifest.samples == 7
+    assert data.opened().manifest.samples == 7
     said = capsys.readouterr().err
     assert said.startswith("7 samples are left out, such as n00000000.jpg (a member of this name comes before it")
     listed = Path(said.strip().rpartition(" ")[2]).read_text().splitlines()
@@ -227,7 +229,7 @@ def test_what_is_left_out_is_listed(tmp_path: Path, capsys: pytest.CaptureFixtur
                             strict=True):  # fmt: skip
         assert reason in line
     with pytest.raises(ValueError, match=r"7 samples are left out.*data\.on_error=skip trains without them"):
-        settings(urls, on_error="raise").prepare()
+        settings(urls, on_error="raise").opened()
 
 
 def test_labels_that_do_not_fit(tmp_path: Path) -> None:
@@ -235,7 +237,7 @@ def test_labels_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"train-000000.tar holds the label 4, data\.num_classes=4 takes labels up to 3"
     ):
-        settings(urls, num_classes=4).prepare()
+        settings(urls, num_classes=4).opened()
     with pytest.raises(ValueError, match=r"no sample can be used.*no label \(label\) among its members: cls, jpg"):
         settings(urls, label="label").describe()
     with pytest.raises(ValueError, match=r"no sample can be used.*its label is 'None', not a number"):
@@ -248,11 +250,11 @@ def test_damaged_and_compressed_shards(tmp_path: Path, capsys: pytest.CaptureFix
     tar = tmp_path / "s" / "train-000001.tar"
     whole = tar.read_bytes()
     tar.write_bytes(whole[: len(whole) // 2])
-    assert SAMPLES - PER_SHARD < settings(urls).prepare().manifest.samples < SAMPLES
+    assert SAMPLES - PER_SHARD < settings(urls).opened().manifest.samples < SAMPLES
     assert "train-000001.tar is damaged or cut off" in capsys.readouterr().err
     tar.write_bytes(b"\x1f\x8b" + whole)
     with pytest.raises(ValueError, match="compressed by gzip: decompress it"):
-        settings(urls).prepare()
+        settings(urls).opened()
     tar.write_bytes(whole.replace(photograph(8), b"\xff\xd8\xff" + bytes(len(photograph(8)) - 3)))
     stream = settings(urls).open_stream(batch_size=SAMPLES, seed=0)
     assert len(set(next(stream).keys)) == SAMPLES - 1
@@ -267,7 +269,7 @@ def test_nothing_runs_code(tmp_path: Path) -> None:
     batches(settings(write(tmp_path / "s", samples)), 4)
     for urls in (f"pipe:touch {trap}", f"pipe:curl http://x/{trap}", "ftp://host/a.tar", "file:///etc/a.tar"):
         with pytest.raises(ValueError, match="no command is run"):
-            settings(urls).prepare()
+            settings(urls).opened()
     assert not trap.exists()
 
 
@@ -281,7 +283,7 @@ def test_lists_and_braces(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"names .*train-000000\.tar twice"):
         expand((urls, expected[0]))
     with pytest.raises(FileNotFoundError, match=r"train-000004\.tar, which is not there \(6 are missing\)"):
-        settings(f"{tmp_path}/s/train-{{000000..000009}}.tar").prepare()
+        settings(f"{tmp_path}/s/train-{{000000..000009}}.tar").opened()
 
 
 @pytest.fixture
@@ -308,7 +310,7 @@ def test_shards_of_a_url(tmp_path: Path, server: Server) -> None:
     write(tmp_path / "s", imagenet(12))
     server.versions["train-000001.tar"] = "other"
     server.requests = Counter()
-    assert settings(urls).prepare().manifest.samples == SAMPLES - PER_SHARD + 5
+    assert settings(urls).opened().manifest.samples == SAMPLES - PER_SHARD + 5
     assert set(server.requests) == {"train-000001.tar"}
 
 
@@ -331,6 +333,24 @@ def test_a_bounded_cache_fetches_the_very_same_again(tmp_path: Path, server: Ser
 
 def test_pictures_for_a_reference(tmp_path: Path) -> None:
     data = settings(write(tmp_path / "s", imagenet()))
-    pictures = open_pictures(data.prepare())
+    pictures = open_pictures(data.opened())
     assert pictures.count == SAMPLES
     assert {picture.shape for picture in pictures.read(range(SAMPLES))} == {(4, 4, 3)}
+
+
+def test_a_run_through_the_command_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    """From foreign shards to the very same weights, whether the run was killed after a checkpoint or not."""
+    urls = write(tmp_path / "s", imagenet())
+    run = Path("runs/whole")
+    command = ["train", "unet_cifar10", "--smoke", "--run-dir", str(run)]
+    data = ["data.kind=webdataset", f"data.urls={urls}", "data.label=null", "data.size=32", "data.workers=0"]
+    with pytest.raises(SystemExit, match="0"):
+        main([*command, *data, "training.steps=4", "training.checkpoint_every=2", "training.device=cpu"])
+    checkpoints = sorted((run / "checkpoints").iterdir())
+    whole = {path.name: path.read_bytes() for path in checkpoints[-1].glob("*.safetensors")}
+    assert whole
+    # A kill after step 2 leaves what was there then.
+    shutil.rmtree(checkpoints[-1])
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "unet_cifar10", "--run-dir", str(run), "--resume"])
+    assert {path.name: path.read_bytes() for path in checkpoints[-1].glob("*.safetensors")} == whole

@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 from shortcutflow.data.shards import Skipped
@@ -61,7 +60,7 @@ def expand(path: Path) -> list[Path]:
     Raises:
         FileNotFoundError: naming one that the braces promise and that is not there.
     """
-    found = [Path(name) for name in _braced(str(path))]
+    found = [Path(name) for name in braced(str(path))]
     if any(wild in path.name for wild in "*?["):
         return [file for place in found for file in sorted(place.parent.glob(place.name)) if file.is_file()]
     missing = [place for place in found if not place.is_file()]
@@ -70,30 +69,20 @@ def expand(path: Path) -> list[Path]:
     return [] if missing else found
 
 
-def _braced(text: str) -> list[str]:
-    parts = []
-    end = 0
-    for braces in _BRACES.finditer(text):
-        parts += [[text[end : braces.start()]], _alternatives(braces)]
-        end = braces.end()
-    parts.append([text[end:]])
+def braced(text: str) -> list[str]:
+    """The names that braces stand for, by webdataset's rule.
+
+    Raises:
+        ValueError: if they are more than a million.
+    """
+    from webdataset.shardlists import expand_urls
+
     count = 1
-    for part in parts:
-        count *= len(part)
+    for braces in _BRACES.finditer(text):
+        count *= abs(int(braces[3]) - int(braces[2])) + 1 if braces[2] else braces[1].count(",") + 1
     if count > _MOST_FILES:
         raise ValueError(f"{text} stands for {count} files, at most {_MOST_FILES} are read")
-    return ["".join(chosen) for chosen in product(*parts)]
-
-
-def _alternatives(braces: re.Match[str]) -> list[str]:
-    if braces[2] is None:
-        return braces[1].split(",")
-    first, last = int(braces[2]), int(braces[3])
-    width = max(len(braces[2]), len(braces[3])) if braces[2].startswith("0") or braces[3].startswith("0") else 0
-    numbers = range(first, last + 1) if first <= last else range(first, last - 1, -1)
-    if len(numbers) > _MOST_FILES:
-        raise ValueError(f"{braces[0]} stands for {len(numbers)} files, at most {_MOST_FILES} are read")
-    return [f"{number:0{width}d}" for number in numbers]
+    return expand_urls(text)
 
 
 def _open_file(archive: Path, inside: str, path: Path, choice: bool | str) -> RawSource:

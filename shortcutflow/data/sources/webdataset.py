@@ -33,10 +33,11 @@ def suffix_of(name: str) -> str:
 
 
 def key_and_extension(name: str) -> tuple[str, str]:
-    """As webdataset splits a name: at the first dot of its last part."""
-    folder, slash, last = name.rpartition("/")
-    stem, _, extension = last.partition(".")
-    return folder + slash + stem, extension.lower()
+    """As webdataset splits a name: at the first dot of its last part; (name, "") where it sees no sample."""
+    from webdataset.tariterators import base_plus_ext
+
+    key, extension = base_plus_ext(name)
+    return (name, "") if key is None else (key, extension.lower())
 
 
 def _kind(extension: str) -> str:
