@@ -81,6 +81,7 @@ def write_latents(folder: Path, num_classes: int | None) -> Manifest:
     """Shards of random moments, with those of mirror images, as ``shortcutflow prepare --latents`` writes them."""
     random = np.random.default_rng(0)
     channels, *sizes = LATENT_SHAPE
+    folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for number in range(SHARDS):
         means = random.standard_normal((SAMPLES_PER_SHARD, 1, channels, *sizes)) * 5

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from shortcutflow.data import shard_workers
 from shortcutflow.data.preparation import only_one
 from shortcutflow.data.prepare import prepare
+from shortcutflow.data.ranks import cores
 from shortcutflow.data.shard_workers import ShardTask, WorkerDiedError, write_tasks
 from shortcutflow.data.shards import Stored
 from tests.data.pictures import CLASSES, files_of, picture, pictures, write_files
@@ -161,4 +161,4 @@ def test_a_worker_that_dies_is_reported(tmp_path: Path) -> None:
 
 def test_no_tasks() -> None:
     assert write_tasks([], Dies(), workers=2) == []
-    assert shard_workers.cores() >= 1
+    assert cores() >= 1

@@ -58,7 +58,6 @@ def vae(tmp_path: Path) -> Path:
 def test_a_run_of_latents(tmp_path: Path, vae: Path, counter: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(standin, "LATENT_SHAPE", (4, 8, 8))
     monkeypatch.setattr(standin, "NO_AUTOENCODER", str(vae))
-    (tmp_path / "latents").mkdir()
     standin.write_latents(tmp_path / "latents", 10)
     config = with_overrides(recipe(), [
         "data.kind=shards", f"data.folder={tmp_path / 'latents'}", "backbone.options.width=16", "evaluation=null",
