@@ -9,8 +9,10 @@ import torch
 from torch import Generator, Tensor
 
 from shortcutflow.guidance import guided_velocity
+from shortcutflow.inputs import as_condition, as_state, home_of
 from shortcutflow.path import check_state
 from shortcutflow.schedule import step_sizes
+from shortcutflow.seeds import generator_or_default
 from shortcutflow.types import Network, SamplerKind
 
 FreshNoise = Callable[[int], Tensor]
@@ -27,10 +29,18 @@ class Trajectory(NamedTuple):
 def draw_noise(
     shape: Sequence[int], *, generator: Generator | None = None, device: torch.device | str | None = None
 ) -> Tensor:
-    """Standard normal noise (b, *shape), on the generator's device unless another is named."""
-    if device is None and generator is not None:
-        device = generator.device
-    return torch.randn(tuple(shape), generator=generator, device=device)
+    """Standard normal noise (b, *shape), float32.
+
+    Args:
+        shape: with the number of samples in front.
+        generator: one on the CPU gives the same noise whatever the device; generators of other devices differ from it.
+            None is seeded from torch's default generator, which ``torch.manual_seed`` seeds.
+        device: None is the generator's, or the default device.
+    """
+    if device is None:
+        device = generator.device if generator is not None else torch.get_default_device()
+    generator = generator_or_default(generator, device)
+    return torch.randn(tuple(shape), generator=generator, device=generator.device).to(device)
 
 
 @torch.no_grad()
@@ -55,8 +65,9 @@ def sample(
 
     Args:
         net: any callable net(x_t, t, d, y); its train or eval mode is left as it is.
-        noise: x_0, (b, *shape), the same for every budget; or that shape, to draw it from ``generator``.
-        y: condition of each sample, (b, ...), or None.
+        noise: x_0, (b, *shape), the same for every budget, converted to the precision of a float32 network; or that
+            shape, to draw it on the network's device: see :func:`draw_noise`.
+        y: labels (b,) as a tensor, array or list of whole numbers, any condition tensor (b, ...), or None.
         steps: a number of steps, or step sizes that add up to 1; see :func:`shortcutflow.schedule.step_sizes`.
         guidance_scale: s_null + scale (s_y - s_null); 1 is none, 0 the null condition alone.
         null_y: the null condition, for guidance.
@@ -69,7 +80,7 @@ def sample(
             * "live_reflow": as "euler", but told 1, which stands for the straightened flow, if there are fewer than M
               steps.
         fresh_noise: noise for "consistency" to add after each step but the last; None draws it from ``generator``.
-        generator: where the noise comes from if only its shape is given, and fresh noise.
+        generator: where the noise comes from if only its shape is given, and fresh noise; on any device.
         progress: show a progress bar.
 
     Returns:
@@ -79,8 +90,8 @@ def sample(
         ValueError: for steps below 1, step sizes that do not add up to 1, shapes that do not fit, or guidance without
             a condition or null_y, or fresh noise that is needed and comes from nowhere.
     """
-    x_t = noise if isinstance(noise, Tensor) else draw_noise(noise, generator=generator)
-    asked = _Asked(net, y, guidance_scale, null_y, finest_steps, flow_only, sampler)
+    x_t = _start(net, noise, generator)
+    asked = _Asked(net, as_condition(y, x_t), guidance_scale, null_y, finest_steps, flow_only, sampler)
     for _, state in _walk(asked, x_t, steps, fresh_noise, generator, progress):
         x_t = state
     return x_t
@@ -103,13 +114,21 @@ def trajectory(
     progress: bool = False,
 ) -> Trajectory:
     """As :func:`sample`, keeping every state from the noise to the sample."""
-    x_t = noise if isinstance(noise, Tensor) else draw_noise(noise, generator=generator)
+    x_t = _start(net, noise, generator)
     times, states = [0.0], [x_t]
-    asked = _Asked(net, y, guidance_scale, null_y, finest_steps, flow_only, sampler)
+    asked = _Asked(net, as_condition(y, x_t), guidance_scale, null_y, finest_steps, flow_only, sampler)
     for t, state in _walk(asked, x_t, steps, fresh_noise, generator, progress):
         times.append(t)
         states.append(state)
     return Trajectory(torch.tensor(times, device=x_t.device), torch.stack(states))
+
+
+def _start(net: Network, noise: Tensor | Sequence[int], generator: Generator | None) -> Tensor:
+    """The noise that is given, or drawn where the network is, in the network's precision."""
+    if not isinstance(noise, Tensor):
+        home = home_of(net)
+        noise = draw_noise(noise, generator=generator, device=None if home is None else home.device)
+    return as_state(net, noise)
 
 
 class _Asked(NamedTuple):
@@ -174,7 +193,7 @@ def _fresh(fresh_noise: FreshNoise | None, generator: Generator | None, i: int, 
     if fresh_noise is None:
         if generator is None:
             raise ValueError("sampler 'consistency' adds noise after each step: pass fresh_noise or a generator")
-        return torch.randn(x_t.shape, dtype=x_t.dtype, device=x_t.device, generator=generator)
+        return torch.randn(x_t.shape, dtype=x_t.dtype, device=generator.device, generator=generator).to(x_t.device)
     noise = fresh_noise(i)
     if noise.shape != x_t.shape:
         raise ValueError(f"fresh_noise must give the shape of x_t, {tuple(x_t.shape)}, not {tuple(noise.shape)}")

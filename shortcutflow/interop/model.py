@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
 from shortcutflow.config import CONFIG_FILE, CURRENT, RunConfig
+from shortcutflow.inputs import as_condition
 from shortcutflow.interop.model_folder import (
     CHECKPOINTS,
     COMPANIONS,
@@ -95,15 +96,15 @@ class Model:
         if isinstance(noise, int):
             if noise < 1:
                 raise ValueError(f"at least 1 sample must be asked for, got {noise}")
-            noise = draw_noise((noise, *self.shape), generator=generator)
-        if isinstance(y, int):
-            y = torch.full((len(noise),), y)
+            noise = draw_noise((noise, *self.shape), generator=generator, device=device)
+        noise = noise.to(device)
+        y = torch.full((len(noise),), y, device=device) if isinstance(y, int) else as_condition(y, noise)
         if y is not None and self.num_classes is not None:
             lowest, highest = int(y.min()), int(y.max())
             if lowest < 0 or highest > self.num_classes:
                 raise ValueError(f"labels must be from 0 to {self.num_classes} (none), got {lowest} to {highest}")
         return sample(
-            self.network, noise.to(device), None if y is None else y.to(device),
+            self.network, noise, y,
             steps=steps, guidance_scale=guidance_scale, null_y=self.null_y,
             finest_steps=self.finest_steps, flow_only=self.config.flow_only,
             sampler=self.config.sampler, generator=generator, progress=progress,

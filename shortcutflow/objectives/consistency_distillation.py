@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from shortcutflow.guidance import guided_velocity
 from shortcutflow.objectives.consistency import ConsistencyObjective, same_end
 from shortcutflow.objectives.objective import GuidanceScale, StepDraw, guided_evaluations, require_teacher
-from shortcutflow.objectives.regression import check_batch
+from shortcutflow.objectives.regression import as_batch
 from shortcutflow.path import interpolate
 from shortcutflow.types import WHOLE, Network, Share, Targets
 
@@ -81,7 +81,7 @@ class ConsistencyDistillationObjective(ConsistencyObjective):
         Raises:
             ValueError: without a teacher.
         """
-        check_batch(data, y)
+        data, y = as_batch(net, data, y)
         teacher = require_teacher(teacher, self.kind)
         y = self.drop(y, draw.dropped, null_y)
         x_t = interpolate(draw.noise, data, draw.t, self.sigma_min)

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from shortcutflow.objectives.consistency import ConsistencyObjective, same_end
 from shortcutflow.objectives.objective import StepDraw, stage_of
-from shortcutflow.objectives.regression import check_batch
+from shortcutflow.objectives.regression import as_batch
 from shortcutflow.path import interpolate, velocity
 from shortcutflow.schedule import levels_of
 from shortcutflow.types import WHOLE, Network, Share, Targets
@@ -73,7 +73,7 @@ class ConsistencyTrainingObjective(ConsistencyObjective):
         null_y: Tensor | float | None = None,
     ) -> Targets:
         """The rows of the regression; ``net`` says where the neighbours end, ``teacher`` is not used."""
-        check_batch(data, y)
+        data, y = as_batch(net, data, y)
         y = self.drop(y, draw.dropped, null_y)
         next_t = draw.t + draw.size
         x_t = interpolate(draw.noise, data, draw.t, self.sigma_min)

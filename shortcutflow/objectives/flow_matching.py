@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from torch import Generator, Tensor
 
 from shortcutflow.objectives.objective import TrainingObjective, noise_for
-from shortcutflow.objectives.regression import check_batch
+from shortcutflow.objectives.regression import as_batch
 from shortcutflow.path import interpolate, velocity
 from shortcutflow.schedule import draw_times_on_grid, levels_of
 from shortcutflow.seeds import generator_or_default
@@ -89,7 +89,7 @@ class FlowMatchingObjective(TrainingObjective):
         null_y: Tensor | float | None = None,
     ) -> Targets:
         """v = x_1 - x_0 at x_t; neither ``net`` nor ``teacher`` is called."""
-        check_batch(data, y)
+        data, y = as_batch(net, data, y)
         return Targets(
             x_t=interpolate(draw.noise, data, draw.t, self.sigma_min),
             t=draw.t,

@@ -22,7 +22,7 @@ from shortcutflow.objectives.objective import (
     require_shared_evenly,
 )
 from shortcutflow.objectives.pairs import end_of_flow
-from shortcutflow.objectives.regression import check_batch, rows_of
+from shortcutflow.objectives.regression import as_batch, rows_of
 from shortcutflow.path import interpolate, velocity
 from shortcutflow.schedule import draw_times_on_grid
 from shortcutflow.seeds import generator_or_default
@@ -172,7 +172,7 @@ class LiveReflowObjective(TrainingObjective):
         null_y: Tensor | float | None = None,
     ) -> Targets:
         """The rows of the regression; ``net`` makes the pairs of the reflow rows, ``teacher`` is not used."""
-        check_batch(data, y)
+        data, y = as_batch(net, data, y)
         if draw.source is not None:
             data = data[draw.source]
             y = y[draw.source] if y is not None else None

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 from torch import Generator, Tensor
 
-from shortcutflow.objectives.regression import ObjectiveSettings, check_batch, regress
+from shortcutflow.objectives.regression import ObjectiveSettings, as_batch, regress
 from shortcutflow.schedule import draw_times_on_grid, levels_of
 from shortcutflow.seeds import draw_noise_rows, generator_or_default
 from shortcutflow.types import WHOLE, LossReport, Mean, Network, Share, Targets
@@ -93,8 +93,8 @@ class TrainingObjective(ObjectiveSettings, ABC):
 
         Args:
             net: the network to train, called as net(x_t, t, d, y).
-            data: x_1, (b, *shape), float.
-            y: labels (b,), any condition tensor (b, ...), or None.
+            data: x_1, (b, *shape), float; converted to the precision of a float32 network.
+            y: labels (b,) as a tensor, array or list of whole numbers, any condition tensor (b, ...), or None.
             target_net: makes targets where the network itself does: usually its average; None is net itself.
             teacher: the trained network that two-phase methods learn from.
             progress: share of the training that is done, in [0, 1], for methods with a schedule.
@@ -105,7 +105,7 @@ class TrainingObjective(ObjectiveSettings, ABC):
         Raises:
             ValueError: for a missing teacher, progress or null_y, or shapes that do not fit together.
         """
-        check_batch(data, y)
+        data, y = as_batch(net, data, y)
         generator = generator_or_default(generator, data.device)
         draw = self.draw(data, generator=generator, progress=progress, share=share)
         maker = net if target_net is None else target_net

@@ -19,7 +19,7 @@ from shortcutflow.objectives.objective import (
     require_teacher,
     stage_of,
 )
-from shortcutflow.objectives.regression import check_batch
+from shortcutflow.objectives.regression import as_batch
 from shortcutflow.path import interpolate
 from shortcutflow.schedule import levels_of
 from shortcutflow.types import WHOLE, Network, Share, Targets
@@ -122,7 +122,7 @@ class ProgressiveDistillationObjective(TrainingObjective):
         Raises:
             ValueError: without a teacher.
         """
-        check_batch(data, y)
+        data, y = as_batch(net, data, y)
         teacher = require_teacher(teacher, self.kind)
         y = self.drop(y, draw.dropped, null_y)
         x_t = interpolate(draw.noise, data, draw.t, self.sigma_min)

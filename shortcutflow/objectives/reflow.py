@@ -21,7 +21,7 @@ from shortcutflow.objectives.objective import (
     require_teacher,
 )
 from shortcutflow.objectives.pairs import end_of_flow
-from shortcutflow.objectives.regression import check_batch
+from shortcutflow.objectives.regression import as_batch
 from shortcutflow.path import interpolate, velocity
 from shortcutflow.seeds import generator_or_default
 from shortcutflow.types import WHOLE, Network, Share, Targets
@@ -124,7 +124,7 @@ class ReflowObjective(TrainingObjective):
         Raises:
             ValueError: without a teacher.
         """
-        check_batch(data, y)
+        data, y = as_batch(net, data, y)
         teacher = require_teacher(teacher, self.kind)
         n, noise = len(draw.noise), draw.noise
         y = self.drop(y[:n] if y is not None else None, draw.dropped, null_y)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Generator, Tensor
 
 from shortcutflow.guidance import drop_condition, predict, require_null
+from shortcutflow.inputs import as_condition, as_state
 from shortcutflow.path import check_state
 from shortcutflow.types import LossReport, Mean, Network, SamplerKind, Targets
 
@@ -77,12 +79,20 @@ def rows_of(fraction: float, batch_size: int, kind: str) -> int:
     return n
 
 
-def check_batch(data: Tensor, y: Tensor | None) -> None:
-    """Raise ValueError unless data is (b, *shape) floats and y, if any, has b rows too."""
+def as_batch(net: Network, data: Tensor, y: Any) -> tuple[Tensor, Tensor | None]:
+    """Data and conditions as the network takes them; see :mod:`shortcutflow.inputs`.
+
+    Raises:
+        ValueError: unless data is (b, *shape) floats and y, if any, has b rows too.
+    """
+    if not isinstance(data, Tensor):
+        raise ValueError(f"data must be a float tensor (batch, *shape), got {type(data).__name__}: use torch.as_tensor")
     if data.ndim < 2 or not data.is_floating_point():
         raise ValueError(f"data must be a float tensor (batch, *shape), got {data.dtype} {tuple(data.shape)}")
+    data, y = as_state(net, data), as_condition(y, data)
     if y is not None and y.shape[:1] != data.shape[:1]:
         raise ValueError(f"y must have one row a sample: data has {len(data)}, y has shape {tuple(y.shape)}")
+    return data, y
 
 
 def regress(net: Network, targets: Targets) -> LossReport:

@@ -28,7 +28,7 @@ from shortcutflow.objectives.objective import (
     require_shared_evenly,
     require_teacher,
 )
-from shortcutflow.objectives.regression import check_batch, rows_of
+from shortcutflow.objectives.regression import as_batch, rows_of
 from shortcutflow.objectives.released import released_bootstrap_sizes, released_guided_rows
 from shortcutflow.objectives.shortcut_draw import ShortcutDraw
 from shortcutflow.path import check_unit_interval, expand_to, interpolate, velocity
@@ -283,7 +283,7 @@ class ShortcutObjective(TrainingObjective):
         Raises:
             ValueError: for shapes that do not fit together, times or sizes outside [0, 1], a missing null_y or teacher.
         """
-        check_batch(data, y)
+        data, y = as_batch(net, data, y)
         if self.flow_of == "teacher":
             teacher = require_teacher(teacher, "a shortcut model with flow_of='teacher'")
         else:

@@ -7,9 +7,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 import shortcutflow as sf
 from tests.core.networks import affine, zero
@@ -177,3 +178,78 @@ def test_the_text_names_both_shapes(output: Callable[[Tensor], Tensor], generato
         with pytest.raises(ValueError, match=re.escape("(16, 2, 4, 4)")) as raised:
             objective(lambda x, t, d, y: output(x), data, generator=generator)
         assert str(returned) in str(raised.value)
+
+
+# ---- what users have
+
+
+class Narrow(nn.Module):
+    """Refuses, as layers do, what is not of its own precision, and labels that are not int64."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones((), dtype=dtype))
+        self.labels: list[Tensor | None] = []
+
+    def forward(self, x_t: Tensor, t: Tensor, d: Tensor, y: Tensor | None) -> Tensor:
+        assert x_t.dtype == self.weight.dtype
+        assert y is None or y.dtype == torch.int64
+        self.labels.append(y)
+        return self.weight * x_t
+
+
+LABELS = [0, 1, 1, 0, 1, 0, 0, 1]
+AS_PEOPLE_HAVE_THEM: dict[str, Any] = {
+    "list": LABELS,
+    "tuple": tuple(LABELS),
+    "array": np.array(LABELS),
+    "array of bytes": np.array(LABELS, np.uint8),
+    "uint8": torch.tensor(LABELS, dtype=torch.uint8),
+    "int32": torch.tensor(LABELS, dtype=torch.int32),
+    "bool": torch.tensor(LABELS, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("y", AS_PEOPLE_HAVE_THEM.values(), ids=AS_PEOPLE_HAVE_THEM.keys())
+def test_labels_of_any_kind_become_int64(y: Any) -> None:
+    """Null labels of bytes and of bool would not even fit their type: 300 would wrap, 2 would be true."""
+    data, expected = torch.randn(8, 3), torch.tensor(LABELS)
+    for objective in (sf.FlowMatchingObjective(condition_dropout=0.5), sf.ShortcutObjective(condition_dropout=0.5)):
+        draw = objective.draw(data, generator=Generator().manual_seed(0))
+        for report in (
+            objective(Narrow(), data, y, null_y=300, generator=Generator().manual_seed(0)).targets,
+            objective.targets(Narrow(), data, y, draw, null_y=300),
+        ):
+            assert report.y is not None
+            assert torch.equal(report.y, torch.where(draw.dropped, 300, expected))
+    for sampler in (sf.sample, sf.trajectory):
+        net = Narrow()
+        sampler(net, data, y, guidance_scale=2, null_y=300)
+        assert [label.tolist() for label in net.labels if label is not None] == [LABELS + [300] * 8]
+
+
+@pytest.mark.parametrize("wrong", [{"a": torch.zeros(8)}, (torch.zeros(8, 2), torch.zeros(8)), ["cat"] * 8, object()])
+def test_conditions_that_are_no_tensor(wrong: Any) -> None:
+    calls: list[Callable[[], Any]] = [
+        lambda: sf.FlowMatchingObjective()(zero, torch.zeros(8, 3), wrong),
+        lambda: sf.sample(zero, torch.zeros(8, 3), wrong),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=f"y must be None or one tensor .* got {type(wrong).__name__}"):
+            call()
+
+
+@pytest.mark.parametrize("given", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_data_and_noise_in_the_precision_of_the_network(given: torch.dtype) -> None:
+    """Of a network in 16 bits, which may cast inside, and of a callable, what is given stays."""
+    data = torch.randn(8, 3).to(given)
+    for own in (torch.float32, torch.float64, torch.bfloat16):
+        net = Narrow(own)
+        if own == torch.bfloat16 and given != own:
+            continue
+        assert sf.sample(net, data).dtype == sf.trajectory(net, data).x_t.dtype == own
+        for objective in (sf.FlowMatchingObjective(), sf.ShortcutObjective()):
+            assert objective(net, data).targets.v.dtype == own
+    assert sf.sample(affine, data).dtype == given
+    with pytest.raises(ValueError, match=r"got ndarray: use torch\.as_tensor"):
+        sf.FlowMatchingObjective()(zero, np.zeros((8, 3)))  # type: ignore[arg-type]

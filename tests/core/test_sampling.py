@@ -11,6 +11,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -130,6 +131,20 @@ def test_noise_by_its_shape() -> None:
         assert torch.equal(drawn, sf.sample(affine, noise, steps=2))
         assert torch.equal(sf.trajectory(zero, shape, generator=Generator().manual_seed(3)).x_t[0], noise)
         assert not torch.equal(drawn, sf.sample(affine, shape, steps=2, generator=Generator().manual_seed(4)))
+
+
+def test_noise_by_its_shape_is_drawn_where_the_network_is() -> None:
+    """A device that holds no numbers stands for a GPU; without a generator ``torch.manual_seed`` decides."""
+    net = Learner().to("meta")
+    for network in (net, net.forward, partial(net)):
+        assert sf.sample(network, (2, 3), sampler="consistency", steps=2, generator=Generator()).device.type == "meta"
+    assert sf.draw_noise((2, 3), generator=Generator(), device="meta").device.type == "meta"
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(sf.sample(zero, (2, 3)))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
 def test_noise_is_standard_normal() -> None:
