@@ -58,8 +58,9 @@ def adapt(
         features: channels of that part's output; None takes those of its last layer.
 
     Raises:
-        ValueError: if there is no part of that name, embed is not of these letters, or, at a call, the part is not
-            used, has other channels, or the network does not return the shape it is given.
+        ValueError: if there is no part of that name, embed is not of these letters, the network was adapted before or
+            is compiled around that part, or, at a call, the part is not used, has other channels, or the network does
+            not return the shape it is given.
     """
     return Adapted(network, shape, at, call, tuple(embed), num_classes, finest_steps, width, features)
 
@@ -90,6 +91,7 @@ class Adapted(nn.Module):
             raise ValueError(f'embed must name "d" and may name "t" and "y", got {embed}')
         if ("y" in embed) != (num_classes is not None):
             raise ValueError(f'embed "y" and num_classes go together: embed is {embed}, num_classes is {num_classes}')
+        _require_unadapted(network)
         self.network, self.shape, self.at, self.embed = network, tuple(shape), at, embed
         self.call = call or _positional_call(network, embed)
         device = next(network.parameters(), torch.empty(0)).device
@@ -167,7 +169,9 @@ class Adapted(nn.Module):
 def _positional_call(network: nn.Module, embed: tuple[str, ...]) -> Call:
     """network(x_t), network(x_t, t) or network(x_t, t, y), by what it takes and what is embedded."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    takes = sum(p.kind in kinds for p in inspect.signature(network.forward).parameters.values())
+    # What torch.compile returns takes anything.
+    forward = getattr(network, "_orig_mod", network).forward
+    takes = sum(p.kind in kinds for p in inspect.signature(forward).parameters.values())
     given = 1 if "t" in embed else 2
     if takes < given:
         raise ValueError('the network takes x alone: embed=("t", "d") gives it the time, or call= says how to call it')
@@ -181,8 +185,26 @@ def _positional_call(network: nn.Module, embed: tuple[str, ...]) -> Call:
     return call
 
 
+def _require_unadapted(network: nn.Module) -> None:
+    """Raise ValueError if a part of the network takes the embedding of another adapt() already."""
+    for name, module in network.named_modules():
+        hooks = module._forward_hooks.values()
+        if isinstance(module, Adapted) or any(isinstance(getattr(h, "__self__", None), Adapted) for h in hooks):
+            raise ValueError(
+                f"the network was adapted before{f', at {name!r}' if name else ''}: use what that adapt() returned, or "
+                "adapt a new copy of the network"
+            )
+
+
 def _part(network: nn.Module, name: str) -> nn.Module:
     parts = dict(network.named_modules())
+    around = [parts[above] for above in parts if not above or name.startswith(f"{above}.")]
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in around):
+        # A graph that is compiled already does not look for new hooks.
+        raise ValueError(
+            f"the network is compiled around part {name!r}, which the step size could not enter: adapt the network "
+            "itself, then compile what adapt() returns"
+        )
     if name not in parts:
         close = difflib.get_close_matches(name, parts, n=3) or [part for part in parts if part and "." not in part]
         raise ValueError(f"the network has no part {name!r}; it has, for example, {', '.join(map(repr, close[:8]))}")

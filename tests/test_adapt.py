@@ -216,12 +216,37 @@ def test_time_and_step_size_stay_float32_under_autocast() -> None:
             {"at": "0", "embed": ("t", "d")},
             r"of part '0' cannot be told .* features=",
         ),
+        (lambda: adapt(Small(), shape=(3, 8, 8), at="time").network, {"at": "blocks.0"}, "adapted before, at 'time'"),
+        (lambda: adapt(Small(), shape=(3, 8, 8)), {"at": "network.time"}, r"adapted before: use what that adapt\(\)"),
+        (lambda: torch.compile(Small()), {"at": "time"}, "compiled around part 'time'"),
+        (lambda: torch.compile(Small()), {"at": "_orig_mod.time"}, "compiled around part '_orig_mod.time'"),
+        (lambda: compiled_in_place(Small()), {"at": "time"}, r"adapt the network itself, then compile what adapt\(\)"),
     ],
-    ids=["no such part", "no d", "no classes", "no y", "x alone", "no channels"],
-)
+    ids=[
+        "no such part", "no d", "no classes", "no y", "x alone", "no channels",
+        "twice", "adapted", "compiled", "inside the compiled", "compiled in place",
+    ],
+)  # fmt: skip
 def test_what_cannot_be_adapted(network: Callable[[], nn.Module], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         adapt(network(), **({"shape": (3, 8, 8)} | options))
+
+
+def compiled_in_place(network: nn.Module) -> nn.Module:
+    network.compile()
+    return network
+
+
+def test_a_compiled_network_or_part_takes_the_embedding_outside() -> None:
+    """A part's hook is compiled with it, and x_t is outside of everything."""
+    x_t, t, d, _ = inputs(Foreign(nn.Identity(), lambda *_: torch.empty(0), {"shape": (3, 8, 8)}))
+    compiled_part = Small()
+    compiled_part.time.compile(backend="eager")
+    compiled_part(x_t, t)
+    for network, at in ((compiled_part, "time"), (torch.compile(Small(), backend="eager"), None)):
+        net = adapt(network, shape=(3, 8, 8), at=at)
+        nn.init.normal_(net.out.weight)
+        assert not torch.equal(net(x_t, t, d), net(x_t, t, 1 - d))
 
 
 def test_calls_that_are_refused() -> None:
