@@ -39,7 +39,8 @@ def _subject_of_model(place: str, model: Model, device: Any) -> Subject:
     identity = {"network": config.backbone.model_dump(), "weights_sha256": weights_sha256(model.network.state_dict())}
     return Subject(
         name=Path(place).resolve().name if Path(place).is_dir() else place,
-        network=model.network, info=DataInfo(config.shape, config.num_classes, config.condition_shape, config.vae),
+        network=model.network,
+        info=DataInfo(config.shape, config.num_classes, config.condition_shape, config.vae, config.latents),
         device=device, identity=identity, weights=model.weights, step=config.step, finest_steps=config.finest_steps,
         null_y=config.null_y, flow_only=config.flow_only, sampler=config.sampler,
         folder=Path(place) if Path(place).is_dir() else None,

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from shortcutflow.data.manifest import LatentsInfo
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 """Hub id of the autoencoder of the paper, with scaling factor 0.18215; ``stabilityai/sd-vae-ft-ema`` is its sister."""
@@ -22,6 +25,7 @@ DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
+logger = logging.getLogger(__name__)
 
 
 class Autoencoder:
@@ -31,7 +35,7 @@ class Autoencoder:
 
     Args:
         network: diffusers' AutoencoderKL.
-        name: its hub id or its folder's name.
+        name: its hub id, or its folder's absolute path.
         device: where it computes.
 
     Attributes:
@@ -136,19 +140,28 @@ def weights_sha256(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load_autoencoder(name_or_folder: str | Path = DEFAULT_VAE, *, device: torch.device | str = "cpu") -> Autoencoder:
+def load_autoencoder(
+    name_or_folder: str | Path = DEFAULT_VAE,
+    *,
+    expect: LatentsInfo | None = None,
+    other_decoder: bool = False,
+    device: torch.device | str = "cpu",
+) -> Autoencoder:
     """Load an autoencoder from a folder, or by its hub id from the local cache or the hub.
 
     Only safetensors weights are read, never pickled ones.
 
     Args:
         name_or_folder: a folder with ``config.json`` and ``diffusion_pytorch_model.safetensors``, or a hub id.
+        expect: how the latents were made that it is for; None checks nothing.
+        other_decoder: allow other weights than those, with a warning: some autoencoders differ in their decoders alone.
         device: where it computes.
 
     Raises:
         ImportError: without diffusers.
         OSError: if it is neither here nor can be downloaded.
-        ValueError: if the config is of another kind of network, or weights are missing or do not fit.
+        ValueError: if the config is of another kind of network, weights are missing or do not fit, or it is not the
+            autoencoder of the expected latents.
     """
     try:
         from diffusers import AutoencoderKL
@@ -168,8 +181,24 @@ def load_autoencoder(name_or_folder: str | Path = DEFAULT_VAE, *, device: torch.
         raise ValueError(
             f"autoencoder {name_or_folder} is not complete: {len(wrong)} weights missing, such as {wrong[0]}"
         )
-    name = Path(name_or_folder).resolve().name if Path(name_or_folder).is_dir() else str(name_or_folder)
-    return Autoencoder(network, name, device=device)
+    name = str(Path(name_or_folder).absolute() if Path(name_or_folder).is_dir() else name_or_folder)
+    autoencoder = Autoencoder(network, name, device=device)
+    if expect is not None:
+        _check_made(expect, autoencoder, other_decoder=other_decoder)
+    return autoencoder
+
+
+def _check_made(latents: LatentsInfo, autoencoder: Autoencoder, *, other_decoder: bool) -> None:
+    """Compare an autoencoder with the one that latents were made with."""
+    names = ("scaling_factor", "shift_factor", "sha256")
+    differing = [name for name in names if getattr(latents, name) != getattr(autoencoder, name)]
+    if not differing:
+        return
+    values = ", ".join(f"{name} {getattr(latents, name)}, here {getattr(autoencoder, name)}" for name in differing)
+    message = f"these latents were made with the autoencoder {latents.vae}, not with {autoencoder.name} ({values})"
+    if not other_decoder or differing != ["sha256"]:
+        raise ValueError(f"{message}: give the folder of the one that made them")
+    logger.warning("%s; it decodes them, as was asked", message)
 
 
 def _local_folder(name_or_folder: str | Path) -> Path:

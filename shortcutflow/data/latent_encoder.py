@@ -31,8 +31,7 @@ class LatentOptions(BaseModel):
     samples_per_member: int = Field(default=64, ge=1)
     batch_size: int = Field(default=32, ge=1, description="pictures encoded at once")
     mirror: bool = Field(default=True, description="keep the moments of the mirror image too")
-    vae: str = Field(description="name of the autoencoder")
-    vae_sha256: str = Field(description="of its weights")
+    vae_sha256: str = Field(description="of the autoencoder's weights, wherever they lie")
 
 
 class Row(NamedTuple):

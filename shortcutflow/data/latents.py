@@ -99,7 +99,7 @@ def prepare_latents(
     options = LatentOptions(
         size=size, crop=crop, labels=labels, seed=seed, samples_per_shard=samples_per_shard,
         samples_per_member=samples_per_member, batch_size=batch_size, mirror=mirror,
-        vae=autoencoder.name, vae_sha256=autoencoder.sha256,
+        vae_sha256=autoencoder.sha256,
     )  # fmt: skip
     if rank.number:
         # Before that, rank 0 may be in the middle of writing it.
@@ -161,7 +161,9 @@ def _lead(job: _Job, path: Path) -> Manifest:
             shift_factor=autoencoder.shift_factor, mirrored=options.mirror,
         ),
         num_classes=len(names) or None, class_names=names,
-        preprocessing=f"{CROPS_IN_WORDS[options.crop]}; {options.size}x{options.size} RGB; moments by {options.vae}",
+        preprocessing=(
+            f"{CROPS_IN_WORDS[options.crop]}; {options.size}x{options.size} RGB; moments by {autoencoder.name}"
+        ),
         settings=options.model_dump() | {"source": preparation.source, "skipped": len(skipped)} | preparation.versions,
         shards=entries_of(path, shards, skipped),
     )  # fmt: skip

@@ -47,7 +47,7 @@ class LatentsInfo(BaseModel):
     """How latents were made.
 
     Attributes:
-        vae: name of the autoencoder, a hub id or a folder's name.
+        vae: the autoencoder's hub id, or its folder's absolute path.
         sha256: of its weights.
         scaling_factor, shift_factor: a latent is (posterior sample - shift_factor) * scaling_factor.
         mirrored: whether the moments of the mirror image are there too.

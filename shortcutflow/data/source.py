@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from shortcutflow.data.manifest import MANIFEST, Manifest
+from shortcutflow.data.autoencoder import load_autoencoder
+from shortcutflow.data.manifest import MANIFEST, LatentsInfo, Manifest
 from shortcutflow.data.remote import ShardFolder, url_of
 from shortcutflow.data.stream import BatchStream, ShardStream
 
@@ -21,13 +22,15 @@ class DataInfo(NamedTuple):
         shape: of a sample.
         num_classes: number of labels, or None.
         condition_shape: of the tensor a sample is conditioned on, or None.
-        vae: the autoencoder whose latents the samples are, or None.
+        vae: hub id or folder of the autoencoder whose latents the samples are, or None.
+        latents: how they were made; None if that is not known, or for other samples.
     """
 
     shape: tuple[int, ...]
     num_classes: int | None
     condition_shape: tuple[int, ...] | None = None
     vae: str | None = None
+    latents: LatentsInfo | None = None
 
     @property
     def is_picture(self) -> bool:
@@ -42,8 +45,9 @@ class DataInfo(NamedTuple):
 
 def info_of(manifest: Manifest) -> DataInfo:
     """What a network must fit that learns these shards."""
-    vae = manifest.latents.vae if manifest.latents is not None else None
-    return DataInfo(manifest.shape, manifest.num_classes, manifest.condition_shape, vae)
+    latents = manifest.latents
+    vae = latents.vae if latents is not None else None
+    return DataInfo(manifest.shape, manifest.num_classes, manifest.condition_shape, vae, latents)
 
 
 class DataSettings(BaseModel):
@@ -105,7 +109,8 @@ class ShardsData(DataSettings):
 
     Args:
         folder: of the shards.
-        vae: the autoencoder that latents must have been made with; None takes any.
+        vae: hub id or folder of the autoencoder that latents must have been made with; None takes any. A folder's
+            weights, scale and shift are compared with those that made the latents, a hub id by its name.
         cache: where shards of a URL are kept.
         cache_limit: how many bytes of them; None for all.
     """
@@ -141,9 +146,14 @@ class ShardsData(DataSettings):
     def _open(self, place: Path | str) -> ShardFolder:
         shards = ShardFolder(place, cache=self.cache, cache_limit=self.cache_limit)
         latents = shards.manifest.latents
-        if self.vae is not None and (latents is None or latents.vae != self.vae):
+        if self.vae is not None and latents is not None and Path(self.vae).is_dir():
+            load_autoencoder(self.vae, expect=latents)
+        elif self.vae is not None and (latents is None or latents.vae != self.vae):
             held = f"latents of {latents.vae!r}" if latents else "no latents"
-            raise ValueError(f"{self.folder} holds {held}, data.vae says {self.vae!r}: prepare them with that one")
+            raise ValueError(
+                f"{self.folder} holds {held}, data.vae says {self.vae!r}: prepare them with that one, or give the "
+                "folder of the one that made them as data.vae"
+            )
         return shards
 
     def _place(self) -> Path | str:

@@ -21,8 +21,8 @@ SAMPLES_PER_SHARD, SHARDS = 16, 2
 LATENT_SHAPE = (4, 32, 32)
 """Of 256x256 pixels in the paper's autoencoder."""
 LATENT_CLASSES, IMAGE_CLASSES = 1000, 10
-NO_AUTOENCODER = "stand-in/for/an autoencoder"
-"""Neither a folder nor a hub id, so nobody looks for it elsewhere: sample grids show the latents themselves."""
+LATENTS = LatentsInfo(vae="stand-in/for/an autoencoder", sha256="0" * 64, scaling_factor=0.18215, mirrored=True)
+"""The autoencoder is neither a folder nor a hub id: sample grids show the latents themselves."""
 
 AnyData = DigitsData | ImageFolderData | PushTData | ShardsData | WebdatasetData
 
@@ -92,9 +92,8 @@ def write_latents(folder: Path, num_classes: int | None) -> Manifest:
         entry = write_shard(folder / shard_name(number), [pack]).entry
         assert entry is not None
         entries.append(entry)
-    latents = LatentsInfo(vae=NO_AUTOENCODER, sha256="0" * 64, scaling_factor=0.18215, mirrored=True)
     manifest = Manifest(
-        shape=LATENT_SHAPE, values="moments", format="npy", latents=latents, num_classes=num_classes,
+        shape=LATENT_SHAPE, values="moments", format="npy", latents=LATENTS, num_classes=num_classes,
         preprocessing="none: random latents, to try a recipe with", shards=tuple(entries),
     )  # fmt: skip
     manifest.write(folder)

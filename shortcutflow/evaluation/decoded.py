@@ -24,7 +24,7 @@ class ImageDecoder:
     """
 
     def __init__(self, info: DataInfo, device: torch.device | str) -> None:
-        self._vae, self._device = info.vae, device
+        self._info, self._device = info, device
         self._autoencoder: Autoencoder | None = None
         self._failed = False
 
@@ -34,11 +34,11 @@ class ImageDecoder:
         All groups are decoded together, and equal latents once. Latents whose autoencoder is not available are shown
         as they are, three of their channels at half their size; a warning says why, once.
         """
-        if self._vae is None:
+        if self._info.vae is None:
             return list(groups)
         if self._autoencoder is None and not self._failed:
             try:
-                self._autoencoder = load_autoencoder(self._vae, device=self._device)
+                self._autoencoder = load_autoencoder(self._info.vae, expect=self._info.latents, device=self._device)
             except (OSError, ImportError, ValueError) as error:
                 logger.warning("latents are shown as they are, not as images: %s", error)
                 self._failed = True

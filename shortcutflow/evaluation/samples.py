@@ -31,7 +31,8 @@ class Sampler:
         guidance_scale: 1 is none.
         batch_size: samples at once; it changes no sample beyond the last digits of a network.
         precision: "bfloat16" runs the network under autocast, as training may have done; noise and steps stay float32.
-        vae: hub id or folder of the autoencoder, if not the one that the subject names.
+        vae: hub id or folder of the autoencoder, if not the one that the subject names; its scale and shift must be
+            the same.
 
     Attributes:
         autoencoder: that decodes latents, or None.
@@ -65,7 +66,9 @@ class Sampler:
         self.batch_size, self.precision = batch_size, precision
         self.autoencoder: Autoencoder | None = None
         if info.vae is not None:
-            self.autoencoder = load_autoencoder(vae or info.vae, device=subject.device)
+            self.autoencoder = load_autoencoder(
+                vae or info.vae, expect=info.latents, other_decoder=vae is not None, device=subject.device
+            )
         scale = self.autoencoder.downsampling if self.autoencoder is not None else 1
         self.side = (info.shape[1] * scale, info.shape[2] * scale)
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shortcutflow.config import CONFIG_FILE, CURRENT, RunConfig
+from shortcutflow.data.manifest import LatentsInfo
 from shortcutflow.io.json import read_object
 from shortcutflow.network import BackboneConfig
 from shortcutflow.types import SamplerKind
@@ -47,7 +48,8 @@ class ModelConfig(BaseModel):
         weights: the names of the weights in the folder; "current" and those of averages.
         default_weights: which of them are loaded if none are asked for.
         step: optimizer steps done, as the training counted them, if known.
-        vae: the autoencoder whose latents the samples are, or None.
+        vae: hub id or folder of the autoencoder whose latents the samples are, or None.
+        latents: how they were made, with the SHA-256 of the autoencoder's weights, if known.
         about: anything else worth saying, by topic.
     """
 
@@ -67,6 +69,7 @@ class ModelConfig(BaseModel):
     default_weights: Name
     step: int | None = Field(default=None, ge=0)
     vae: str | None = None
+    latents: LatentsInfo | None = None
     about: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -106,7 +109,7 @@ def config_of_run(run: RunConfig, *, weights: str, step: int | None) -> ModelCon
         backbone=run.backbone, shape=info.shape, num_classes=info.num_classes, condition_shape=info.condition_shape,
         null_y=options["null_y"], finest_steps=options["finest_steps"], flow_only=options["flow_only"],
         sampler=options["sampler"],
-        weights=(weights,), default_weights=weights, step=step, vae=info.vae,
+        weights=(weights,), default_weights=weights, step=step, vae=info.vae, latents=info.latents,
         about={"run": run.name, "objective": run.objective.kind, "data": run.data.kind},
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from shortcutflow.data import standin
 from shortcutflow.data.autoencoder import (
     DEFAULT_VAE,
     Autoencoder,
@@ -19,6 +20,11 @@ from shortcutflow.data.autoencoder import (
     load_autoencoder,
     weights_sha256,
 )
+from shortcutflow.data.manifest import LatentsInfo
+from shortcutflow.data.source import DataInfo, ShardsData
+from shortcutflow.evaluation.decoded import ImageDecoder
+from shortcutflow.evaluation.samples import Sampler
+from shortcutflow.evaluation.subject import Subject
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of packages that diffusers tries to import
@@ -51,8 +57,8 @@ def images(count: int = 3, height: int = 16, width: int = 24) -> torch.Tensor:
     return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def test_attributes(autoencoder: Autoencoder) -> None:
-    assert (autoencoder.name, autoencoder.scaling_factor, autoencoder.shift_factor) == ("tiny-vae", 0.18215, 0.0)
+def test_attributes(autoencoder: Autoencoder, vae_folder: Path) -> None:
+    assert (autoencoder.name, autoencoder.scaling_factor, autoencoder.shift_factor) == (str(vae_folder), 0.18215, 0.0)
     assert (autoencoder.latent_channels, autoencoder.downsampling) == (4, 2)
     assert autoencoder.latent_shape(16) == (4, 8, 8)
     with pytest.raises(ValueError, match="sizes that 2 divides, got 15"):
@@ -135,6 +141,52 @@ def test_weights_of_old_files(vae_folder: Path, tmp_path: Path, autoencoder: Aut
     loaded = load_autoencoder(tmp_path)
     assert loaded.sha256 == autoencoder.sha256
     assert torch.equal(loaded.encode(images()), autoencoder.encode(images()))
+
+
+def test_latents_meet_only_their_autoencoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two folders of one name: whatever takes latents compares weights, scale and shift, not names."""
+    tiny_network().save_pretrained(tmp_path / "a" / "vae")
+    tiny_network(1).save_pretrained(tmp_path / "b" / "vae")
+    tiny_network(scaling_factor=0.5).save_pretrained(tmp_path / "scaled" / "vae")
+    tiny_network(shift_factor=0.1).save_pretrained(tmp_path / "shifted" / "vae")
+    right = load_autoencoder(tmp_path / "a" / "vae")
+    made = LatentsInfo(vae=right.name, sha256=right.sha256, scaling_factor=0.18215, mirrored=True)
+    monkeypatch.setattr(standin, "LATENTS", made)
+    monkeypatch.setattr(standin, "LATENT_SHAPE", (4, 4, 4))
+    standin.write_latents(tmp_path / "latents", None)
+
+    def info(vae: Path | str | None = None) -> DataInfo:
+        return ShardsData(folder=tmp_path / "latents", vae=None if vae is None else str(vae)).describe()
+
+    monkeypatch.chdir(tmp_path / "a")
+    shutil.copytree("vae", "copy")
+    for same in ("vae", "copy", right.name, None):
+        assert info(same) == DataInfo((4, 4, 4), None, None, right.name, made)
+    for folder, differs in (("b", "sha256"), ("scaled", "scaling_factor"), ("shifted", "shift_factor")):
+        monkeypatch.chdir(tmp_path / folder)
+        with pytest.raises(ValueError, match=rf"made with the autoencoder {right.name}, not with .*{differs} "):
+            info("vae")
+    for wrong in ("no-folder", DEFAULT_VAE):
+        with pytest.raises(ValueError, match=f"latents of '{right.name}', data.vae says '{wrong}'"):
+            info(wrong)
+
+    # Decoding: the folder has another autoencoder by now.
+    found, x = info(), torch.zeros(1, 4, 4, 4)
+    shutil.rmtree(right.name)
+    shutil.copytree(tmp_path / "b" / "vae", right.name)
+    assert torch.equal(ImageDecoder(found, "cpu")(x)[0], x[:, :3])
+    assert "latents are shown as they are, not as images: these latents were made with" in caplog.text
+    network: Any = torch.nn.Identity()
+    subject = Subject("s", network, found, torch.device("cpu"), {})
+    with pytest.raises(ValueError, match="these latents were made with"):
+        Sampler(subject)
+    decoders = [Sampler(subject, vae=tmp_path / "a" / "copy"), Sampler(subject, vae=tmp_path / "b" / "vae")]
+    assert [d.autoencoder is not None and d.autoencoder.sha256 == right.sha256 for d in decoders] == [True, False]
+    assert caplog.text.count("it decodes them, as was asked") == 1
+    with pytest.raises(ValueError, match=r"scaling_factor 0\.18215, here 0\.5"):
+        Sampler(subject, vae=tmp_path / "scaled" / "vae")
 
 
 def test_drawn_latents_have_the_posterior_s_mean_and_deviation() -> None:

@@ -27,9 +27,9 @@ class Counter:
         self.batches: list[int] = []
         self.seen_on: set[str] = set()
 
-    def __call__(self, name: str, *, device: Any) -> Any:
+    def __call__(self, name: str, *, device: Any, **options: Any) -> Any:
         self.devices.append(device)
-        autoencoder = load_autoencoder(name, device=device)
+        autoencoder = load_autoencoder(name, device=device, **options)
         network: Any = autoencoder._network
         decode = network.decode
 
@@ -57,7 +57,8 @@ def vae(tmp_path: Path) -> Path:
 
 def test_a_run_of_latents(tmp_path: Path, vae: Path, counter: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(standin, "LATENT_SHAPE", (4, 8, 8))
-    monkeypatch.setattr(standin, "NO_AUTOENCODER", str(vae))
+    made_by = {"vae": str(vae), "sha256": load_autoencoder(vae).sha256}
+    monkeypatch.setattr(standin, "LATENTS", standin.LATENTS.model_copy(update=made_by))
     standin.write_latents(tmp_path / "latents", 10)
     config = with_overrides(recipe(), [
         "data.kind=shards", f"data.folder={tmp_path / 'latents'}", "backbone.options.width=16", "evaluation=null",

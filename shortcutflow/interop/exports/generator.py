@@ -131,7 +131,9 @@ def load_generator(
 ) -> Generator:
     """A model's or a run's folder as :class:`Generator`; ``decoder`` is an autoencoder's folder or hub id."""
     model = load_folder(folder, weights=weights)
-    autoencoder = None if decoder is None else load_autoencoder(decoder)
+    autoencoder = None
+    if decoder is not None:
+        autoencoder = load_autoencoder(decoder, expect=model.config.latents, other_decoder=True)
     return Generator(model, steps=steps, guidance_scale=guidance_scale, autoencoder=autoencoder)
 
 

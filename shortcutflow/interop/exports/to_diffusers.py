@@ -123,7 +123,7 @@ def _write_network(model: Model, folder: Path) -> str:
 
 
 def _write_autoencoder(name: str, model: Model, folder: Path) -> None:
-    autoencoder = load_autoencoder(name)
+    autoencoder = load_autoencoder(name, expect=model.config.latents, other_decoder=True)
     check_decodes(autoencoder, model.config.shape)
     network: Any = autoencoder._network
     network.save_pretrained(folder, safe_serialization=True)
