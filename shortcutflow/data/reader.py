@@ -131,7 +131,7 @@ class ShardReader:
             except FetchError:  # which was tried several times already
                 raise
             except OSError as error:
-                path = self.folder.path / self.manifest.shards[shard].name
+                path = self.folder.place_of(self.manifest.shards[shard].name)
                 if pause is None:
                     raise ReadError(
                         f"shard {path} could not be read in {len(PAUSES) + 1} tries ({error}): check the disk or "

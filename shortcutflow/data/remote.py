@@ -98,9 +98,9 @@ class ShardFolder:
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_ahead": {}, "_pool": None}
 
-    def url_of_file(self, name: str) -> str:
-        """The URL of a file of a remote folder."""
-        return f"{self.url}/{name}"
+    def place_of(self, name: str) -> str:
+        """Where a file of the folder lies: a path or a URL."""
+        return f"{self.url or self.path}/{name}"
 
     def path_of(self, entry: ShardEntry) -> Path:
         """The local file of a shard, fetched if it is not there yet."""
@@ -158,7 +158,7 @@ class ShardFolder:
             return path
         with locked(self.path / f".{path.name}.lock"):
             if not path.exists():
-                with_retries(lambda: self._fetch(name, path, size, sha256), self.url_of_file(name), tries)
+                with_retries(lambda: self._fetch(name, path, size, sha256), self.place_of(name), tries)
                 self._make_room(keep=path)
         return path
 
@@ -170,13 +170,13 @@ class ShardFolder:
     def _fetch(self, name: str, path: Path, size: int | None, sha256: str) -> None:
         """Download one file; it is renamed into place only if it is what the manifest says."""
         with atomic_file(path) as unfinished:
-            digest, read = download(self.url_of_file(name), unfinished, LARGEST_INDEX if size is None else size)
+            digest, read = download(self.place_of(name), unfinished, LARGEST_INDEX if size is None else size)
             if digest != sha256:
                 of = f" of {size}" if size is not None else ""
                 raise OSError(f"what came ({read} bytes{of}) is not what the manifest says")
 
     def _read(self, name: str, at_most: int) -> bytes:
-        with open_url(self.url_of_file(name)) as source:
+        with open_url(self.place_of(name)) as source:
             content = source.read(at_most + 1)
         if not content or len(content) > at_most:
             raise OSError(f"it has {len(content)} bytes or more, from 1 to {at_most} are read")

@@ -13,13 +13,16 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
 from shortcutflow.data.index import Extent, IndexBuilder, read_index, write_index
 from shortcutflow.data.manifest import Manifest, ShardEntry
 from shortcutflow.io.atomic import atomic_file
+
+if TYPE_CHECKING:
+    from webdataset import TarWriter
 
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
@@ -140,16 +143,14 @@ def write_shard(path: Path, samples: Iterable[Stored | StoredPack | Skipped]) ->
     Raises:
         ValueError: for a key that could not be a member's name, naming it.
     """
+    from webdataset import TarWriter
+
     skipped: list[Skipped] = []
     index = IndexBuilder()
     with atomic_file(path) as unfinished, unfinished.open("wb") as file:
         shard = _HashedFile(file)
-        with tarfile.open(
-            fileobj=shard,  # type: ignore[call-overload]
-            mode="w|",
-            format=tarfile.USTAR_FORMAT,
-            bufsize=2**20,
-        ) as tar:
+        # Time 0, and no name of an owner: the same samples give the same bytes.
+        with TarWriter(shard, encoder=False, mtime=0, user="", group="", mode=0o644) as tar:
             for sample in samples:
                 if isinstance(sample, Skipped):
                     skipped.append(sample)
@@ -199,32 +200,30 @@ class _HashedFile:
         return self._hash.hexdigest()
 
 
-def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> int:
+def _add_member(tar: TarWriter, key: str, extension: str, content: bytes) -> int:
     """Append a member; gives the place of its content in the shard."""
-    info = tarfile.TarInfo(name)  # time 0 and owner root: the same samples give the same bytes
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))
-    return tar.offset - -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    tar.write({"__key__": key, extension: content})
+    return tar.tarstream.offset - -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
-def _add_sample(tar: tarfile.TarFile, index: IndexBuilder, sample: Stored) -> None:
+def _add_sample(tar: TarWriter, index: IndexBuilder, sample: Stored) -> None:
     key = _checked_key(sample.key)
-    place = _add_member(tar, f"{key}.{sample.extension}", sample.content)
+    place = _add_member(tar, key, sample.extension, sample.content)
     condition = None
     if sample.label is not None:
-        _add_member(tar, f"{key}.cls", str(sample.label).encode())
+        _add_member(tar, key, "cls", str(sample.label).encode())
     if sample.condition is not None:
         content = encode_array(sample.condition)
-        condition = Extent.of(content, _add_member(tar, f"{key}.y.npy", content))
+        condition = Extent.of(content, _add_member(tar, key, "y.npy", content))
     index.add([Extent.of(sample.content, place)], sample.label, condition, sample.name or key)
 
 
-def _add_pack(tar: tarfile.TarFile, index: IndexBuilder, pack: StoredPack) -> None:
+def _add_pack(tar: TarWriter, index: IndexBuilder, pack: StoredPack) -> None:
     key = _checked_key(pack.key)
     content = encode_array(pack.arrays, "<f2")
-    place = _add_member(tar, f"{key}.npy", content)
+    place = _add_member(tar, key, "npy", content)
     if pack.labels is not None:
-        _add_member(tar, f"{key}.cls.npy", encode_array(np.array(pack.labels), "<i8"))
+        _add_member(tar, key, "cls.npy", encode_array(np.array(pack.labels), "<i8"))
     size = pack.arrays[0, 0].size * 2
     # Rows follow the header one after the other; each copy is an extent of its own.
     start = len(content) - pack.arrays.size * 2

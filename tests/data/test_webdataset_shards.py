@@ -24,10 +24,12 @@ from shortcutflow.data import webdataset as ours
 from shortcutflow.data.images import read_image, to_square
 from shortcutflow.data.source import DataInfo
 from shortcutflow.data.stream import BatchStream
-from shortcutflow.data.webdataset import WebdatasetData, expand
+from shortcutflow.data.webdataset import WebdatasetData
+from shortcutflow.data.webdataset_files import Fields, expand
 from shortcutflow.evaluation.drawing.real import all_data
 from shortcutflow.evaluation.evaluate import open_pictures
 from tests.data.test_remote import Server
+from tests.data.test_remote_commands import fake_command
 
 webdataset = pytest.importorskip("webdataset")
 SAMPLES, PER_SHARD = 23, 7
@@ -137,13 +139,15 @@ def test_shares_and_resume(tmp_path: Path) -> None:
     assert all(torch.equal(a.data, b.data) for a, b in zip(again, whole[5:8], strict=True))
 
 
-def test_shards_are_indexed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_are_indexed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Beside them, nothing else is touched; a kill between two leaves the first; a changed shard is indexed again."""
     urls = write(tmp_path / "s", imagenet())
     scanned: list[str] = []
     scan = ours.scan
 
-    def watched(path: Path, fields: ours.Fields) -> Any:
+    def watched(path: Path, fields: Fields) -> Any:
         if len(scanned) == 2:
             raise KeyboardInterrupt
         scanned.append(path.name)
@@ -174,6 +178,7 @@ def test_shards_are_indexed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         list(islice(stream, 4))
     assert settings(urls).opened().manifest.samples == SAMPLES - PER_SHARD + 1
     assert scanned[len(before) :] == ["train-000001.tar"]
+    assert "train-000001.tar has changed since it was indexed; it is indexed anew" in caplog.text
 
 
 def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +200,7 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.undo()
     os.chdir(tmp_path)
-    fields = ours.Fields.of(settings(urls)).digest
+    fields = Fields.of("jpg;jpeg;png;webp", "cls").digest
     theirs = tmp_path / "s" / f"train-000000.tar.shortcutflow-{fields}.index"
     theirs.write_text("not an index")
     for path in (tmp_path / "data").rglob("*.index"):
@@ -225,8 +230,8 @@ def test_what_is_left_out_is_listed(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert [line.partition("\t")[0] for line in listed] == [
         "n00000000.jpg", "n00000000.cls", *(f"n{i:08d}" for i in (1, 2, 3, 4, 5)),
     ]  # fmt: skip
-    for line, reason in zip(listed[2:], ("no image (jpg;", "no label (cls)", "'n01440764', not a", "'-1'", "'9999"),
-                            strict=True):  # fmt: skip
+    reasons = ("no image (jpg;", "no label (cls)", "'n01440764', not a", "its label is -1,", "'9999")
+    for line, reason in zip(listed[2:], reasons, strict=True):
         assert reason in line
     with pytest.raises(ValueError, match=r"7 samples are left out.*data\.on_error=skip trains without them"):
         settings(urls, on_error="raise").opened()
@@ -240,7 +245,7 @@ def test_labels_that_do_not_fit(tmp_path: Path) -> None:
         settings(urls, num_classes=4).opened()
     with pytest.raises(ValueError, match=r"no sample can be used.*no label \(label\) among its members: cls, jpg"):
         settings(urls, label="label").describe()
-    with pytest.raises(ValueError, match=r"no sample can be used.*its label is 'None', not a number"):
+    with pytest.raises(ValueError, match=r"no label \(json:a\.b\) among.*data\.label=null trains without"):
         settings(urls, label="json:a.b").describe()
 
 
@@ -329,6 +334,33 @@ def test_a_bounded_cache_fetches_the_very_same_again(tmp_path: Path, server: Ser
         path.unlink()
     with pytest.raises(OSError, match="is not what"):
         batches(data, 4)
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs", "hf"])
+def test_buckets_and_the_hub(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their own commands and huggingface_hub, whose descriptions of a file tell that it has changed."""
+    expected = batches(settings(write(tmp_path / "s", imagenet())), 4)
+    found = f'"{tmp_path}/s/${{last##*/}}"'
+    last = 'for last in "$@"; do [ "$last" = - ] || url=$last; done; last=$url; '
+    fake_command(tmp_path / "bin", "aws", f'{last}[ "$2" = ls ] && stat -c %Y%s {found} || cat {found}')
+    fake_command(tmp_path / "bin", "gsutil", f'{last}[ "$1" = ls ] && stat -c %Y%s {found} || cat {found}')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+
+    class Hub:
+        def info(self, url: str) -> dict[str, Any]:
+            there = (tmp_path / "s" / url.rpartition("/")[2]).stat()
+            return {"size": there.st_size, "blob_id": str(there.st_mtime_ns)}
+
+        def open(self, url: str, mode: str, block_size: int) -> Any:
+            assert (mode, block_size) == ("rb", 0)
+            return (tmp_path / "s" / url.rpartition("/")[2]).open("rb")
+
+    monkeypatch.setattr("huggingface_hub.HfFileSystem", Hub)
+    data = settings(f"{scheme}://owner/folder/train-{{000000..000003}}.tar")
+    assert [batch.keys for batch in batches(data, 4)] == [batch.keys for batch in expected]
+    write(tmp_path / "s", imagenet(5))
+    ours._opened.cache_clear()
+    assert data.opened().manifest.samples == SAMPLES - PER_SHARD + 5
 
 
 def test_pictures_for_a_reference(tmp_path: Path) -> None:

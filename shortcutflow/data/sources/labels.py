@@ -67,7 +67,7 @@ def number_labels(
         ValueError: if none of them can be used.
     """
     values = [value[0] if type(value) in (list, tuple) and len(value) == 1 else value for value in values]
-    found = [_plain(value) for value in values]
+    found = [plain_label(value) for value in values]
     if (words and any(isinstance(value, str) for value in found)) or not any(isinstance(v, int) for v in found):
         texts = [
             value if isinstance(value, NoLabel) else str(raw).strip()
@@ -90,7 +90,7 @@ def number_labels(
     return numbers, class_names
 
 
-def _plain(value: Any) -> int | str | NoLabel:
+def plain_label(value: Any) -> int | str | NoLabel:
     """A number, a word, or why it is neither."""
     if isinstance(value, NoLabel):
         return value

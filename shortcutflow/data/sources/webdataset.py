@@ -104,12 +104,12 @@ def label_field(samples: list[Sample], read: Read, where: str) -> str | None:
         ValueError: if several fields may.
     """
     for kind in ("cls", "class"):
-        if any(_member(sample, kind) for sample in samples):
+        if any(_member(sample.members, kind) for sample in samples):
             return kind
     field = json_field(samples, read, where)
     if field is not None:
         return field
-    texts = [file for sample in samples if (file := _member(sample, "txt"))][:_LOOKED_AT]
+    texts = [file for sample in samples if (file := _member(sample.members, "txt"))][:_LOOKED_AT]
     numbers = texts and all(_text(file, read).removeprefix("-").isdecimal() for file in texts)
     return "txt" if numbers else None
 
@@ -121,7 +121,7 @@ def json_field(samples: list[Sample], read: Read, where: str, *, must: bool = Fa
         ValueError: if several may; if none does and it ``must``.
     """
     fields: set[str] = set()
-    for file in [file for sample in samples if (file := _member(sample, "json"))][:_LOOKED_AT]:
+    for file in [file for sample in samples if (file := _member(sample.members, "json"))][:_LOOKED_AT]:
         found = _json(file, read)
         fields.update(found if isinstance(found, dict) else ())
     field = choose_field(fields, f"KEY.json in {where}", "json:")
@@ -135,11 +135,12 @@ def json_field(samples: list[Sample], read: Read, where: str, *, must: bool = Fa
 def label_values(samples: list[Sample], field: str, read: Read) -> list[object]:
     """The value of a field (see :func:`label_field`) in each sample; None, or a ``NoLabel``, where there is none."""
     kind, _, path = field.partition(":")
-    return [_value(sample, kind, path, read) for sample in samples]
+    return [label_value(sample.members, kind, path, read) for sample in samples]
 
 
-def _value(sample: Sample, kind: str, path: str, read: Read) -> object:
-    file = _member(sample, kind)
+def label_value(members: dict[str, Listed], kind: str, path: str, read: Read) -> object:
+    """What the member of this extension holds, of JSON at a path of keys; None or a ``NoLabel`` without it."""
+    file = _member(members, kind)
     if file is None:
         return None
     if _size(file) > LARGEST_LABEL:
@@ -154,10 +155,10 @@ def _value(sample: Sample, kind: str, path: str, read: Read) -> object:
     return found
 
 
-def _member(sample: Sample, kind: str) -> Listed | None:
-    if kind in sample.members:
-        return sample.members[kind]
-    found = [file for extension, file in sample.members.items() if _kind(extension) == kind]
+def _member(members: dict[str, Listed], kind: str) -> Listed | None:
+    if kind in members:
+        return members[kind]
+    found = [file for extension, file in members.items() if _kind(extension) == kind]
     return found[0] if len(found) == 1 else None
 
 
