@@ -94,7 +94,7 @@ class PixelEvaluation(BaseModel):
     kind: Literal["pixels"] = "pixels"
     steps: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 4, 8, 32, 128)
     samples: int = Field(default=2000, ge=2)
-    guidance_scale: float = Field(default=1.0, ge=0)
+    guidance_scale: float = Field(default=1.0, ge=0, allow_inf_nan=False)
 
     def smoke(self) -> PixelEvaluation:
         """The same with hardly any samples."""

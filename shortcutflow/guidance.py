@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -54,6 +56,13 @@ def require_null(null_y: Tensor | float | None) -> Tensor | float:
     return null_y
 
 
+def require_scale(scale: float) -> float:
+    """Give a guidance scale back, or raise ValueError if it is not finite."""
+    if not math.isfinite(scale):
+        raise ValueError(f"guidance_scale must be a finite number, got {scale}; 1 is no guidance")
+    return scale
+
+
 def guided_velocity(
     net: Network,
     x_t: Tensor,
@@ -70,9 +79,9 @@ def guided_velocity(
     scale evaluates both as one batch of twice the size.
 
     Raises:
-        ValueError: if scale is not 1 and there is no condition, or no null_y.
+        ValueError: if scale is not finite, or not 1 and there is no condition, or no null_y.
     """
-    if scale == 1:
+    if require_scale(scale) == 1:
         return predict(net, x_t, t, d, y)
     if y is None:
         raise ValueError(f"guidance_scale {scale:g} needs a condition y to guide by; without one it must be 1")
@@ -106,7 +115,7 @@ def partly_guided_velocity(
     Returns:
         (r, *shape): guided where ``guided`` says so, the plain conditional velocity elsewhere.
     """
-    if scale == 1 or at_most == 0:
+    if require_scale(scale) == 1 or at_most == 0:
         return predict(net, x_t, t, d, y)
     if y is None:
         raise ValueError(f"guidance_scale {scale:g} needs a condition y to guide by; without one it must be 1")

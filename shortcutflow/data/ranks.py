@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -43,7 +44,10 @@ class Rank(NamedTuple):
         Raises:
             ValueError: if it is a GPU that this machine does not have.
         """
-        device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+        name = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+        if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+            raise ValueError(f"there is no device {name!r}; known: cpu, cuda, cuda:NUMBER, mps")
+        device = torch.device(name)
         if device.type != "cuda":
             return device
         device = torch.device("cuda", self.local if device.index is None else device.index)

@@ -18,6 +18,7 @@ from shortcutflow.evaluation.generate import generate, labels_of, noise_of
 from shortcutflow.evaluation.parts_on_disk import Features, joined
 from shortcutflow.evaluation.pictures import png_path, save_pngs
 from shortcutflow.evaluation.subject import Subject
+from shortcutflow.guidance import require_scale
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -39,7 +40,7 @@ class Sampler:
         side: (height, width) of a picture in pixels.
 
     Raises:
-        ValueError: for a subject that makes no pictures, guidance without labels, or settings that are none.
+        ValueError: for a subject that makes no pictures, guidance without labels, or settings out of range.
         ImportError, OSError: if an autoencoder is needed and is not there.
     """
 
@@ -50,7 +51,7 @@ class Sampler:
         info = subject.info
         if not info.is_picture:
             raise ValueError(f"{subject.name} makes no pictures: its samples have shape {info.shape}")
-        if guidance_scale != 1 and subject.null_y is None:
+        if require_scale(guidance_scale) != 1 and subject.null_y is None:
             raise ValueError(
                 f"{subject.name} was trained without labels: guidance_scale is {guidance_scale}, must be 1"
             )

@@ -21,7 +21,9 @@ def _power_of_two(value: int) -> int:
 
 
 FinestSteps = Annotated[int, AfterValidator(_power_of_two), Field(description="M: the smallest step size is 1/M")]
-GuidanceScale = Annotated[float, Field(ge=0, description="guidance of the network that makes the targets; 1 is none")]
+GuidanceScale = Annotated[
+    float, Field(ge=0, allow_inf_nan=False, description="guidance of the network that makes the targets; 1 is none")
+]
 
 
 @dataclass(frozen=True)

@@ -255,6 +255,11 @@ def test_without_guidance_no_null_condition_is_needed() -> None:
         ({"steps": [0.5, 0.4]}, r"add up to 1, got \[0\.5, 0\.4\]"),
         ({"steps": 3, "finest_steps": 100}, "power of two, at least 2, got 100"),
         ({"y": torch.arange(4)}, "noise has 5, y has 4"),
+        (
+            {"y": LABELS, "null_y": 10, "guidance_scale": float("nan")},
+            "guidance_scale must be a finite number, got nan",
+        ),
+        ({"y": LABELS, "null_y": 10, "guidance_scale": float("-inf")}, "guidance_scale must be a finite .* got -inf"),
         ({"guidance_scale": 2}, "guidance_scale 2 needs a condition y"),
         ({"guidance_scale": 0}, "guidance_scale 0 needs a condition y"),
         ({"y": LABELS, "guidance_scale": 2}, "need null_y"),

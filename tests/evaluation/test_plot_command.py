@@ -104,6 +104,9 @@ def test_a_run_and_its_model_are_drawn_alike(inside: Path, tmp_path: Path) -> No
         (["trajectory", "runs/first", "--out", "t.jpg"], "--out must name a .png file, got t.jpg"),
         (["trajectory", "runs/first", "--out", "no/t.png"], "there is no folder no"),
         (["trajectory", "runs/none"], "there is no run at runs/none; runs beside it: runs/first"),
+        (["trajectory", "runs/first", "--device", "tpu"], "there is no device 'tpu'"),
+        (["trajectory", "runs/first", "--guidance-scale", "nan"], "guidance_scale must be a finite number, got nan"),
+        (["neighbours", "runs/first", "--guidance-scale", "inf"], "guidance_scale must be a finite number, got inf"),
         (["interpolation", "runs/first", "--columns", "1"], "columns must be at least 2"),
         (["interpolation", "runs/first", "--pairs", "0"], "got 0 pairs"),
         (["neighbours", "runs/first", "--nearest", "1798"], "there are only 1797 samples"),
@@ -114,7 +117,8 @@ def test_a_run_and_its_model_are_drawn_alike(inside: Path, tmp_path: Path) -> No
         (["quality", "runs/first", "--out", "q.gif"], "--out must name a .png or .svg or .pdf file, got q.gif"),
     ],
     ids=[
-        "too fine", "no steps", "label", "labels and count", "suffix", "folder", "run", "one column", "no pairs",
+        "too fine", "no steps", "label", "labels and count", "suffix", "folder", "run", "device", "nan", "inf",
+        "one column", "no pairs",
         "nearest", "model without data", "no samples", "weights", "not measured", "figure's suffix",
     ],
 )  # fmt: skip

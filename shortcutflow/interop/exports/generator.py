@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from shortcutflow import __version__
 from shortcutflow.data.autoencoder import Autoencoder, load_autoencoder
-from shortcutflow.guidance import null_like
+from shortcutflow.guidance import null_like, require_scale
 from shortcutflow.interop.exports.decoder import Decoder, check_decodes
 from shortcutflow.interop.exports.traced import trace
 from shortcutflow.interop.model import Model, load_folder
@@ -54,7 +54,7 @@ class Generator(nn.Module):
                 f"this model's sampler ('consistency') adds noise between its steps, which a file with "
                 f"{len(self.sizes)} steps cannot draw: export 1 step, or --format diffusers"
             )
-        if guidance_scale != 1 and (not conditional(model) or config.null_y is None):
+        if require_scale(guidance_scale) != 1 and (not conditional(model) or config.null_y is None):
             raise ValueError(f"guidance_scale {guidance_scale:g} needs a model with conditions and a null condition")
         if autoencoder is not None:
             check_decodes(autoencoder, config.shape)
