@@ -1,20 +1,25 @@
 """The order of samples in an epoch: a function of (seed, epoch) alone, computed where it is needed.
 
-The shards are shuffled; then runs of them that together hold a buffer's worth of samples are each shuffled through. So
-a place in an epoch leads to its sample without reading anything before it: that is what makes a resume exact and fast,
-and what lets any number of processes take their shares of the same order.
+The shards are shuffled and cut into blocks of several; then the samples of each block are shuffled. So a place in an
+epoch leads to its sample without reading anything before it: that is what makes a resume exact and fast, and what lets
+any number of processes take their shares of the same order. Which shards form a block is drawn anew each epoch, so
+batches mix other samples each time.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from shortcutflow.seeds import seed_for
 
+SHARDS_TOGETHER = 8
+"""In a block at most; more mix better, and a remote folder's must all be fetched before the first batch."""
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
@@ -39,10 +44,12 @@ class EpochOrder:
     Args:
         sizes: samples in each shard.
         seed: of the order.
-        shuffle_buffer: shards are taken together until they hold at least so many samples.
+        shuffle_buffer: a block has as few whole shards as hold so many samples; below the size of a shard it is one
+            shard, and the same samples stay together. None: blocks of 4 to 8 shards, as equal as can be, or all if
+            there are fewer.
     """
 
-    def __init__(self, sizes: Sequence[int], *, seed: int, shuffle_buffer: int) -> None:
+    def __init__(self, sizes: Sequence[int], *, seed: int, shuffle_buffer: int | None = None) -> None:
         self._sizes, self._seed, self._buffer = np.array(sizes, dtype=np.int64), seed, shuffle_buffer
         self.samples = int(self._sizes.sum())
         self._epochs: OrderedDict[int, tuple[np.ndarray, list[tuple[int, int, int]]]] = OrderedDict()
@@ -85,14 +92,23 @@ class EpochOrder:
         """The shards' order in an epoch, and the first place, first and last shard of each block."""
         if epoch not in self._epochs:
             shards = np.random.default_rng(seed_for(self._seed, "shards", step=epoch)).permutation(len(self._sizes))
-            bounds, begin, start, held = [], 0, 0, 0
-            for i, size in enumerate(self._sizes[shards].tolist()):
-                held += size
-                if held >= self._buffer or i == len(shards) - 1:
-                    bounds.append((start, begin, i + 1))
-                    begin, start, held = i + 1, start + held, 0
-            self._epochs[epoch] = shards, bounds
+            places = np.cumsum([0, *self._sizes[shards]]).tolist()
+            ends = self._ends(places)
+            self._epochs[epoch] = shards, [(places[i], i, j) for i, j in pairwise([0, *ends])]
         return _kept(self._epochs, epoch, most=2)
+
+    def _ends(self, places: list[int]) -> list[int]:
+        """How many of an epoch's shards come up to the end of each block."""
+        count = len(places) - 1
+        if self._buffer is None:
+            blocks = math.ceil(count / SHARDS_TOGETHER)
+            return [count * (block + 1) // blocks for block in range(blocks)]
+        ends, start = list[int](), 0
+        for end in range(1, count + 1):
+            if places[end] - start >= self._buffer or end == count:
+                ends.append(end)
+                start = places[end]
+        return ends
 
     def _shuffled_block(self, epoch: int, number: int, start: int, shards: np.ndarray) -> Block:
         sizes = self._sizes[shards]

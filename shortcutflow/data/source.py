@@ -55,7 +55,9 @@ class DataSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    shuffle_buffer: int = Field(default=4096, ge=1, description="samples shuffled among each other")
+    shuffle_buffer: int | None = Field(
+        default=None, ge=1, description="samples shuffled among each other, by whole shards; null: those of up to 8"
+    )
     horizontal_flip: bool = Field(default=False, description="mirror samples, drawn from (seed, epoch, sample)")
     cache_bytes: int = Field(default=256 * 2**20, ge=0, description="keep data sets up to this size decoded in memory")
     workers: int | None = Field(default=None, ge=0, description="processes that read ahead; null: cores to spare")

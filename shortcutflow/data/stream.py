@@ -57,7 +57,8 @@ class ShardStream:
         folder: holds shards and ``manifest.json``; or a URL of such a folder; or one opened before.
         batch_size: samples a global batch, over all ranks.
         seed: of the order, the flips and the latents.
-        shuffle_buffer: whole shards are taken together until they hold so many samples, and are shuffled through.
+        shuffle_buffer: how many samples are shuffled among each other, by whole shards: those of as few as hold so
+            many, or None for those of up to 8 shards. See :class:`~shortcutflow.data.order.EpochOrder`.
         horizontal_flip: mirror each sample or not, drawn from (seed, epoch, sample).
         cache_bytes: a data set whose decoded samples fit in is kept in memory; the batches are the same.
         rank, world_size: this process and how many share the stream.
@@ -80,7 +81,7 @@ class ShardStream:
         *,
         batch_size: int,
         seed: int,
-        shuffle_buffer: int = 4096,
+        shuffle_buffer: int | None = None,
         horizontal_flip: bool = False,
         cache_bytes: int = 256 * 2**20,
         rank: int = 0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from tests.data.test_stream import write_numbers
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 SEEDS = st.integers(0, 2**32)
-BUFFERS = st.integers(1, 120)
+BUFFERS = st.none() | st.integers(1, 120)
 
 
 def cases(count: int) -> settings:
@@ -57,14 +57,14 @@ def check_access(make: Callable[[], EpochOrder], total: int, positions: list[int
 
 @cases(200)
 @given(SIZES, SEEDS, BUFFERS, st.integers(0, 10**6))
-def test_each_sample_once_an_epoch(sizes: list[int], seed: int, buffer: int, epoch: int) -> None:
+def test_each_sample_once_an_epoch(sizes: list[int], seed: int, buffer: int | None, epoch: int) -> None:
     check_epochs(EpochOrder(sizes, seed=seed, shuffle_buffer=buffer), sizes, range(epoch, epoch + 2))
 
 
 @cases(120)
 @given(SIZES, SEEDS, BUFFERS, st.lists(st.floats(0, 3, exclude_max=True), min_size=1, max_size=5))
 def test_a_position_leads_to_its_sample_from_anywhere(
-    sizes: list[int], seed: int, buffer: int, at: list[float]
+    sizes: list[int], seed: int, buffer: int | None, at: list[float]
 ) -> None:
     total = sum(sizes)
     check_access(
@@ -74,8 +74,8 @@ def test_a_position_leads_to_its_sample_from_anywhere(
 
 @cases(100)
 @given(SIZES, SEEDS, BUFFERS, st.integers(0, 100))
-def test_blocks_hold_a_buffer_of_whole_shards(sizes: list[int], seed: int, buffer: int, epoch: int) -> None:
-    """As few shards as fill the buffer, one block after the other until the epoch is over."""
+def test_blocks_hold_a_buffer_of_whole_shards(sizes: list[int], seed: int, buffer: int | None, epoch: int) -> None:
+    """As few shards as fill the buffer, or several, one block after the other until the epoch is over."""
     order = EpochOrder(sizes, seed=seed, shuffle_buffer=buffer)
     place, shards = 0, []
     while place < order.samples:
@@ -86,12 +86,31 @@ def test_blocks_hold_a_buffer_of_whole_shards(sizes: list[int], seed: int, buffe
         assert sorted(map(tuple, block.samples.tolist())) == sorted(
             (shard, number) for shard in block.shards.tolist() for number in range(sizes[shard])
         )
-        assert sum(held[:-1]) < buffer
+        if buffer is None:
+            assert min(4, len(sizes)) <= len(held) <= 8
+        else:
+            assert sum(held[:-1]) < buffer
+            assert sum(held) >= buffer or place + sum(held) == order.samples
         place += len(block.samples)
         shards += block.shards.tolist()
-        assert sum(held) >= buffer or place == order.samples
         assert order.block_after(epoch, block).start == place % order.samples
     assert sorted(shards) == list(range(len(sizes)))
+
+
+@pytest.mark.parametrize("shards", [2, 9, 40])
+def test_batches_mix_several_shards_and_others_each_epoch(shards: int) -> None:
+    """As data is prepared by default; a buffer of one shard would keep the same 4,096 samples together for ever."""
+
+    def batches(**options: int) -> list[list[set[int]]]:
+        order, epoch = EpochOrder([4096] * shards, seed=3, **options), 4096 * shards
+        places = [order.at(np.arange(first, first + epoch))[1][:, 0] for first in (0, epoch)]
+        return [[set(shard[i : i + 256].tolist()) for i in range(0, epoch, 256)] for shard in places]
+
+    first, second = batches()
+    assert min(map(len, first + second)) >= min(4, shards)
+    pairs = [{pair for batch in epoch for pair in combinations(sorted(batch), 2)} for epoch in (first, second)]
+    assert (pairs[0] == pairs[1]) == (shards <= 8), "other shards meet in the next epoch"
+    assert {len(batch) for epoch in batches(shuffle_buffer=4096) for batch in epoch} == {1}
 
 
 def test_seeds_and_epochs_differ() -> None:
@@ -150,7 +169,7 @@ class Case(NamedTuple):
     kind: str
     batch_size: int
     seed: int
-    buffer: int
+    buffer: int | None
     flip: bool
     stop: int
     before: int
@@ -168,7 +187,8 @@ def runs(draw: st.DrawFn) -> Case:
     kind = draw(st.sampled_from(["images", "moments"]))
     worlds = st.sampled_from(divisors(batch_size))
     return Case(
-        kind=kind, batch_size=batch_size, seed=draw(SEEDS), buffer=draw(st.integers(1, 40)), flip=draw(st.booleans()),
+        kind=kind, batch_size=batch_size, seed=draw(SEEDS), buffer=draw(st.none() | st.integers(1, 40)),
+        flip=draw(st.booleans()),
         stop=draw(st.integers(0, 60 // batch_size)), before=draw(worlds), after=draw(worlds),
         cached=draw(st.booleans()),
     )  # fmt: skip
