@@ -9,8 +9,10 @@ import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from threading import current_thread
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from shortcutflow.cli import main
 from shortcutflow.data import remote
 from shortcutflow.data import webdataset as ours
 from shortcutflow.data.images import read_image, to_square
+from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.source import DataInfo
 from shortcutflow.data.stream import BatchStream
 from shortcutflow.data.webdataset import WebdatasetData
@@ -179,6 +182,27 @@ def test_shards_are_indexed_once(
     assert settings(urls).opened().manifest.samples == SAMPLES - PER_SHARD + 1
     assert scanned[len(before) :] == ["train-000001.tar"]
     assert "train-000001.tar has changed since it was indexed; it is indexed anew" in caplog.text
+
+
+def test_processes_share_the_indexing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several at once, each beginning elsewhere: every shard is scanned by one of them, and all get the same."""
+    urls = write(tmp_path / "s", imagenet(40), per_shard=2)
+    scanned: list[str] = []
+    scan = ours.scan
+    monkeypatch.setattr(ours, "scan", lambda path, fields: scanned.append(path.name) or scan(path, fields))
+    monkeypatch.setattr(ours, "SCAN_THREADS", 1)
+    places = tuple(expand(urls))
+
+    monkeypatch.setattr(ours.Rank, "from_environment", lambda: ours.Rank(int(current_thread().name[-1]), 3))
+
+    def rank(_: int) -> Manifest:
+        return ours.WebdatasetShards(settings(urls), places).manifest
+
+    with ThreadPoolExecutor(3, thread_name_prefix="rank") as pool:
+        found = list(pool.map(rank, range(3)))
+    assert sorted(scanned) == sorted(Path(place).name for place in places)
+    assert found[0] == found[1] == found[2]
+    assert found[0].samples == 40
 
 
 def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
