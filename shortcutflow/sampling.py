@@ -120,7 +120,8 @@ def trajectory(
     for t, state in _walk(asked, x_t, steps, fresh_noise, generator, progress):
         times.append(t)
         states.append(state)
-    return Trajectory(torch.tensor(times, device=x_t.device), torch.stack(states))
+    # Copied without a wait for the device.
+    return Trajectory(torch.tensor(times).to(x_t.device, non_blocking=True), torch.stack(states))
 
 
 def _start(net: Network, noise: Tensor | Sequence[int], generator: Generator | None) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Generator, Tensor
 
 from shortcutflow.types import WHOLE, Share
 
-BLOCKS = 64
-"""A batch's noise is drawn in at most so many blocks, each with a seed of its own."""
+BLOCK_ROWS = 64
+"""A batch's noise is drawn in blocks of at least so many rows, each with a seed of its own: a block costs a launch."""
 
 
 def generator_for(
@@ -41,9 +41,9 @@ def generator_or_default(generator: Generator | None, device: torch.device | str
 
 @lru_cache
 def _blocks_of(rows: int) -> int:
-    """The divisor of rows, at most 64, that most numbers divide: so that as many numbers of shares get whole blocks."""
-    divisors = [b for b in range(1, BLOCKS + 1) if rows % b == 0 and b <= max(rows, 1)]
-    return max(divisors, key=lambda b: (sum(b % k == 0 for k in range(1, b + 1)), b))
+    """In how many blocks so many rows are drawn: the number that most numbers of shares divide, best powers of two."""
+    divisors = [b for b in range(1, max(rows // BLOCK_ROWS, 1) + 1) if rows % b == 0]
+    return max(divisors, key=lambda b: (sum(b % k == 0 for k in divisors), b & -b, b))
 
 
 def draw_noise_rows(
@@ -57,21 +57,20 @@ def draw_noise_rows(
 ) -> Tensor:
     """Standard normal noise (rows, *shape) for a share of a batch: the rows that the whole batch would have there.
 
-    Row i of the batch's n rows lies in block i modulo B, where B, at most 64, depends on n alone. A block has a seed
+    Row i of the batch's n rows lies in block i modulo B, where B, at most n/64, depends on n alone. A block has a seed
     made from the generator's state, so a share draws the blocks that hold its rows and no others: exactly its own rows
     if the number of shares divides B. The generator itself does not move: draw something else from it afterwards.
     """
     total = rows * share.total
     blocks = _blocks_of(total)
     seed = int.from_bytes(hashlib.sha256(generator.get_state().numpy().tobytes()).digest()[:8], "little")
-    noise = torch.empty((rows, *shape), dtype=dtype, device=device)
     of_block = Generator(generator.device)
     common = math.gcd(share.total, blocks)
-    for block in range(share.number % common, blocks, common) if total else ():
+    here: dict[int, Tensor] = {}
+    for block in range(share.number % common, blocks, common):
         of_block.manual_seed(seed_for(seed, "noise", index=block))
         drawn = torch.randn((total // blocks, *shape), generator=of_block, dtype=dtype, device=device)
         # The block's rows are block, block + B, block + 2B, ...; every (share.total / common)-th is of this share.
         first = next(i for i in range(share.total) if (block + i * blocks - share.number) % share.total == 0)
-        place = (block + first * blocks - share.number) // share.total
-        noise[place :: blocks // common] = drawn[first :: share.total // common]
-    return noise
+        here[(block + first * blocks - share.number) // share.total] = drawn[first :: share.total // common]
+    return torch.stack([here[place] for place in sorted(here)], dim=1).flatten(0, 1)

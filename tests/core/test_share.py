@@ -135,20 +135,41 @@ def test_a_share_draws_its_own_noise_alone(objective: Any, total: int, monkeypat
         drawn += noise.numel()
         return noise
 
-    data = torch.zeros(192, 2, 3)
-    y = torch.arange(192)
+    data = torch.zeros(3072, 2, 3)
+    y = torch.arange(3072)
     counts = []
     monkeypatch.setattr(torch, "randn", counting)
     for share in (WHOLE, Share(total - 1, total)):
         drawn = 0
         generator = torch.Generator().manual_seed(0)
-        objective(affine, data[share.rows], y[share.rows], teacher=affine, null_y=192, generator=generator, share=share)
+        objective(
+            affine, data[share.rows], y[share.rows], teacher=affine, null_y=3072, generator=generator, share=share
+        )
         counts.append(drawn)
     assert counts[0] >= data.numel()
     assert counts[1] == counts[0] // total
 
 
-@pytest.mark.parametrize(("rows", "total"), [(24, 3), (256, 128), (130, 5), (13, 13), (2048, 256), (128, 1), (0, 1)])
+@pytest.mark.parametrize(("rows", "total", "most"), [(256, 1, 4), (64, 1, 1), (256, 2, 4), (256, 8, 4), (32, 1024, 1)])
+def test_noise_takes_few_launches(rows: int, total: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block is one; a share of few rows makes do with one block, of the least size."""
+    drawn: list[int] = []
+    randn = torch.randn
+
+    def counting(*args: Any, **options: Any) -> Tensor:
+        noise = randn(*args, **options)
+        drawn.append(len(noise))
+        return noise
+
+    monkeypatch.setattr(torch, "randn", counting)
+    draw_noise_rows(rows, (2,), torch.Generator(), Share(total - 1, total))
+    assert len(drawn) <= most
+    assert rows <= sum(drawn) <= max(rows, 64)
+
+
+@pytest.mark.parametrize(
+    ("rows", "total"), [(24, 3), (256, 128), (130, 5), (13, 13), (2048, 256), (768, 6), (1152, 8), (128, 1), (0, 1)]
+)
 def test_noise_is_that_of_the_whole_batch(rows: int, total: int) -> None:
     """Also where shares do not hold whole blocks."""
     generator = torch.Generator().manual_seed(3)
