@@ -8,11 +8,11 @@ processes nor on who made which part.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 import shortcutflow
@@ -21,7 +21,7 @@ from shortcutflow.evaluation.features.protocols import EvaluationProtocol
 from shortcutflow.evaluation.measures import check_metrics, measured, needs_features, needs_reference
 from shortcutflow.evaluation.parts_on_disk import WORK, PartsFolder, cut, file_name, hash_of, held_by, merged, share_of
 from shortcutflow.evaluation.pictures import DIGITS, Pictures, open_pictures
-from shortcutflow.evaluation.probe import Probe
+from shortcutflow.evaluation.probe import Probe, probe_picture
 from shortcutflow.evaluation.published import CLEAN_FID, clean_fid_statistics
 from shortcutflow.evaluation.reference import Reference, load_reference, make_reference
 from shortcutflow.evaluation.report import BudgetRow, report_of, write_report
@@ -93,15 +93,15 @@ def evaluate(
     asked.check()
     _check_place(out)
     clock = Clock()
-    width = _check_extractor(sampler, protocol, asked.metrics)
+    probe, width = _probe(sampler, protocol, asked.metrics)
     with clock.phase("reference"):
-        reference = _reference(sampler, protocol, asked, out, team)
+        reference = _reference(sampler, protocol, asked, out, team, probe)
     if reference is not None and len(reference.real.statistics.mu) != width:
         raise ValueError(
             f"the reference {reference.record.pictures} has {len(reference.real.statistics.mu)} features, protocol "
             f"{protocol.name} has {width}: it was made by another protocol"
         )
-    folders = {steps: parts_folder(sampler, protocol, steps, out) for steps in asked.steps}
+    folders = {steps: parts_folder(sampler, protocol, steps, out, probe) for steps in asked.steps}
     parts = cut(asked.samples)
     with held_by(team, folders.values()):
         with clock.phase("parts"):
@@ -131,25 +131,24 @@ def _check_place(out: Path) -> None:
     require_ours(out)
 
 
-def _check_extractor(sampler: Sampler, protocol: EvaluationProtocol, metrics: Sequence[str]) -> int:
-    """Look at two blank pictures; gives the number of features.
+def _probe(sampler: Sampler, protocol: EvaluationProtocol, metrics: Sequence[str]) -> tuple[Probe, int]:
+    """What the extractor sees in one picture of the samples' size, once an evaluation; and its number of features.
 
     Raises:
         ValueError: if a metric needs class scores and the extractor gives none, or it does not take such pictures.
     """
-    seen = protocol.extractor(np.zeros((2, *sampler.side, 3), dtype=np.uint8))
+    seen = protocol.extractor(probe_picture(sampler.side))
     if "is" in metrics and seen.logits is None:
         raise ValueError(f"metric 'is' needs class scores, which protocol {protocol.name} does not give")
-    return seen.features.shape[1]
+    return Probe.seen(seen, sampler.side), seen.features.shape[1]
 
 
-def parts_folder(sampler: Sampler, protocol: EvaluationProtocol, steps: int, out: Path) -> PartsFolder:
+def parts_folder(sampler: Sampler, protocol: EvaluationProtocol, steps: int, out: Path, probe: Probe) -> PartsFolder:
     """Where the parts of a budget lie: another one for other samples, another extractor or another version."""
     key = sampler.key(steps) | {
         "protocol": protocol.name, "extractor": protocol.extractor.name, "version": shortcutflow.__version__,
-        "probe": Probe.of(protocol.extractor, sampler.side).rounded(),
     }  # fmt: skip
-    return PartsFolder(out.parent / WORK, f"steps-{steps}", key)
+    return PartsFolder(out.parent / WORK, f"steps-{steps}", key, probe)
 
 
 def _make_parts(
@@ -199,7 +198,9 @@ def _row(
     return BudgetRow(steps, values, made.seconds | own.seconds)
 
 
-def _reference(sampler: Sampler, protocol: EvaluationProtocol, asked: Asked, out: Path, team: Team) -> Reference | None:
+def _reference(
+    sampler: Sampler, protocol: EvaluationProtocol, asked: Asked, out: Path, team: Team, probe: Probe
+) -> Reference | None:
     """What to compare with; made of pictures first if need be, and kept beside the report."""
     if not needs_reference(asked.metrics):
         return None
@@ -208,24 +209,25 @@ def _reference(sampler: Sampler, protocol: EvaluationProtocol, asked: Asked, out
         pictures = pictures_of(sampler)
     elif str(source).startswith(CLEAN_FID):
         path = clean_fid_statistics(str(source).removeprefix(CLEAN_FID), protocol.name)
-        return load_reference(path, protocol, with_features=with_features, name=str(source))
+        return load_reference(path, protocol, with_features=with_features, name=str(source), probe=probe)
     elif Path(source).suffix == ".npz":
-        return load_reference(Path(source), protocol, with_features=with_features)
+        return load_reference(Path(source), protocol, with_features=with_features, probe=probe)
     else:
         pictures = open_pictures(source)
-    key = {
-        "pictures": pictures.fingerprint(), "extractor": protocol.extractor.name,
-        "probe": Probe.of(protocol.extractor, sampler.side).rounded(),
-    }  # fmt: skip
+    key = {"pictures": pictures.fingerprint(), "extractor": protocol.extractor.name}
     path = out.parent / f"reference-{file_name(protocol.name)}-{hash_of(key)}.npz"
-    # All look before the first of them makes it.
-    is_there = path.is_file() and (path.with_suffix(".safetensors").is_file() or not with_features)
-    team.wait()
-    if not is_there:
-        make_reference(
-            pictures, protocol, path, with_features=with_features, work=out.parent / WORK, team=team, side=sampler.side
-        )
-    return load_reference(path, protocol, with_features=with_features)
+    kept = None
+    # One that is damaged, without features, or of an extractor that has changed since is made again.
+    with suppress(OSError, ValueError):
+        kept = replace(load_reference(path, protocol, with_features=with_features, probe=probe), kept=True)
+    team.wait()  # all look before the first of them makes it
+    if kept is not None:
+        return kept
+    make_reference(
+        pictures, protocol, path, with_features=with_features, work=out.parent / WORK, team=team, side=sampler.side,
+        probe=probe,
+    )  # fmt: skip
+    return load_reference(path, protocol, with_features=with_features, probe=probe)
 
 
 def pictures_of(sampler: Sampler) -> Pictures:

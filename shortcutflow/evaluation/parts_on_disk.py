@@ -1,8 +1,8 @@
 """Features in parts of a fixed size on the disk: what a stopped evaluation goes on from.
 
 Part i holds the features of samples [1000 i, 1000 i + 1000), however many processes made them and in whatever batches.
-A part is written whole or not at all. Its folder's name is a hash of everything that determines its numbers, so parts
-of something else are never taken for these.
+A part is written whole or not at all. Its folder's name is a hash of everything that determines its numbers, and a
+probe of the extractor lies in it, so parts of something else are never taken for these.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from safetensors.numpy import save
 
 from shortcutflow.data.ranks import Rank
 from shortcutflow.evaluation.distances.statistics import Moments, Statistics
+from shortcutflow.evaluation.probe import Probe
 from shortcutflow.evaluation.together import Team
 from shortcutflow.io.atomic import locked, write_whole
 from shortcutflow.io.safetensors import opened
@@ -28,7 +30,7 @@ from shortcutflow.io.safetensors import opened
 PART_SIZE = 1000
 WORK = "evaluation-work"
 """The folder beside a report that holds what is being made."""
-KEY_FILE = "key.json"
+KEY_FILE, PROBE_FILE = "key.json", "probe.json"
 LOCK = ".lock"
 _AGAIN = "the same command makes it again"
 
@@ -64,10 +66,11 @@ class PartsFolder:
         work: the folder to make it in.
         name: what its name begins with, for people.
         key: everything that determines the parts' numbers, as JSON; it is written into the folder.
+        probe: what the extractor sees now. Parts of one that saw something else are made again.
     """
 
-    def __init__(self, work: Path, name: str, key: Mapping[str, Any]) -> None:
-        self.key = key
+    def __init__(self, work: Path, name: str, key: Mapping[str, Any], probe: Probe) -> None:
+        self.key, self.probe = key, probe
         self.path = work / f"{name}-{hash_of(key)}"
 
     def make(self, part: range, features: Features) -> None:
@@ -97,10 +100,20 @@ class PartsFolder:
         return Features(tensors["features"], tensors.get("logits"), seconds)
 
     def begin(self) -> None:
-        """Make the folder, with its key in it."""
+        """Make the folder, with its key and probe in it; parts of another extractor go."""
         self.path.mkdir(parents=True, exist_ok=True)
+        if not self._is_of_this_extractor():
+            for part in self.path.glob("part-*.safetensors"):
+                part.unlink()
+            write_whole(self.path / PROBE_FILE, json.dumps(asdict(self.probe)) + "\n")
         if not (self.path / KEY_FILE).is_file():
             write_whole(self.path / KEY_FILE, json.dumps(self.key, indent=2, sort_keys=True) + "\n")
+
+    def _is_of_this_extractor(self) -> bool:
+        try:
+            return self.probe.agrees_with(Probe(**json.loads((self.path / PROBE_FILE).read_text())))
+        except (OSError, ValueError, TypeError):
+            return False
 
     def remove(self) -> None:
         """Delete the folder, and the one it lies in if nothing else does."""
@@ -115,7 +128,7 @@ class PartsFolder:
         Raises:
             ValueError: if another one is at work in the folder.
         """
-        self.begin()
+        self.path.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             try:
                 stack.enter_context(locked(self.path / LOCK, wait=False))
@@ -124,6 +137,7 @@ class PartsFolder:
                     f"another evaluation of the same samples is at work in {self.path}: wait for it, or name another "
                     "folder with --out"
                 ) from None
+            self.begin()
             yield
 
     def _file(self, part: range) -> Path:

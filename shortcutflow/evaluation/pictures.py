@@ -6,6 +6,7 @@ import hashlib
 import io
 from bisect import bisect_right
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +19,7 @@ from shortcutflow.data.manifest import MANIFEST, Manifest
 from shortcutflow.data.reader import ShardReader
 from shortcutflow.data.remote import ShardFolder, url_of
 from shortcutflow.data.sources import open_source
+from shortcutflow.data.sources.readers import FolderReader
 
 DIGITS = "digits"
 """The name of scikit-learn's digits as a source."""
@@ -110,17 +112,23 @@ class RawPictures:
 
     def __init__(self, path: Path, *, size: int | None = None, crop: Crop = "released") -> None:
         self._source = open_source(path, labels=False)
-        self._path, self._size, self._crop = path, size, crop
+        self._size, self._crop = size, crop
         self.name = str(path) if size is None else f"{path}, crop {crop}, {size} pixels"
         self.count = len(self._source.items)
 
     def fingerprint(self) -> str:
-        """See :class:`Pictures`; a file is known by its name, size and time of change, its content is not read."""
-        place = next(place for place in (self._path, *self._path.absolute().parents) if place.exists())
-        digest = hashlib.sha256()
-        for file in [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file()):
-            state = file.stat()
-            digest.update(f"{file.relative_to(place)} {state.st_size} {state.st_mtime_ns}\n".encode())
+        """See :class:`Pictures`; as the files were at the first call."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        # A file is known by its name, size and time of change; reading it would cost as much as the reference.
+        reader, digest = self._source.reader, hashlib.sha256()
+        files = list(reader.files)
+        if isinstance(reader, FolderReader):
+            files = [reader.root / str(item.place[0]) for item in self._source.items]
+        for file in files:
+            digest.update(f"{file.name} {file.stat().st_mtime_ns}\n".encode())
         return f"{self._source.fingerprint()}/{digest.hexdigest()}/{self._size}/{self._crop if self._size else None}"
 
     def read(self, samples: range) -> Iterator[np.ndarray]:

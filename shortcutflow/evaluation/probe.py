@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shortcutflow.evaluation.features.extractors import Extractor
+from shortcutflow.evaluation.features.extractors import Extracted, Extractor
 
 SHOWN = 16
 """Features that are compared."""
@@ -31,18 +31,21 @@ class Probe:
     @classmethod
     def of(cls, extractor: Extractor, side: Sequence[int]) -> Probe:
         """Of a picture of uniform noise with these sides, (height, width)."""
-        height, width = side
-        picture = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
-        return cls(height, width, [float(value) for value in extractor(picture).features[0, :SHOWN]])
+        return cls.seen(extractor(probe_picture(side)), side)
 
-    def agrees_with(self, extractor: Extractor) -> bool:
-        """Whether it sees the same now, but for rounding."""
-        expected = np.array(self.features)
-        found = np.array(Probe.of(extractor, (self.height, self.width)).features)
-        if found.shape != expected.shape:
+    @classmethod
+    def seen(cls, extracted: Extracted, side: Sequence[int]) -> Probe:
+        """Of what an extractor gave for :func:`probe_picture` with these sides."""
+        return cls(side[0], side[1], [float(value) for value in extracted.features[0, :SHOWN]])
+
+    def agrees_with(self, other: Probe) -> bool:
+        """Whether the same extractor saw both, whose numbers differ by rounding only."""
+        expected, found = np.array(self.features), np.array(other.features)
+        if (self.height, self.width, found.shape) != (other.height, other.width, expected.shape):
             return False
         return bool(np.abs(found - expected).max() <= TOLERANCE * max(np.abs(expected).max(), 1e-6))
 
-    def rounded(self) -> list[float]:
-        """Two digits of each feature, for a key; where another device rounds otherwise, work is done again."""
-        return [float(f"{value:.2g}") for value in self.features]
+
+def probe_picture(side: Sequence[int]) -> np.ndarray:
+    """One picture of uniform noise, (1, height, width, 3) uint8, always the same."""
+    return np.random.default_rng(0).integers(0, 256, (1, *side, 3), dtype=np.uint8)

@@ -75,10 +75,14 @@ class Reference:
     Attributes:
         real: its statistics, and features or None.
         record: what is known of it.
+        file: of its statistics.
+        kept: whether they are those that an earlier evaluation made of the pictures.
     """
 
     real: Real
     record: ReferenceRecord
+    file: Path
+    kept: bool = False
 
 
 def make_reference(
@@ -91,6 +95,7 @@ def make_reference(
     team: Team = ALONE,
     batch_size: int = 100,
     side: tuple[int, int] | None = None,
+    probe: Probe | None = None,
 ) -> None:
     """Extract the features of pictures, and write the reference; all processes of a team call this together.
 
@@ -105,6 +110,7 @@ def make_reference(
         team: the processes that share the work.
         batch_size: pictures extracted at once.
         side: (height, width) that they must have, in pixels; None takes any.
+        probe: of the extractor, if it was made before.
 
     Raises:
         ValueError: for pictures that cannot be read or have another size, naming them.
@@ -112,13 +118,12 @@ def make_reference(
     if pictures.count < 2:
         raise ValueError(f"a reference needs at least 2 pictures, {pictures.name} holds {pictures.count}")
     _require_ours(path)
-    probe = Probe.of(protocol.extractor, next(pictures.read(range(1))).shape[:2])
+    probe = probe or Probe.of(protocol.extractor, next(pictures.read(range(1))).shape[:2])
     key = {
         "pictures": pictures.fingerprint(), "protocol": protocol.name, "extractor": protocol.extractor.name,
         "version": shortcutflow.__version__,
-        "probe": probe.rounded(),
     }  # fmt: skip
-    folder, parts = PartsFolder(work, f"reference-{file_name(protocol.name)}", key), cut(pictures.count)
+    folder, parts = PartsFolder(work, f"reference-{file_name(protocol.name)}", key, probe), cut(pictures.count)
     with held_by(team, [folder]):
         missing = [part for part in share_of(team.rank, parts) if not folder.holds(part)]
         with tqdm(total=sum(map(len, missing)), desc="reference", unit="image", disable=not team.leads) as bar:
@@ -192,7 +197,12 @@ def _write(path: Path, found: Merged, record: ReferenceRecord) -> None:
 
 
 def load_reference(
-    path: Path, protocol: EvaluationProtocol, *, with_features: bool, name: str | None = None
+    path: Path,
+    protocol: EvaluationProtocol,
+    *,
+    with_features: bool,
+    name: str | None = None,
+    probe: Probe | None = None,
 ) -> Reference:
     """Read a reference.
 
@@ -201,6 +211,7 @@ def load_reference(
         protocol: by which samples will be compared with it.
         with_features: whether features are needed.
         name: for reports; None is the path.
+        probe: of the extractor, if it was made before.
 
     Raises:
         FileNotFoundError: without the file, or without features that are needed, saying how to make them.
@@ -214,12 +225,16 @@ def load_reference(
     ):  # fmt: skip
         if theirs is not None and theirs != ours:
             raise ValueError(f"{path} was made by {what} {theirs!r}, not by {ours!r}: their numbers do not compare")
-    if record.probe is not None and not record.probe.agrees_with(protocol.extractor):
-        raise ValueError(
-            f"{path} was made by another {protocol.extractor.name!r} than this one, in version {record.version}: "
-            "make it again"
-        )
-    return Reference(Real(statistics, _features(path, digest) if with_features else None), record)
+    if record.probe is not None:
+        side = record.probe.height, record.probe.width
+        if probe is None or (probe.height, probe.width) != side:
+            probe = Probe.of(protocol.extractor, side)
+        if not record.probe.agrees_with(probe):
+            raise ValueError(
+                f"{path} was made by another {protocol.extractor.name!r} than this one, in version {record.version}: "
+                "make it again"
+            )
+    return Reference(Real(statistics, _features(path, digest) if with_features else None), record, path)
 
 
 def _record(path: Path, digest: str, name: str) -> ReferenceRecord:

@@ -74,7 +74,7 @@ def report_of(
         "protocol": {
             "name": protocol.name, "description": protocol.description, "extractor": protocol.extractor.name,
         },
-        "reference": asdict(reference.record) if reference is not None else None,
+        "reference": _of_reference(reference) if reference is not None else None,
         "metrics": {name: METRICS[name] for name in metrics},
         "samples": samples,
         "seed": sampler.seed,
@@ -97,6 +97,10 @@ def report_of(
     }  # fmt: skip
 
 
+def _of_reference(reference: Reference) -> dict[str, Any]:
+    return asdict(reference.record) | {"file": str(reference.file), "kept_from_before": reference.kept}
+
+
 def _labels(num_classes: int | None) -> str:
     return "none" if num_classes is None else f"in turn: sample i has label i mod {num_classes}"
 
@@ -116,6 +120,8 @@ def table_of(report: Mapping[str, Any]) -> str:
     """The rows for people, with a line that says how they were measured."""
     reference = report["reference"]
     against = f" against {reference['pictures']}" if reference is not None else ""
+    if reference is not None and reference["kept_from_before"]:
+        against += f", by the statistics that {reference['file']} kept from before"
     names = list(report["rows"][0]["values"])
     lines = [
         f"{report['subject']['name']}, weights {report['subject']['weights']}, {report['samples']} samples{against}",

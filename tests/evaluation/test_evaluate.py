@@ -19,11 +19,13 @@ from shortcutflow.evaluation.distances.kernel_distance import kernel_distance
 from shortcutflow.evaluation.distances.manifold import manifold_metrics
 from shortcutflow.evaluation.drawing.grids import to_uint8
 from shortcutflow.evaluation.evaluate import Asked, evaluate, parts_folder
-from shortcutflow.evaluation.features.extractors import extractor_of_module
+from shortcutflow.evaluation.features.extractors import Extracted, Extractor, extractor_of_module
 from shortcutflow.evaluation.features.protocols import EvaluationProtocol, open_protocol
 from shortcutflow.evaluation.generate import generate, labels_of, noise_of
 from shortcutflow.evaluation.measures import METRICS
 from shortcutflow.evaluation.pictures import DigitPictures, save_pngs
+from shortcutflow.evaluation.probe import Probe
+from shortcutflow.evaluation.report import table_of
 from shortcutflow.evaluation.samples import Sampler
 from shortcutflow.evaluation.subject import Subject
 from tests.evaluation.evaluating import Plain, plain_subject
@@ -39,6 +41,9 @@ def digits() -> EvaluationProtocol:
 @pytest.fixture(scope="module")
 def pixels() -> EvaluationProtocol:
     return open_protocol("pixels")
+
+
+PROBE = Probe(8, 8, [0.0])
 
 
 def evaluated(sampler: Sampler, protocol: EvaluationProtocol, out: Path, **asked: Any) -> dict[str, Any]:
@@ -168,7 +173,7 @@ def test_whatever_changes_samples_changes_the_folder(pixels: EvaluationProtocol,
     def place(
         changed: Subject = subject, protocol: EvaluationProtocol = pixels, steps: int = 1, **settings: Any
     ) -> Path:
-        return parts_folder(Sampler(changed, **settings), protocol, steps, out).path
+        return parts_folder(Sampler(changed, **settings), protocol, steps, out, PROBE).path
 
     changed = [
         place(replace(subject, identity={"network": "plain", "weights_sha256": "1"})),
@@ -191,10 +196,54 @@ def test_whatever_changes_samples_changes_the_folder(pixels: EvaluationProtocol,
 def test_another_evaluation_of_the_same_samples_is_kept_out(tmp_path: Path, pixels: EvaluationProtocol) -> None:
     sampler, _ = plain_sampler()
     with (
-        parts_folder(sampler, pixels, 1, tmp_path / "r.json").held(),
+        parts_folder(sampler, pixels, 1, tmp_path / "r.json", PROBE).held(),
         pytest.raises(ValueError, match="another evaluation of the same samples is at work"),
     ):
         evaluated(sampler, pixels, tmp_path / "r.json")
+
+
+class Counted:
+    """A protocol's extractor whose calls with one picture are counted, and whose features may be scaled."""
+
+    name = "counted"
+
+    def __init__(self, inner: Extractor) -> None:
+        self.inner, self.probes, self.factor = inner, 0, np.float32(1)
+
+    def __call__(self, images: np.ndarray) -> Extracted:
+        self.probes += len(images) == 1
+        found = self.inner(images)
+        return found._replace(features=found.features * self.factor)
+
+
+def test_the_extractor_is_probed_once_and_another_one_makes_all_again(
+    tmp_path: Path, pixels: EvaluationProtocol
+) -> None:
+    counted = Counted(pixels.extractor)
+    protocol, out = replace(pixels, extractor=counted), tmp_path / "r.json"
+    sampler, network = plain_sampler()
+
+    def again(factor: float) -> tuple[int, bool, dict[str, Any]]:
+        counted.probes, counted.factor, network.calls = 0, np.float32(factor), 0
+        report = evaluated(sampler, protocol, out, steps=(1, 2), keep_features=True)
+        assert counted.probes == 1
+        return network.calls, report["reference"]["kept_from_before"], report
+
+    calls, kept, first = again(1.0)
+    assert calls > 0
+    assert not kept
+    (file,) = tmp_path.glob("reference-*.npz")
+    assert first["reference"]["file"] == str(file)
+    assert str(file) not in table_of(first)
+    calls, kept, second = again(1.004)  # as another device would
+    assert (calls, kept) == (0, True)
+    assert f"by the statistics that {file} kept from before" in table_of(second)
+    assert second["rows"][0]["values"] == first["rows"][0]["values"]
+    calls, kept, third = again(2.0)
+    assert calls > 0
+    assert not kept
+    assert third["rows"][0]["values"]["fid"] == pytest.approx(4 * first["rows"][0]["values"]["fid"], rel=1e-5)
+    assert list(tmp_path.glob("reference-*.npz")) == [file]
 
 
 class FakeAutoencoder:

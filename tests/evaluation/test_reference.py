@@ -208,10 +208,12 @@ def test_statistics_of_clean_fid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_files_replaced_by_others_of_equal_size_are_noticed(tmp_path: Path) -> None:
     for value in (10, 200):
         Image.fromarray(np.full((4, 4, 3), value, np.uint8)).save(tmp_path / f"{value}.bmp")
-    before = open_pictures(tmp_path).fingerprint()
+    opened = open_pictures(tmp_path)
+    before = opened.fingerprint()
     assert open_pictures(tmp_path).fingerprint() == before
     first, second = tmp_path / "10.bmp", tmp_path / "200.bmp"
     content = second.read_bytes()
     assert len(content) == first.stat().st_size
     first.write_bytes(content)
     assert open_pictures(tmp_path).fingerprint() != before
+    assert opened.fingerprint() == before, "the pictures are looked at once, when the evaluation begins"
