@@ -39,6 +39,7 @@ from shortcutflow.objectives.shortcut import ShortcutObjective
 from shortcutflow.train import loop
 from shortcutflow.train.distributed import World
 from shortcutflow.train.parts import build_parts, save, saver_for, tensors_of
+from shortcutflow.train.position import Position
 from shortcutflow.train.reporter import Reporter
 
 LATENT = (4, 32, 32)
@@ -182,7 +183,7 @@ def synchronous_seconds(config: RunConfig, folder: Path) -> float:
     tensors_of(parts)  # makes AdamW's moments
     with saver_for(config, folder, world) as saver:
         start = time.perf_counter()
-        save(config, parts, saver, 1, 0)
+        save(config, parts, saver, Position(), 1, 0)
         saver.wait()
         return time.perf_counter() - start
 

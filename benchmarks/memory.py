@@ -35,6 +35,7 @@ from shortcutflow.network import BackboneConfig
 from shortcutflow.sharded import local
 from shortcutflow.train.distributed import joined
 from shortcutflow.train.parts import Parts, build_parts
+from shortcutflow.train.position import Position
 from shortcutflow.train.step import backward_pass, update
 from shortcutflow.train.watchdog import Watchdog
 
@@ -121,7 +122,7 @@ def count_here(folder: Path) -> None:
     with joined("cpu", sharded=True) as world:
         parts = build_parts(config, world)
         watchdog = Watchdog(folder, world.rank, world.size, 0)
-        reports = backward_pass(config, parts, world, next(parts.stream), 0, watchdog)
+        reports = backward_pass(config, parts, world, next(parts.stream), Position(), 0, watchdog)
         assert all(math.isfinite(report.loss.item()) for report in reports)
         del reports
         update(parts, 0, None)

@@ -8,20 +8,25 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from torch import nn
 
 from shortcutflow.data import DataConfig
+from shortcutflow.data.source import DataInfo
 from shortcutflow.ema import AnyAverageConfig, AverageConfig
 from shortcutflow.io.atomic import write_whole
 from shortcutflow.io.json import read_object
 from shortcutflow.network import BackboneConfig, build_network
 from shortcutflow.objectives import ObjectiveConfig
 from shortcutflow.train.optim import OptimizerConfig
+from shortcutflow.types import Share
 
 CONFIG_FILE = "config.json"
 CURRENT = "current"
 """In place of an average's name: the weights themselves."""
+Place = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+"""Of a run or a model: a folder or a hub id."""
 
 
 class TrainingConfig(BaseModel):
@@ -140,8 +145,9 @@ class RunConfig(BaseModel):
         target_weights: what makes bootstrap targets: an average's name or "current".
         sample_weights: what is sampled and evaluated: likewise.
         teacher: for objectives that learn from a trained network: the folder of its run or model, or its hub id.
-        start: likewise, whose weights training begins with; None is the teacher, or a new network without one. If it
-            knows the flow alone, step sizes change nothing until they are trained.
+        start: likewise, whose weights training begins with. If it knows the flow alone, step sizes change nothing
+            until they are trained. None is the teacher with its weights as they are, at random for step sizes that it
+            never saw; or a new network without a teacher.
         evaluation: what is measured at the end; None nothing.
     """
 
@@ -156,8 +162,8 @@ class RunConfig(BaseModel):
     averages: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")], AnyAverageConfig] = {"ema": AverageConfig()}
     target_weights: str = "ema"
     sample_weights: str = "ema"
-    teacher: Path | None = None
-    start: Path | None = None
+    teacher: Place | None = None
+    start: Place | None = None
     training: TrainingConfig
     evaluation: EvaluationConfig | None = None
 
@@ -176,8 +182,7 @@ class RunConfig(BaseModel):
         if self.objective.needs_teacher != (self.teacher is not None):
             needs = "needs teacher=FOLDER, a run" if self.objective.needs_teacher else "takes no teacher"
             raise ValueError(f"objective {self.objective.kind!r} {needs}; teacher is {self.teacher}")
-        # Says so if the batch is too small for the rows that the objective is made of.
-        self.objective.target_evaluations(self.training.global_batch_size)
+        check_rows(self.objective, self.training.global_batch_size, self.training.accumulation)
         return self
 
     @property
@@ -185,23 +190,41 @@ class RunConfig(BaseModel):
         """M of the objective; 128 for one that has none."""
         return getattr(self.objective, "finest_steps", 128)
 
-    def build_network(self) -> nn.Module:
-        """The run's network at step 0, fitting its data and objective."""
-        info = self.data.describe()
+    def check_conditions(self, info: DataInfo) -> None:
+        """Raise ValueError where something is asked of conditions and the data has none."""
+        if info.null_y is not None:
+            return
+        settings = {"objective.condition_dropout": self.objective.condition_dropout > 0}
+        for section in ("objective", "evaluation"):
+            settings[f"{section}.guidance_scale"] = getattr(getattr(self, section), "guidance_scale", 1) != 1
+        if used := [name for name, is_used in settings.items() if is_used]:
+            raise ValueError(
+                f"{' and '.join(used)} need labels or other conditions, and the data has none: "
+                "use condition_dropout=0 and guidance_scale=1, or data with labels"
+            )
+
+    def build_network(self, info: DataInfo | None = None, *, finest_steps: int | None = None) -> nn.Module:
+        """The run's network at step 0, fitting its data and objective.
+
+        Args:
+            info: what it fits; None asks the data.
+            finest_steps: M; None is the objective's.
+        """
+        info = info or self.data.describe()
         return build_network(
             self.backbone,
             shape=info.shape,
             num_classes=info.num_classes,
             condition_shape=info.condition_shape,
-            finest_steps=self.finest_steps,
+            finest_steps=finest_steps or self.finest_steps,
             seed=self.seed,
         )
 
-    def sampler_options(self) -> dict[str, Any]:
+    def sampler_options(self, info: DataInfo | None = None) -> dict[str, Any]:
         """What a sampler of this run's network must know: null_y, finest_steps, flow_only and which sampler it is."""
         return {
             "sampler": self.objective.sampler,
-            "null_y": self.data.describe().null_y,
+            "null_y": (info or self.data.describe()).null_y,
             "finest_steps": self.finest_steps,
             "flow_only": not self.objective.tells_step_size,
         }
@@ -222,6 +245,14 @@ class RunConfig(BaseModel):
         if not path.is_file():
             raise FileNotFoundError(f"{run_dir} is not a run: it holds no {CONFIG_FILE}")
         return validated(read_object(path, "a run"), where=str(path))
+
+
+def check_rows(objective: Any, batch_size: int, shares: int) -> None:
+    """Raise ValueError where a batch is too small for the rows of an objective, shared by so many or at all."""
+    # The objective's own rule, on samples of one number: what it draws is thrown away.
+    generator, rows = torch.Generator(), torch.zeros(batch_size // shares, 1)
+    for number in {0, shares - 1}:
+        objective.draw(rows, generator=generator, progress=0.0, share=Share(number, shares))
 
 
 def validated(values: dict[str, Any], *, where: str) -> RunConfig:
@@ -270,8 +301,9 @@ def _set(values: dict[str, Any], path: str, text: str) -> None:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = text
-    if field == "kind" and len(sections) == 1 and value != here["kind"]:
-        _change_kind(values, sections[0], value)
+    is_average = sections[:1] == ["averages"] and len(sections) == 2
+    if field == "kind" and (len(sections) == 1 or is_average) and value != here.get("kind"):
+        _change_kind(here, sections[0], ".".join(sections), value)
     else:
         here[field] = value
 
@@ -282,17 +314,18 @@ def _unknown(path: str, field: str, here: dict[str, Any], sections: list[str]) -
     return f"{path!r}: {'.'.join(sections) or 'a run'} has no field {field!r}; {hint}it has: {', '.join(here)}"
 
 
-def _change_kind(values: dict[str, Any], section: str, kind: str) -> None:
-    """Keep what the new kind of a section also has."""
+def _change_kind(here: dict[str, Any], section: str, place: str, kind: str) -> None:
+    """Keep what the new kind of a section, or of one of its averages, also has."""
     kinds = _kinds(section)
     if kind not in kinds:
-        raise ValueError(f"{section}.kind is {kind!r}; known: {', '.join(sorted(kinds))}")
+        raise ValueError(f"{place}.kind is {kind!r}; known: {', '.join(sorted(kinds))}")
     fields = kinds[kind].model_fields
     defaults = {
         name: field.get_default(call_default_factory=True) for name, field in fields.items() if not field.is_required()
     }
-    kept = {name: value for name, value in values[section].items() if name in fields}
-    values[section] = defaults | kept | {"kind": kind}
+    kept = {name: value for name, value in here.items() if name in fields}
+    here.clear()
+    here.update(defaults | kept | {"kind": kind})
 
 
 def _kinds(section: str) -> dict[str, type[BaseModel]]:

@@ -6,12 +6,13 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from shortcutflow.config import CONFIG_FILE, RunConfig, with_overrides
-from shortcutflow.evaluation.runs import PICTURE_FILE, find_run, load_run
-from shortcutflow.io.atomic import require_absent
+from shortcutflow.config import RunConfig, check_rows, with_overrides
+from shortcutflow.evaluation.runs import CHECKPOINTS, PICTURE_FILE, find_run, load_run
+from shortcutflow.train import checkpoint
 
 
 @dataclass(frozen=True)
@@ -41,20 +42,13 @@ def run_recipe(config: RunConfig, overrides: Sequence[str] = (), options: Option
         FileNotFoundError: if there is no run to resume.
     """
     overrides = [f"objective.kind={options.objective}"] * (options.objective is not None) + list(overrides)
-    resume = options.resume
-    if resume:
+    if options.resume:
         folder = find_run(options.run_dir or _runs_of(config))
         # The saved config is the run; only what is said now may change it, for example training.steps.
         config = with_overrides(RunConfig.load(folder), overrides)
     else:
         config = with_overrides(smoke(config) if options.smoke else config, overrides)
         folder = options.run_dir or _new_folder(config)
-        resume = _was_restarted() and (folder / CONFIG_FILE).exists()
-        # The first process may have written its config by the time another comes here.
-        if (folder / CONFIG_FILE).exists() and _is_first() and not resume:
-            raise ValueError(f"{folder} holds a run already: --resume continues it, another --run-dir starts anew")
-        if _is_first() and not _was_restarted():
-            require_absent(folder)
     if options.dry_run:
         if _is_first():
             print(config.model_dump_json(indent=2))
@@ -62,7 +56,7 @@ def run_recipe(config: RunConfig, overrides: Sequence[str] = (), options: Option
         return None
     if options.smoke:
         config = _with_models(_with_data(config))
-    _train_and_evaluate(config, folder, resume=resume)
+    _train_and_evaluate(config, folder, resume=options.resume)
     return folder
 
 
@@ -72,9 +66,9 @@ def _runs_of(config: RunConfig) -> Path:
 
 def _new_folder(config: RunConfig) -> Path:
     """A folder that no run has, the same in every process of a job and after its restarts."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not _was_restarted():
-        return _runs_of(config) / time.strftime("%Y%m%d-%H%M%S")
     job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if job == "none" and _world_size() == 1:
+        return _runs_of(config) / time.strftime("%Y%m%d-%H%M%S")
     if job == "none":
         raise ValueError("several processes without a common job id need --run-dir, a folder that they all see")
     return _runs_of(config) / f"job-{job}"
@@ -84,9 +78,8 @@ def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _was_restarted() -> bool:
-    """Whether torchrun has started this job's processes before."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _train_and_evaluate(config: RunConfig, folder: Path, *, resume: bool) -> None:
@@ -94,8 +87,6 @@ def _train_and_evaluate(config: RunConfig, folder: Path, *, resume: bool) -> Non
     from shortcutflow.train.loop import train
     from shortcutflow.train.signals import StoppedBySignal
 
-    if _is_first():
-        print(f"run folder: {folder}", flush=True)
     start = time.perf_counter()
     try:
         train(config, folder, resume=resume)
@@ -104,7 +95,10 @@ def _train_and_evaluate(config: RunConfig, folder: Path, *, resume: bool) -> Non
             print(f"\n{stopped.message}", flush=True)
         raise
     except KeyboardInterrupt:
-        print(f"\nstopped; --resume --run-dir {folder} continues from the last checkpoint")
+        # Not in the steps, which save first: in the evaluation, or before the first step.
+        last = checkpoint.latest_in(folder / CHECKPOINTS)
+        goes_on = f"--resume --run-dir {folder} goes on from step {last.step}" if last else "nothing was saved yet"
+        print(f"\nstopped; {goes_on}")
         raise
     if not _is_first():
         return
@@ -116,14 +110,17 @@ def _train_and_evaluate(config: RunConfig, folder: Path, *, resume: bool) -> Non
 
 
 def _evaluate(config: RunConfig, folder: Path) -> str:
-    """Measure as the config says; gives the table."""
+    """Measure as the config says, on the device that the run was trained on; gives the table."""
+    from shortcutflow.train.distributed import pick_device
+
+    device = pick_device(config.training.device)
     if config.evaluation is not None and config.evaluation.kind == "policy":
         from shortcutflow.evaluation import policy
 
-        return policy.table(policy.evaluate_policy(load_run(folder)))
+        return policy.table(policy.evaluate_policy(load_run(folder, device=device)))
     from shortcutflow.evaluation import pixels
 
-    return pixels.table(pixels.evaluate_pixels(load_run(folder)))
+    return pixels.table(pixels.evaluate_pixels(load_run(folder, device=device)))
 
 
 def smoke(config: RunConfig) -> RunConfig:
@@ -141,14 +138,14 @@ def smoke(config: RunConfig) -> RunConfig:
 
 
 def _smoke_batch(config: RunConfig) -> int:
-    """At most 8 samples, unless each process would not get the same number of them and a bootstrap row."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    batch = min(8, config.training.global_batch_size)
-    fraction = getattr(config.objective, "bootstrap_fraction", 0)
-    if fraction > 0:
-        # As in the objective: 1/fraction may be a whole number that rounding has raised a little.
-        batch = max(batch, math.ceil((1 - 1e-6) * world / fraction))
-    return math.ceil(batch / world) * world
+    """At most 8 samples, unless the processes would not get equally many of them, or too few of some kind."""
+    world = _world_size()
+    smallest = math.ceil(min(8, config.training.global_batch_size) / world) * world
+    for batch in range(smallest, config.training.global_batch_size, world):
+        with suppress(ValueError):
+            check_rows(config.objective, batch, world)
+            return batch
+    return max(smallest, config.training.global_batch_size)
 
 
 def _with_data(config: RunConfig) -> RunConfig:
@@ -175,4 +172,4 @@ def _with_models(config: RunConfig) -> RunConfig:
     if _is_first():
         uses, instead_of = " and ".join(trained), ", ".join(sorted({str(path) for path in trained.values()}))
         print(f"stand-in {uses}: random weights in {folder}, not {instead_of}", flush=True)
-    return config.model_copy(update=dict.fromkeys(trained, folder))
+    return config.model_copy(update=dict.fromkeys(trained, str(folder)))

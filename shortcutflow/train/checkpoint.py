@@ -213,7 +213,7 @@ class Saver:
         files = {file.name: file.stat().st_size for file in sorted(unfinished.iterdir())}
         (unfinished / STATE).write_text(json.dumps(state | {"files": files}, indent=2) + "\n")
         sync_tree(unfinished)
-        final = self.folder / f"{_PREFIX}{step:08d}"
+        final = folder_of(self.folder, step)
         if final.exists():
             shutil.rmtree(final)
         unfinished.replace(final)
@@ -221,6 +221,11 @@ class Saver:
         for checkpoint in all_in(self.folder)[: -self._keep]:
             if not self._keep_every or checkpoint.step % self._keep_every:
                 shutil.rmtree(checkpoint.folder)
+
+
+def folder_of(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies, or will."""
+    return checkpoints / f"{_PREFIX}{step:08d}"
 
 
 def all_in(folder: Path) -> list[Checkpoint]:

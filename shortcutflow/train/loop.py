@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,24 +13,27 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from shortcutflow.config import RunConfig
+from shortcutflow.config import CONFIG_FILE, RunConfig
 from shortcutflow.evaluation.decoded import ImageDecoder
 from shortcutflow.evaluation.runs import CHECKPOINTS, write_weights
+from shortcutflow.io.atomic import require_absent
+from shortcutflow.train import checkpoint
+from shortcutflow.train.checkpoint import Checkpoint
 from shortcutflow.train.distributed import World, joined
 from shortcutflow.train.faults import BadSteps, NonFiniteError
 from shortcutflow.train.hang import clear_beats
-from shortcutflow.train.metrics import MetricsLog
+from shortcutflow.train.metrics import METRICS_FILE, MetricsLog
 from shortcutflow.train.optim import clip_gradients, set_lr
 from shortcutflow.train.parts import (
     Parts,
     build_parts,
     norms_of,
-    restore,
     save,
     save_snapshots,
     saver_for,
 )
 from shortcutflow.train.pictures import save_pictures, shows_grid, training_pictures
+from shortcutflow.train.position import Position
 from shortcutflow.train.reporter import Reporter
 from shortcutflow.train.signals import StoppedBySignal, StopRequest
 from shortcutflow.train.step import agree, backward_pass, update
@@ -50,44 +55,95 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False) -> None:
     Args:
         config: the run.
         run_dir: its folder; made if missing.
-        resume: continue from the folder's newest checkpoint, if it has one.
+        resume: continue from the folder's newest checkpoint, if it has one. Processes that torchrun has started again
+            do so in any case. Until everything is loaded and fits, nothing in the folder changes.
 
     Raises:
         NonFiniteError: naming the step, what is not finite and the last good checkpoint; nothing of the bad step
             reaches the weights.
-        StoppedBySignal: after SIGTERM or SIGUSR1, when the state is saved.
+        StoppedBySignal: after SIGTERM, SIGUSR1 or Ctrl-C, when the state is saved.
         SavingError: if a checkpoint could not be written, naming the last good one.
-        ValueError: for parts that do not fit together.
+        ValueError: for parts that do not fit together, or a folder that holds a run which is not to be continued.
     """
     settings = config.training
     with ExitStack() as stack:
         world = stack.enter_context(joined(settings.device, sharded=settings.parallel == "fsdp"))
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
-        # A run that cannot be built leaves no folder behind.
-        parts = build_parts(config, world)
+        last = agreed_start(run_dir, world, resume=resume)
+        # A run that cannot be built leaves no folder behind, and one that cannot go on leaves its own as it was.
+        parts = build_parts(config, world, last)
+        position = Position.of(last.step, last.state(), settings.steps) if last is not None else Position()
         if world.is_first:
             run_dir.mkdir(parents=True, exist_ok=True)
+            if last is None:
+                _keep_metrics(run_dir)
+            print(f"run folder: {run_dir}", flush=True)
             config.save(run_dir)
             clear_beats(run_dir / RANKS)
         world.wait_for_all()
-        start, skipped = restore(parts, run_dir / CHECKPOINTS) if resume else (0, 0)
-        _run_steps(config, run_dir, parts, world, stack, start, skipped)
+        _run_steps(config, run_dir, parts, world, stack, position)
         if world.is_first:
             write_weights(run_dir)
 
 
+def agreed_start(run_dir: Path, world: World, *, resume: bool) -> Checkpoint | None:
+    """The checkpoint that every process goes on from; None begins anew. What the first process sees counts.
+
+    A torchrun agent counts the restarts of its own workers only, and starts them again without counting when a worker
+    of another machine has died: one process that knows of a restart is enough.
+
+    Raises:
+        ValueError: in every process, if the folder holds a run that is not to be continued.
+    """
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    resume = any(world.gather(resume or restarted))
+    last = checkpoint.latest_in(run_dir / CHECKPOINTS)
+    refused = None if resume else _occupied(run_dir)
+    refused, step = world.gather((refused, last.step if last is not None else None))[0]
+    if refused is not None:
+        raise ValueError(refused)
+    return Checkpoint(checkpoint.folder_of(run_dir / CHECKPOINTS, step), step) if step is not None else None
+
+
+def _occupied(run_dir: Path) -> str | None:
+    """Why no new run can have this folder."""
+    if (run_dir / CONFIG_FILE).exists():
+        return f"{run_dir} holds a run already: --resume continues it, another --run-dir starts anew"
+    try:
+        require_absent(run_dir)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _keep_metrics(run_dir: Path) -> None:
+    """A run that begins anew in its folder, as it has no checkpoint yet, keeps its earlier numbers."""
+    metrics = run_dir / METRICS_FILE
+    if not (run_dir / CONFIG_FILE).exists():
+        return
+    said = f"{run_dir} has no checkpoint, so training begins at step 0"
+    if metrics.exists():
+        number = next(n for n in itertools.count(1) if not metrics.with_suffix(f".{n}.jsonl").exists())
+        kept = metrics.rename(metrics.with_suffix(f".{number}.jsonl"))
+        said += f"; the numbers so far are kept in {kept.name}"
+    print(said, file=sys.stderr, flush=True)
+
+
 def _run_steps(
-    config: RunConfig, run_dir: Path, parts: Parts, world: World, stack: ExitStack, start: int, skipped: int
+    config: RunConfig, run_dir: Path, parts: Parts, world: World, stack: ExitStack, position: Position
 ) -> None:
-    """Optimizer steps from ``start`` on; what is opened for them is closed with the stack."""
-    settings, checkpoints = config.training, run_dir / CHECKPOINTS
+    """Optimizer steps from where the run is; what is opened for them is closed with the stack."""
+    settings, checkpoints, start = config.training, run_dir / CHECKPOINTS, position.step
     log = stack.enter_context(MetricsLog(run_dir, resume_at=start)) if world.is_first else None
     saver = stack.enter_context(saver_for(config, checkpoints, world))
-    bad_steps = BadSteps(stop=settings.on_non_finite == "stop", skipped=skipped, world=world, saver=saver)
+    bad_steps = BadSteps(
+        stop=settings.on_non_finite == "stop", skipped=position.skipped_steps, world=world, saver=saver
+    )
     stop = stack.enter_context(StopRequest())
     watchdog = stack.enter_context(Watchdog(run_dir / RANKS, world.rank, world.size, settings.hang_timeout))
     bar = stack.enter_context(_progress_bar(start, settings.steps, shown=world.is_first))
-    reporter, decoder = Reporter(config, parts, world), ImageDecoder(config.data.describe(), world.device)
+    reporter = Reporter(config, parts, world, position)
+    decoder = ImageDecoder(config.data.describe(), world.device)
 
     for step in range(start, settings.steps):
         done, is_last = step + 1, step + 1 == settings.steps
@@ -98,7 +154,7 @@ def _run_steps(
         reporter.got_data()
 
         set_lr(parts.optimizer, config.optimizer.lr_at(step, settings.steps))
-        reports = backward_pass(config, parts, world, batch, step, watchdog)
+        reports = backward_pass(config, parts, world, batch, position, step, watchdog)
         grad_norm = clip_gradients(parts.optimizer, config.optimizer.max_grad_norm)
 
         watchdog.beat(step, "step")
@@ -123,7 +179,7 @@ def _run_steps(
         save_snapshots(config, parts, run_dir, done, first=world.is_first)
         if is_last or stopping or (settings.checkpoint_every and done % settings.checkpoint_every == 0):
             watchdog.beat(step, "save")
-            save(config, parts, saver, done, bad_steps.skipped)
+            save(config, parts, saver, position, done, bad_steps.skipped)
         if shows_grid(config, done):
             watchdog.beat(step, "evaluate")
             made = training_pictures(config, parts.weights(config.sample_weights), world.device)
@@ -133,7 +189,7 @@ def _run_steps(
         if stopping and not is_last:
             saver.wait()
             signals = filter(None, world.gather(stop.requested))
-            raise StoppedBySignal(next(signals), run_dir / CHECKPOINTS / f"step_{done:08d}")
+            raise StoppedBySignal(next(signals), checkpoint.folder_of(checkpoints, done), done)
     saver.wait()
 
 

@@ -11,18 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from shortcutflow import __version__
-from shortcutflow.config import CURRENT, RunConfig
+from shortcutflow.config import CURRENT, RunConfig, check_rows
 from shortcutflow.data.source import DataInfo
 from shortcutflow.data.stream import BatchStream
 from shortcutflow.ema import Average, PowerAverageConfig, copy_weights
 from shortcutflow.posthoc import write_snapshot
 from shortcutflow.sharded import whole
-from shortcutflow.train import checkpoint
-from shortcutflow.train.checkpoint import NETWORK, OPTIMIZER, TEACHER, Saver, average_group, optimizer_tensors
+from shortcutflow.train.checkpoint import (
+    NETWORK,
+    OPTIMIZER,
+    TEACHER,
+    Checkpoint,
+    Saver,
+    average_group,
+    optimizer_tensors,
+)
 from shortcutflow.train.distributed import World, replicate, shard, summed_over_shards
 from shortcutflow.train.optim import UpdateNorms, build_optimizer
+from shortcutflow.train.position import Position
 from shortcutflow.train.speed import forward_flops
-from shortcutflow.train.starts import load_start, open_teacher
+from shortcutflow.train.starts import load_start, new_teacher, open_teacher
 from shortcutflow.types import Network
 
 
@@ -36,6 +44,7 @@ class Parts(NamedTuple):
         teacher: what the second phase of two learns from, as it is saved; None without one.
         net, target_net, teacher_net: the networks as an objective calls them: compiled, in DistributedDataParallel, or
             as they are.
+        teacher_finest_steps: M of the network that the teacher is built as; None without one.
         info: what the network fits; asked for once, since the answer may lie in a file far away.
         forward_flops: of one sample; None if unknown.
     """
@@ -48,6 +57,7 @@ class Parts(NamedTuple):
     net: Network
     target_net: Network
     teacher_net: Network | None
+    teacher_finest_steps: int | None
     info: DataInfo
     forward_flops: int | None
 
@@ -56,14 +66,22 @@ class Parts(NamedTuple):
         return self.network if name == CURRENT else self.averages[name].network
 
 
-def build_parts(config: RunConfig, world: World) -> Parts:
-    """Network, averages, optimizer and data stream at step 0: equal weights in every process, or their shards."""
+def build_parts(config: RunConfig, world: World, last: Checkpoint | None = None) -> Parts:
+    """Network, averages, optimizer and data stream: equal weights in every process, or their shards.
+
+    Without a checkpoint they are those of step 0. With one they are filled from it, so that the folders of the start
+    and the teacher are not needed any more; how far the run is then, :class:`Position` says.
+
+    Raises:
+        ValueError: for parts that do not fit together, or a checkpoint of another run.
+    """
     settings = config.training
     if settings.global_batch_size % (world.size * settings.accumulation):
         raise ValueError(
             f"a global batch of {settings.global_batch_size} cannot be shared equally by {world.size} processes that "
             f"take their shares in {settings.accumulation} parts"
         )
+    check_rows(config.objective, settings.global_batch_size, world.size * settings.accumulation)
     stream = config.data.open_stream(
         batch_size=settings.global_batch_size, seed=config.seed, rank=world.rank, world_size=world.size,
         device=world.device,
@@ -74,10 +92,16 @@ def build_parts(config: RunConfig, world: World) -> Parts:
             raise ValueError(f"backbone {config.backbone.name!r} has no gradient checkpointing")
         network.gradient_checkpointing = True
     info = config.data.describe()
+    config.check_conditions(info)
     flops = forward_flops(network, info.num_classes)
-    opened = open_teacher(config, world.device)
-    load_start(config, network, opened)
-    teacher = opened.network if opened is not None else None
+    if last is None:
+        opened = open_teacher(config, world.device)
+        load_start(config, network, opened)
+        teacher = opened.network if opened is not None else None
+        teacher_finest_steps = opened.finest_steps if opened is not None else None
+    else:
+        teacher_finest_steps = last.state().get("teacher_finest_steps", config.finest_steps)
+        teacher = new_teacher(config, teacher_finest_steps, world.device)
     # Copied before they are sharded, which a sharded network could not be.
     averages = {name: Average(network, of) for name, of in config.averages.items()}
     every: list[Any] = [network, *(average.network for average in averages.values()), *([teacher] if teacher else [])]
@@ -98,13 +122,21 @@ def build_parts(config: RunConfig, world: World) -> Parts:
     net, target_net, teacher_net = called
     if world.size > 1 and not sharded:
         net = replicate(net, world)
-    return Parts(network, averages, optimizer, stream, teacher, net, target_net, teacher_net, info, flops)
+    parts = Parts(
+        network, averages, optimizer, stream, teacher, net, target_net, teacher_net, teacher_finest_steps, info, flops
+    )
+    if last is not None:
+        last.load_into(tensors_of(parts))
+        stream.load_state_dict(last.state()["data"])
+    return parts
 
 
-def refresh_teacher(config: RunConfig, parts: Parts, step: int) -> None:
+def refresh_teacher(config: RunConfig, parts: Parts, position: Position, step: int) -> None:
     """Where the objective's next stage begins: the network that makes targets becomes the teacher."""
-    stage, steps = config.objective.teacher_stage, config.training.steps
-    if parts.teacher is not None and step > 0 and stage(step / steps) > stage((step - 1) / steps):
+    if parts.teacher is None or step == 0:
+        return
+    before, now = (position.progress_at(at, config.training.steps) for at in (step - 1, step))
+    if config.objective.teacher_stage(now) > config.objective.teacher_stage(before):
         copy_weights(parts.teacher, parts.weights(config.target_weights))
 
 
@@ -151,11 +183,14 @@ def saver_for(config: RunConfig, checkpoints: Path, world: World) -> Saver:
     )  # fmt: skip
 
 
-def save(config: RunConfig, parts: Parts, saver: Saver, step: int, skipped_steps: int) -> None:
+def save(config: RunConfig, parts: Parts, saver: Saver, position: Position, step: int, skipped_steps: int) -> None:
     """Begin to write a checkpoint."""
     state = {
-        "images_seen": step * config.training.global_batch_size,
+        "images_seen": position.images_at(step, config.training.global_batch_size),
         "skipped_steps": skipped_steps,
+        "anchor": position.anchor,
+        # What it was built with, which a network of the run need not be.
+        "teacher_finest_steps": parts.teacher_finest_steps,
         "data": parts.stream.state_dict(),
         "config": config.model_dump(mode="json"),
         "versions": {"shortcutflow": __version__, "torch": torch.__version__},
@@ -173,14 +208,3 @@ def save_snapshots(config: RunConfig, parts: Parts, run_dir: Path, step: int, *,
             tensors = {key: whole(t) for key, t in parts.averages[name].network.state_dict().items()}
             if first:
                 write_snapshot(run_dir, name, step, settings.sigma_rel, tensors)
-
-
-def restore(parts: Parts, checkpoints: Path) -> tuple[int, int]:
-    """Load the newest checkpoint; gives the steps it had done and those skipped, (0, 0) without one."""
-    last = checkpoint.latest_in(checkpoints)
-    if last is None:
-        return 0, 0
-    last.load_into(tensors_of(parts))
-    state = last.state()
-    parts.stream.load_state_dict(state["data"])
-    return last.step, state["skipped_steps"]

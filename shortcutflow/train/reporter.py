@@ -11,6 +11,7 @@ from shortcutflow.config import RunConfig
 from shortcutflow.train.distributed import World
 from shortcutflow.train.metrics import RunningMeans
 from shortcutflow.train.parts import Parts
+from shortcutflow.train.position import Position
 from shortcutflow.train.speed import Stopwatch, peak_flops, peak_memory
 from shortcutflow.types import LossReport
 
@@ -22,9 +23,11 @@ class Reporter:
         config: the run.
         parts: whose stream knows of samples that could not be read.
         world: the processes of the run, all of which call :meth:`take` together.
+        position: where its steps begin.
     """
 
-    def __init__(self, config: RunConfig, parts: Parts, world: World) -> None:
+    def __init__(self, config: RunConfig, parts: Parts, world: World, position: Position) -> None:
+        self._position = position
         self._world, self._batch_size = world, config.training.global_batch_size
         self._means, self._stopwatch, self._optimizer = RunningMeans(), Stopwatch(), config.optimizer
         self._total_steps = config.training.steps
@@ -69,7 +72,7 @@ class Reporter:
             "lr": self._optimizer.lr_at(done - 1, self._total_steps),
             "skipped_steps": float(skipped_steps),
             "damaged_samples": float(len(self._stream.damaged)),
-            "images_seen": done * self._batch_size,
+            "images_seen": self._position.images_at(done, self._batch_size),
             "images_per_second": images / here["seconds"],
             "data_waiting_share": here["data_waiting_share"],
             "slowest_step_seconds": here["slowest_step_seconds"],

@@ -16,7 +16,8 @@ logger = logging.getLogger(__name__)
 STOPPED_EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h, "try again later": what a scheduler can put back into its queue."""
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""SIGINT is Ctrl-C."""
 SETTLE_S = 1.0
 """Within this many seconds a signal of the same kind is the same request: a scheduler and the launcher both send it."""
 
@@ -26,21 +27,23 @@ class StoppedBySignal(SystemExit):
 
     Args:
         name: the signal, for example "SIGTERM".
-        checkpoint: what was saved; None if no step was done.
+        checkpoint: what was saved.
+        step: optimizer steps that it has done.
     """
 
-    def __init__(self, name: str, checkpoint: Path | None) -> None:
+    def __init__(self, name: str, checkpoint: Path, step: int) -> None:
         super().__init__(STOPPED_EXIT_CODE)
         self.checkpoint = checkpoint
-        saved = f"{checkpoint} holds everything" if checkpoint else "no checkpoint was written, as no step was done"
-        self.message = f"stopped by {name}: {saved}; the same command with --resume goes on from there"
+        self.message = (
+            f"stopped by {name}: {checkpoint} holds everything; the same command with --resume goes on from step {step}"
+        )
 
     def __str__(self) -> str:
         return self.message
 
 
 class StopRequest:
-    """Turns the first SIGTERM or SIGUSR1 into a request that the loop reads, for as long as the block lasts.
+    """Turns the first SIGTERM, SIGUSR1 or Ctrl-C into a request that the loop reads, for as long as the block lasts.
 
     A second one of the same kind, sent more than SETTLE_S seconds after the first, ends the process at once: by then
     the signal has its default action again, which works even where saving is stuck in a system call. A request that

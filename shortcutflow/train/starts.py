@@ -16,21 +16,27 @@ from shortcutflow.interop.start import start_from_flow
 def load_start(config: RunConfig, network: nn.Module, teacher: Model | None) -> None:
     """Give a new network its first weights: those of ``config.start``, or of the teacher, or leave it as it is drawn.
 
-    A start that knows the flow alone is made ready for step sizes: they change nothing until training makes them.
+    A start that knows the flow alone is made ready for step sizes: they change nothing until training makes them. The
+    teacher's weights without a start are taken as they are, as the paper's two-phase methods do.
 
     Raises:
         ValueError: if the start is another network than the run's.
     """
-    if config.start is None:
-        if teacher is not None:
-            network.load_state_dict(teacher.network.state_dict())
+    if config.start is None and teacher is None:
         return
     # Often they are one, and large.
-    start = teacher if config.start == config.teacher else None
-    start = start or open_trained(config.start, config, "start")
+    start = teacher if config.start in (None, config.teacher) else None
+    start = start or open_trained(str(config.start), config, "start")
+    made_ready = config.start is not None and start.config.flow_only
+    knows_steps = not start.config.flow_only and config.objective.tells_step_size
+    if knows_steps and start.finest_steps != config.finest_steps:
+        raise ValueError(
+            f"{start.folder} was trained with finest_steps={start.finest_steps} and knows the step sizes of that, this "
+            f"run has finest_steps={config.finest_steps}: use the same, or begin with a flow model"
+        )
     network.load_state_dict(start.network.state_dict())
-    if start.config.flow_only:
-        start_from_flow(network, config.finest_steps)
+    if made_ready:
+        start_from_flow(network, start.finest_steps)
 
 
 def open_teacher(config: RunConfig, device: torch.device) -> Model | None:
@@ -42,15 +48,23 @@ def open_teacher(config: RunConfig, device: torch.device) -> Model | None:
     return teacher
 
 
-def open_trained(path: Path, config: RunConfig, use: str, device: torch.device | str = "cpu") -> Model:
+def new_teacher(config: RunConfig, finest_steps: int | None, device: torch.device) -> nn.Module | None:
+    """A frozen network for the teacher's weights in a checkpoint; None if the run learns from none."""
+    if config.teacher is None:
+        return None
+    return config.build_network(finest_steps=finest_steps).to(device).eval().requires_grad_(False)
+
+
+def open_trained(place: str, config: RunConfig, use: str, device: torch.device | str = "cpu") -> Model:
     """A model's folder, a run's (with the newest of several runs), or a hub id.
 
     Raises:
         FileNotFoundError: if there is none.
         ValueError: if its network or samples differ from the run's.
     """
+    path = Path(place)
     holds_runs = path.is_dir() and not (path / CONFIG_FILE).is_file()
-    model = load(find_run(path) if holds_runs else path, device=device)
+    model = load(find_run(path) if holds_runs else place, device=device)
     of_run, of_model = config.backbone, model.config.backbone
     if (of_run.name, of_run.options) != (of_model.name, of_model.options):
         raise ValueError(

@@ -13,18 +13,19 @@ from shortcutflow.train.distributed import World
 from shortcutflow.train.faults import mean_loss
 from shortcutflow.train.optim import UpdateNorms
 from shortcutflow.train.parts import Parts, gradients, refresh_teacher
+from shortcutflow.train.position import Position
 from shortcutflow.train.watchdog import Watchdog
 from shortcutflow.types import Batch, LossReport, Share
 
 
 def backward_pass(
-    config: RunConfig, parts: Parts, world: World, batch: Batch, step: int, watchdog: Watchdog
+    config: RunConfig, parts: Parts, world: World, batch: Batch, position: Position, step: int, watchdog: Watchdog
 ) -> list[LossReport]:
     """Leave the gradient of the global batch's mean loss in the network; gives a report for each part of the batch.
 
     The random numbers are those of the global batch in one piece, however many processes and parts share it.
     """
-    refresh_teacher(config, parts, step)
+    refresh_teacher(config, parts, position, step)
     settings, reports = config.training, []
     for part in range(settings.accumulation):
         watchdog.beat(step, "objective")
@@ -36,7 +37,8 @@ def backward_pass(
             with torch.autocast(world.device.type, torch.bfloat16) if bfloat16 else nullcontext():
                 report = config.objective(
                     parts.net, batch.data[rows], batch.y[rows] if batch.y is not None else None,
-                    target_net=parts.target_net, teacher=parts.teacher_net, progress=step / settings.steps,
+                    target_net=parts.target_net, teacher=parts.teacher_net,
+                    progress=position.progress_at(step, settings.steps),
                     null_y=parts.info.null_y, generator=draws, share=share,
                 )  # fmt: skip
             watchdog.beat(step, "backward")

@@ -34,7 +34,7 @@ with StopRequest() as stop:
         if stop.requested:
             print("saving", flush=True)
             {save}
-            raise StoppedBySignal(stop.requested, Path("runs/a/step_7"))
+            raise StoppedBySignal(stop.requested, Path("runs/a/step_7"), 7)
 print("not stopped", flush=True)
 """
 
@@ -67,7 +67,7 @@ class Run:
         return self.process.wait(timeout=10)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_loop_saves_and_ends_with_75(name: str) -> None:
     with Run(LOOP.format(save="")) as run:
         run.send(signal.Signals[name])
@@ -83,7 +83,7 @@ def test_negative_control_without_a_handler() -> None:
         assert run.ends_with() == -signal.SIGTERM
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_second_signal_ends_a_stuck_save(name: str) -> None:
     """Summing never comes back to the interpreter, so no Python handler runs; only the default action works."""
     with Run(LOOP.format(save="sum(range(10**13))")) as run:
@@ -174,6 +174,7 @@ def test_other_thread_says_so(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_message_names_the_checkpoint() -> None:
-    assert "runs/a/step_7" in str(StoppedBySignal("SIGTERM", Path("runs/a/step_7")))
-    assert "no checkpoint" in str(StoppedBySignal("SIGTERM", None))
-    assert StoppedBySignal("SIGTERM", None).code == STOPPED_EXIT_CODE
+    stopped = StoppedBySignal("SIGINT", Path("runs/a/step_7"), 7)
+    assert "runs/a/step_7 holds everything" in str(stopped)
+    assert "--resume goes on from step 7" in str(stopped)
+    assert stopped.code == STOPPED_EXIT_CODE

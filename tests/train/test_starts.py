@@ -49,6 +49,18 @@ def test_at_first_every_step_size_has_the_velocity_of_the_flow(flow: tuple[Path,
     assert float((asked(before, 1.0) - velocity).abs().max()) > 1e-4
 
 
+def test_another_finest_step_is_honoured_for_a_flow_and_refused_for_known_sizes(
+    flow: tuple[Path, Path], tmp_path: Path
+) -> None:
+    begun(*flow, tmp_path / "run", "objective.finest_steps=64")
+    velocity = asked(load_run(flow[0]).network, 0.0)  # M of a flow is 128
+    after = load_run(tmp_path / "run", weights="current").network
+    for d in (0.0, 1 / 64, 1 / 2):
+        torch.testing.assert_close(asked(after, d), velocity, rtol=0, atol=2e-6)
+    with pytest.raises(ValueError, match=r"run was trained with finest_steps=64 .* this run has finest_steps=128"):
+        begun(tmp_path / "run", flow[1], tmp_path / "other")
+
+
 def test_step_sizes_can_be_learnt_from_there(flow: tuple[Path, Path], tmp_path: Path) -> None:
     config = tiny(flow[1], f"start={flow[0]}", "optimizer.lr=0.01", "optimizer.warm_up_steps=0")
     train(config, tmp_path / "run")
