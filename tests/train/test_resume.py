@@ -135,7 +135,9 @@ def test_a_resume_needs_neither_start_nor_teacher(finished: tuple[Path, Path], t
 
 
 def test_batches_too_small_for_the_shares_are_refused_before_anything_is_written(finished: tuple[Path, Path]) -> None:
-    with pytest.raises(ValueError, match=r"2 bootstrap rows cannot be shared by 4 parts \(processes times accumulation\)"):
+    with pytest.raises(
+        ValueError, match=r"2 bootstrap rows cannot be shared by 4 parts \(processes times accumulation\)"
+    ):
         tiny(finished[1], "training.accumulation=4")
 
 
