@@ -142,8 +142,7 @@ def _run_steps(
     stop = stack.enter_context(StopRequest())
     watchdog = stack.enter_context(Watchdog(run_dir / RANKS, world.rank, world.size, settings.hang_timeout))
     bar = stack.enter_context(_progress_bar(start, settings.steps, shown=world.is_first))
-    reporter = Reporter(config, parts, world, position)
-    decoder = ImageDecoder(config.data.describe(), world.device)
+    reporter, decoder = Reporter(config, parts, world, position), ImageDecoder(parts.info, world.device)
 
     for step in range(start, settings.steps):
         done, is_last = step + 1, step + 1 == settings.steps
