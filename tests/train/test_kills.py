@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 
 import pytest
@@ -52,11 +52,11 @@ def no_errors(done: list[list[Outcome]]) -> None:
     assert [rank.message for ranks in done for rank in ranks if rank.error] == []
 
 
-def assert_same_run(patched: Path, whole: Path, step: int) -> None:
-    """Tensors bit for bit, positions, and all log lines."""
+def assert_same_run(patched: Path, whole: Path, step: int, *, but_for: Set[str] = frozenset()) -> None:
+    """Tensors bit for bit, positions (but for these entries), and all log lines."""
     assert furthest_apart(tensors(patched, step), tensors(whole, step)) == 0
     newest = [checkpoint.latest_in(run / "checkpoints") for run in (patched, whole)]
-    states = [saved.state() for saved in newest if saved is not None]
+    states = [{k: v for k, v in c.state().items() if k not in but_for} for c in newest if c is not None]
     assert [state["step"] for state in states] == [step, step]
     assert states[0] == states[1]
     lines = [read_metrics(run / "metrics.jsonl") for run in (patched, whole)]
@@ -113,7 +113,7 @@ def test_kills_at_random_moments(tmp_path: Path, shards: Path, kills: int) -> No
     config.save(patched)
     done = launched.run([sys.executable, "-m", "tests.train.killing", str(patched), str(kills)])
     assert done.returncode == 0, done.stderr[-4000:]
-    report = [int(word) for word in done.stdout.split()]
+    report = [int(line) for line in done.stdout.splitlines() if line.isdigit()]
     assert len(report) == kills, "each kill hit a run that was still going on"
     assert len(set(report)) > kills / 3, "and not always at the same step"
     train(config, whole)
@@ -151,7 +151,8 @@ def test_run_that_is_told_to_stop(tmp_path: Path, shards: Path) -> None:
     longer = tiny(shards, f"training.steps={saved.step + 2}")
     train(longer, stopped, resume=True)
     train(longer, whole)
-    assert_same_run(stopped, whole, saved.step + 2)
+    # Progress goes on from where it was when the number of steps changes: the flow's rows do not depend on it.
+    assert_same_run(stopped, whole, saved.step + 2, but_for={"anchor"})
 
 
 def test_one_rank_is_told_to_stop(tmp_path: Path, shards: Path) -> None:
