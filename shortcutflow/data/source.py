@@ -82,7 +82,8 @@ class DataSettings(BaseModel):
 
     def opened(self) -> ShardFolder:
         """The folder of shards, prepared if need be; opened once a process, and again if its manifest has changed."""
-        key = f"{Path.cwd()}: {self.model_dump_json()}"  # a copy of this object may have other settings
+        # A copy of this object may have other settings; how samples are read changes no folder.
+        key = f"{Path.cwd()}: {self.model_dump_json(exclude=set(DataSettings.model_fields))}"
         shards, state = self._kept.get(key, (None, None))
         if shards is None or _state(shards) != state:
             shards = self._open(self._place())

@@ -34,12 +34,17 @@ class BatchStream(Protocol):
     """What training needs of a data loader: batches without end, and a position that JSON can hold.
 
     Attributes:
+        samples: of an epoch.
         damaged: names of samples that could not be read so far.
     """
 
+    samples: int
     damaged: set[str]
 
     def __next__(self) -> Batch: ...
+
+    def batch_at(self, position: int, /) -> Batch:
+        """The batch that starts at a position; the stream stays where it is."""
 
     def state_dict(self) -> dict[str, int]:
         """Where the next batch starts."""
@@ -102,7 +107,7 @@ class ShardStream:
                 raise ValueError(complaint)
             logger.warning(complaint)
         reader = ShardReader(shards)
-        self.manifest = shards.manifest
+        self.manifest, self.samples = shards.manifest, shards.manifest.samples
         self.damaged: set[str] = set()
         """Of each sample, or shard, that could not be read so far: its name and why."""
         variation = Variation(self.manifest, seed=seed, horizontal_flip=horizontal_flip)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import shortcutflow
 from shortcutflow.evaluation.clock import Clock
+from shortcutflow.evaluation.distances.inception_score import require_scores
 from shortcutflow.evaluation.features.protocols import EvaluationProtocol
 from shortcutflow.evaluation.measures import check_metrics, measured, needs_features, needs_reference
 from shortcutflow.evaluation.parts_on_disk import WORK, PartsFolder, cut, file_name, hash_of, held_by, merged, share_of
@@ -135,11 +136,14 @@ def _probe(sampler: Sampler, protocol: EvaluationProtocol, metrics: Sequence[str
     """What the extractor sees in one picture of the samples' size, once an evaluation; and its number of features.
 
     Raises:
-        ValueError: if a metric needs class scores and the extractor gives none, or it does not take such pictures.
+        ValueError: if a metric needs logits and the extractor gives none, or probabilities, or it does not take such
+            pictures.
     """
     seen = protocol.extractor(probe_picture(sampler.side))
-    if "is" in metrics and seen.logits is None:
-        raise ValueError(f"metric 'is' needs class scores, which protocol {protocol.name} does not give")
+    if "is" in metrics:
+        if seen.logits is None:
+            raise ValueError(f"metric 'is' needs class scores, which protocol {protocol.name} does not give")
+        require_scores(seen.logits)
     return Probe.seen(seen, sampler.side), seen.features.shape[1]
 
 
@@ -244,4 +248,10 @@ def pictures_of(sampler: Sampler) -> Pictures:
             f"{name} was trained on latents, and a reference is made of pictures: name those that they were made from, "
             "or their statistics, with --reference"
         )
-    return open_pictures(DIGITS if data.kind == "digits" else data.opened())
+    try:
+        return open_pictures(DIGITS if data.kind == "digits" else data.opened())
+    except NotImplementedError:
+        raise ValueError(
+            f"{name} was trained on data of kind {data.kind!r}, which is a stream and no folder of shards: name "
+            "pictures or their statistics with --reference"
+        ) from None

@@ -68,8 +68,8 @@ def test_features_are_those_of_clean_fid_on_files(tmp_path: Path) -> None:
 def test_batches_do_not_matter(resize: Any) -> None:
     network, images = SmallNetwork(), pictures(10, 20, 20)
     whole = extractor_of_module(network, name="a", size=31, resize=resize, batch_size=100)
-    assert whole.width == 12
     expected = whole(images).features
+    assert expected.shape == (10, 12)
     for batch_size in (1, 3, 10):
         extractor = extractor_of_module(network, name="a", size=31, resize=resize, batch_size=batch_size)
         np.testing.assert_allclose(extractor(images).features, expected, atol=1e-6)
@@ -82,7 +82,6 @@ def test_value_range_and_logits() -> None:
 
     images = np.stack([np.full((6, 6, 3), value, np.uint8) for value in (0, 51, 255)])
     extractor = extractor_of_module(network, name="a", size=None, value_range=(-1, 1))
-    assert extractor.width is None
     features, logits = extractor(images)
     np.testing.assert_allclose(features[:, 0], [-1, -0.6, 1], atol=1e-6)
     assert logits is not None
@@ -104,11 +103,6 @@ def test_value_range_and_logits() -> None:
 def test_wrong_networks(network: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         extractor_of_module(network, name="mine", size=None)(pictures(2, 8, 8))
-
-
-def test_a_wrong_network_is_told_before_the_first_picture() -> None:
-    with pytest.raises(ValueError, match="must give features"):
-        extractor_of_module(lambda x: x, name="mine", size=16)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +146,6 @@ def test_torchscript_file(tmp_path: Path) -> None:
     assert other.name.split("sha256:")[1] != extractor.name.split("sha256:")[1]
     assert np.abs(other(images).features - expected).max() > 1e-3
     resized = extractor_of_file(file, size=48)
-    assert resized.width == 12
     assert np.abs(resized(images).features - expected).max() > 1e-3
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,8 +33,12 @@ def test_equals_the_definition(splits: int) -> None:
     scores = [by_definition(p) for p in parts]
     found = inception_score(x, splits=splits, seed=None)
     assert found == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-10, abs=1e-12)
-    assert inception_score(softmax(x), splits=splits, seed=None) == pytest.approx(found, rel=1e-10, abs=1e-12)
-    assert inception_score(softmax(x).astype(np.float32), splits=splits, seed=None) == pytest.approx(found, rel=1e-5)
+    assert inception_score(softmax(x), probabilities=True, splits=splits, seed=None) == pytest.approx(
+        found, rel=1e-10, abs=1e-12
+    )
+    assert inception_score(
+        softmax(x).astype(np.float32), probabilities=True, splits=splits, seed=None
+    ) == pytest.approx(found, rel=1e-5)
     # Negative control: the divergence from the uniform distribution instead of the samples' own mean.
     uniform = np.mean([math.exp(math.log(12) + (p * np.log(p)).sum(1).mean()) for p in parts])
     assert found.mean != pytest.approx(uniform, rel=1e-3)
@@ -53,15 +58,20 @@ def test_equals_torch_fidelity(rows: int) -> None:
 def test_closed_forms(classes: int) -> None:
     rows = 20 * classes
     same = np.random.default_rng(0).normal(size=classes)
-    for x in (np.zeros((rows, classes)), np.full((rows, classes), 1 / classes), np.tile(same, (rows, 1))):
+    for x in (np.zeros((rows, classes)), np.tile(same, (rows, 1))):
         assert inception_score(x) == pytest.approx((1, 0), abs=1e-9)
+    uniform = np.full((rows, classes), 1 / classes)
+    assert inception_score(uniform, probabilities=True) == pytest.approx((1, 0), abs=1e-9)
     sure = np.tile(np.eye(classes), (20, 1))
     for x in (sure, 1000 * sure, 1000 * sure - 5000):
-        assert inception_score(x, seed=None) == pytest.approx((classes, 0), rel=1e-9, abs=1e-9)
+        found = inception_score(x, probabilities=x is sure, seed=None)
+        assert found == pytest.approx((classes, 0), rel=1e-9, abs=1e-9)
     half = 0.5 * sure + 0.5 / classes
     entropy = -(0.5 + 0.5 / classes) * math.log(0.5 + 0.5 / classes)
     entropy -= (classes - 1) * 0.5 / classes * math.log(0.5 / classes)
-    assert inception_score(half, seed=None).mean == pytest.approx(classes * math.exp(-entropy), rel=1e-9)
+    assert inception_score(half, probabilities=True, seed=None).mean == pytest.approx(
+        classes * math.exp(-entropy), rel=1e-9
+    )
 
 
 def test_sorted_samples_are_shuffled() -> None:
@@ -82,16 +92,18 @@ def test_few_samples_score_low() -> None:
 
 
 @pytest.mark.parametrize(
-    ("x", "splits", "says"),
+    ("x", "options", "says"),
     [
-        (np.zeros((9, 3)), 10, r"logits must be \(n, k\) with at least 10 rows, got \(9, 3\)"),
-        (np.zeros(9), 1, "logits must be"),
-        (np.zeros((9, 3)), 0, "splits must be at least 1, got 0"),
-        (np.full((9, 3), np.nan), 3, "not finite"),
-        (np.full((9, 4), 0.24), 3, "probabilities with sum 1; these are not negative and off by up to 0.04"),
+        (np.zeros((9, 3)), {}, r"class scores must be \(n, k\) with at least 10 rows, got \(9, 3\)"),
+        (np.zeros(9), {"splits": 1}, "class scores must be"),
+        (np.zeros((9, 3)), {"splits": 0}, "splits must be at least 1, got 0"),
+        (np.full((9, 3), np.nan), {"splits": 3}, "not finite"),
+        (np.full((9, 4), 0.24), {"splits": 3, "probabilities": True}, "have sum 1; these are off by up to 0.04"),
+        (logits(9), {"splits": 3, "probabilities": True}, "probabilities must not be negative"),
+        (softmax(logits(9)), {"splits": 3}, "these class scores are probabilities, logits are needed"),
     ],
-    ids=["few rows", "one axis", "no splits", "nan", "sum"],
+    ids=["few rows", "one axis", "no splits", "nan", "sum", "negative", "not logits"],
 )
-def test_refused(x: np.ndarray, splits: int, says: str) -> None:
+def test_refused(x: np.ndarray, options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        inception_score(x, splits=splits)
+        inception_score(x, **options)

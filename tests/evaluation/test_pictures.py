@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from torch import Tensor
 from recipes.digits import recipe
 from shortcutflow.config import RunConfig, with_overrides
 from shortcutflow.data.digits import DigitsData
-from shortcutflow.data.source import DataInfo
+from shortcutflow.data.source import DataInfo, DataSettings
+from shortcutflow.data.stream import BatchStream
 from shortcutflow.evaluation.decoded import ImageDecoder
 from shortcutflow.evaluation.drawing.ends import Ends, draw_ends, names_of
 from shortcutflow.evaluation.drawing.grids import sample_grid
@@ -24,9 +26,13 @@ from shortcutflow.evaluation.drawing.real import all_data, some_data
 from shortcutflow.evaluation.drawing.reconstruction import reconstruct, reconstruction_picture
 from shortcutflow.evaluation.drawing.starts import pairs_of, starts_of
 from shortcutflow.evaluation.drawing.trajectories import follow, trajectory_picture
+from shortcutflow.evaluation.evaluate import pictures_of
 from shortcutflow.evaluation.generate import generate, noise_of
+from shortcutflow.evaluation.samples import Sampler
 from shortcutflow.train.pictures import save_pictures, training_pictures
+from shortcutflow.types import Batch
 from tests.core.gaussian import Gaussian
+from tests.evaluation.evaluating import plain_subject
 
 INFO = DataInfo((1, 4, 4), 10)
 SHAPE = INFO.shape
@@ -271,6 +277,42 @@ def test_all_data_comes_once(digits: DigitsData) -> None:
     assert torch.cat([block.data for block in blocks]).aminmax() == (-1, 1)
     some = some_data(digits, 4, seed=3)
     assert some.keys == some_data(digits, 4, seed=3).keys != some_data(digits, 4, seed=4).keys
+
+
+class TenNumbers:
+    """A stream of somebody else: sample i is i everywhere, and the seed moves the first."""
+
+    samples, damaged = 10, set[str]()
+
+    def __init__(self, batch_size: int, seed: int) -> None:
+        self.batch_size, self.seed = batch_size, seed
+
+    def __next__(self) -> Batch:
+        raise NotImplementedError
+
+    def batch_at(self, position: int) -> Batch:
+        numbers = torch.arange(position + self.seed, position + self.seed + self.batch_size) % 10
+        return Batch(numbers.view(-1, 1, 1, 1).expand(-1, 1, 8, 8) / 10, None, tuple(map(str, numbers.tolist())))
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None: ...
+
+
+class Foreign(DataSettings):
+    kind: str = "foreign"
+
+    def open_stream(self, *, batch_size: int, seed: int, **_: Any) -> BatchStream:
+        return TenNumbers(batch_size, seed)
+
+
+def test_a_foreign_stream_is_drawn_and_its_reference_must_be_named() -> None:
+    data = Foreign()
+    assert some_data(data, 3, seed=2).keys == ("2", "3", "4")
+    assert [key for block in all_data(data, block=4) for key in block.keys] == [str(i) for i in range(10)]
+    with pytest.raises(ValueError, match="'foreign', which is a stream and no folder of shards: name pictures or"):
+        pictures_of(Sampler(plain_subject(data=data)))
 
 
 def test_a_copied_digit_is_found(digits: DigitsData) -> None:

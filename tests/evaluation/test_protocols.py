@@ -51,7 +51,6 @@ def test_features_are_those_of_clean_fids_own_code(
         str(folder), wrapper, num_workers=0, batch_size=4, device=torch.device("cpu"), mode=mode, verbose=False
     )
     extractor = open_protocol(name, weights=standin, resize_workers=2).extractor
-    assert extractor.width == 2048
     np.testing.assert_allclose(extractor(images).features, theirs, atol=1e-6)
 
 

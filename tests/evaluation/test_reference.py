@@ -25,7 +25,7 @@ from shortcutflow.evaluation.reference import load_reference, make_reference
 class Means:
     """Three features of pictures of any size, and a count of the pictures seen."""
 
-    name, width = "means", 3
+    name = "means"
 
     def __init__(self, fail_after: int | None = None) -> None:
         self.seen, self.fail_after = 0, fail_after

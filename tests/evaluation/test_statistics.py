@@ -180,26 +180,13 @@ def test_order_and_sizes_of_parts_do_not_matter() -> None:
     assert np.abs(gathered(x[:-1]).sigma - whole.sigma).max() > 1e-9
 
 
-def test_merge_is_adding() -> None:
-    x = far(1e3)
-    left, right, empty = Moments(), Moments(), Moments()
-    left.add(x[:1200])
-    right.add(x[1200:])
-    before = right.statistics()
-    for other in (empty, right):
-        left.merge(other)
-    empty.merge(left)
-    for found in (left, empty):
-        assert found.count == len(x)
-        assert np.allclose(found.statistics().sigma, np.cov(x, rowvar=False), rtol=1e-10, atol=0)
-        assert np.allclose(found.statistics().mu, x.mean(0), rtol=1e-13, atol=0)
-    # The other is as it was, and what was handed out is not changed by what comes later.
-    assert statistics_hash(right.statistics()) == statistics_hash(before)
-    right.merge(right)
-    assert np.allclose(right.statistics().sigma, np.cov(np.tile(x[1200:], (2, 1)), rowvar=False), rtol=1e-10, atol=0)
+def test_what_was_handed_out_is_not_changed_by_what_comes_later() -> None:
+    moments = Moments()
+    moments.add(far(1e3))
+    before = moments.statistics()
     seen = statistics_hash(before)
-    right.add(x[:5])
-    assert statistics_hash(before) == seen != statistics_hash(right.statistics())
+    moments.add(far(1e3)[:5])
+    assert statistics_hash(before) == seen != statistics_hash(moments.statistics())
 
 
 @pytest.mark.parametrize("dtype", ["f2", "f4", ">f4", "f8", "u1", "i8"])
@@ -218,10 +205,6 @@ def test_moments_refuse() -> None:
         found.add(np.ones((rows, 3)))
         with pytest.raises(ValueError, match=f"at least 2 rows of features, got {rows}"):
             found.statistics()
-    other = Moments()
-    other.add(np.ones((2, 4)))
-    with pytest.raises(ValueError, match="same width, got 3 and then 4"):
-        found.merge(other)
     for part, says in (
         (np.ones((2, 4)), "same width, got 3 and then 4"),
         (np.ones(3), r"must be \(n, k\), got \(3,\)"),

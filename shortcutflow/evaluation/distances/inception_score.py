@@ -16,46 +16,47 @@ class InceptionScore(NamedTuple):
     std: float
 
 
-def inception_score(logits: np.ndarray, *, splits: int = 10, seed: int | None = 0) -> InceptionScore:
+def inception_score(
+    scores: np.ndarray, *, probabilities: bool = False, splits: int = 10, seed: int | None = 0
+) -> InceptionScore:
     """exp of the mean KL(p(y|x) || p(y)) in each split, p(y) being the split's mean; in float64.
 
     Args:
-        logits: a classifier's (n, classes); or its probabilities, known by having no negative number and rows of sum 1.
+        scores: a classifier's (n, classes), before its softmax.
+        probabilities: they are those after its softmax instead.
         splits: parts of (nearly) one size.
         seed: of the shuffling before the splits are cut. Samples often come sorted by class, and a split of one class
             scores 1. ``None`` keeps the order, as the authors of the score do.
 
     Raises:
-        ValueError: for fewer rows than splits, values that are not finite, or rows that look like probabilities but do
-            not add up to 1.
+        ValueError: for fewer rows than splits, values that are not finite, logits that are probabilities (no negative
+            number, all rows of sum 1), or probabilities that are not.
     """
     if splits < 1:
         raise ValueError(f"splits must be at least 1, got {splits}")
-    require_features("logits", logits, rows=splits)
-    given_probabilities = _are_probabilities(logits)
-    count = len(logits)
+    require_features("class scores", scores, rows=splits)
+    require_scores(scores, probabilities=probabilities)
+    count = len(scores)
     order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
-    scores = []
+    found = []
     for i in range(splits):
-        p = logits[order[i * count // splits : (i + 1) * count // splits]].astype(np.float64)
-        if not given_probabilities:
+        p = scores[order[i * count // splits : (i + 1) * count // splits]].astype(np.float64)
+        if not probabilities:
             p = np.exp(p - p.max(1, keepdims=True))
         p /= p.sum(1, keepdims=True)
-        scores.append(np.exp(_entropy(p.mean(0)) - _entropy(p).mean()))
-    return InceptionScore(float(np.mean(scores)), float(np.std(scores)))
+        found.append(np.exp(_entropy(p.mean(0)) - _entropy(p).mean()))
+    return InceptionScore(float(np.mean(found)), float(np.std(found)))
 
 
-def _are_probabilities(x: np.ndarray) -> bool:
-    if (x < 0).any():
-        return False
-    off = np.abs(x.sum(1, dtype=np.float64) - 1)
-    if (off < 1e-3).all():
-        return True
-    if (off < 0.1).all():
+def require_scores(scores: np.ndarray, *, probabilities: bool = False) -> None:
+    """Refuse logits (n, classes) that are probabilities, and probabilities that are none, with a ValueError."""
+    off = np.abs(scores.sum(1, dtype=np.float64) - 1).max() if (scores >= 0).all() else np.inf
+    if probabilities and off >= 1e-3:
         raise ValueError(
-            f"rows must be logits, or probabilities with sum 1; these are not negative and off by up to {off.max():.2g}"
+            f"probabilities must not be negative, and their rows have sum 1; these are off by up to {off:.2g}"
         )
-    return False
+    if not probabilities and off < 1e-3:
+        raise ValueError("these class scores are probabilities, logits are needed: give their logarithms")
 
 
 def _entropy(p: np.ndarray) -> np.ndarray:

@@ -143,21 +143,6 @@ class Moments:
             self._mean += delta * ((total - self.count) / total)
             self.count = total
 
-    def merge(self, other: Moments) -> None:
-        """Take in all rows of another; the other stays as it is.
-
-        Raises:
-            ValueError: for another width.
-        """
-        if other.count == 0:
-            return
-        self._require_width(len(other._mean))
-        total = self.count + other.count
-        delta = other._mean - self._mean
-        self._scatter += other._scatter + np.outer(delta, delta) * (self.count * other.count / total)
-        self._mean += delta * (other.count / total)
-        self.count = total
-
     def statistics(self) -> Statistics:
         """The mean (k,) and the unbiased covariance (k, k), as ``np.cov`` divides: by the number of rows less one.
 

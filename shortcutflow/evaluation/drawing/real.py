@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shortcutflow.data.source import DataSettings
-from shortcutflow.data.stream import ShardStream
+from shortcutflow.data.stream import BatchStream
 from shortcutflow.types import Batch
 
 
@@ -26,14 +26,12 @@ def all_data(settings: DataSettings, *, block: int = 512) -> Iterator[Batch]:
     Latents are those of one draw.
     """
     stream = _stream(settings, batch_size=block, seed=0)
-    left = stream.manifest.samples
-    while left > 0:
-        batch = next(stream)
+    for start in range(0, stream.samples, block):
+        batch, left = stream.batch_at(start), stream.samples - start
         # The last block goes on into the next epoch.
         yield Batch(batch.data[:left], None if batch.y is None else batch.y[:left], batch.keys[:left])
-        left -= block
 
 
-def _stream(settings: DataSettings, *, batch_size: int, seed: int) -> ShardStream:
-    options = settings.stream_options() | {"workers": 0, "cache_bytes": 0, "horizontal_flip": False}
-    return ShardStream(settings.opened(), batch_size=batch_size, seed=seed, **options)
+def _stream(settings: DataSettings, *, batch_size: int, seed: int) -> BatchStream:
+    still = settings.model_copy(update={"workers": 0, "cache_bytes": 0, "horizontal_flip": False})
+    return still.open_stream(batch_size=batch_size, seed=seed)

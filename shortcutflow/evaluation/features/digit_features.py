@@ -31,7 +31,6 @@ class DigitExtractor:
     """
 
     name = "digits reader (64 features)"
-    width = HIDDEN
 
     def __init__(self) -> None:
         self._weights, self.accuracy = _trained()

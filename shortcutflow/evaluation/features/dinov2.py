@@ -140,5 +140,5 @@ def dinov2_extractor(
 
     return NetworkExtractor(
         features, resize, name=f"dinov2 vit-l/14 sha256:{file.sha256}",
-        device=device, batch_size=batch_size, probe_size=SIZE,
+        device=device, batch_size=batch_size,
     )  # fmt: skip

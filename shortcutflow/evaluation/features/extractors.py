@@ -36,6 +36,7 @@ class Extracted(NamedTuple):
     Attributes:
         features: (n, k) float32, finite.
         logits: (n, classes) float32, before the softmax, for the Inception score; None if there are no classes.
+            Probabilities are refused there: give their logarithms.
     """
 
     features: np.ndarray
@@ -47,14 +48,10 @@ class Extractor(Protocol):
 
     Attributes:
         name: for reports; it tells apart everything that changes the features, with the SHA-256 of a file of weights.
-        width: of the features, if it is known before the first pictures.
     """
 
     @property
     def name(self) -> str: ...
-
-    @property
-    def width(self) -> int | None: ...
 
     def __call__(self, images: np.ndarray) -> Extracted:
         """Features of images (n, h, w, 3) uint8 of any size, resized as the protocol says."""
@@ -72,10 +69,6 @@ class NetworkExtractor:
         name: for reports.
         device: where the network is.
         batch_size: pictures at once.
-        probe_size: side of a grey picture that is put through at once, to find the width and mistakes early; None: not.
-
-    Raises:
-        ValueError: if the network's answer to the grey picture is no finite (1, k).
     """
 
     def __init__(
@@ -86,16 +79,11 @@ class NetworkExtractor:
         name: str,
         device: torch.device | str = "cpu",
         batch_size: int = BATCH_SIZE,
-        probe_size: int | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.name = name
-        self.width: int | None = None
         self._network, self._prepare, self._device, self._batch_size = network, prepare, device, batch_size
-        if probe_size is not None:
-            grey = np.full((1, probe_size, probe_size, 3), 128, np.uint8)
-            self.width = self(grey).features.shape[1]
 
     def __call__(self, images: np.ndarray) -> Extracted:
         """See :class:`Extractor`.
@@ -163,7 +151,7 @@ def extractor_of_module(
         resize_workers: threads that resize; None: a thread a core.
 
     Raises:
-        ValueError: for an unknown resize, a range that is none, or an answer that is no (b, k).
+        ValueError: for an unknown resize, or a range whose ends are in the wrong order.
         ImportError: if the resize is clean-fid's and it is not installed.
     """
     low, high = value_range
@@ -186,7 +174,7 @@ def extractor_of_module(
         features, logits = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, None)
         return features, logits
 
-    return NetworkExtractor(network, prepare, name=name, device=device, batch_size=batch_size, probe_size=size)
+    return NetworkExtractor(network, prepare, name=name, device=device, batch_size=batch_size)
 
 
 def extractor_of_file(
@@ -211,7 +199,7 @@ def extractor_of_file(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no TorchScript, or too large, or its answer is no finite (b, k).
+        ValueError: if it is no TorchScript, or too large.
     """
     file = read_file(Path(path), LARGEST)
     return extractor_of_module(
@@ -224,7 +212,6 @@ class PixelExtractor:
     """The values of small pictures themselves, in [-1, 1], row by row, the three channels of a pixel side by side."""
 
     name = "pixels"
-    width = None
 
     def __call__(self, images: np.ndarray) -> Extracted:
         """See :class:`Extractor`.

@@ -113,5 +113,5 @@ def inception_extractor(
     note = "" if file.sha256 == INCEPTION.sha256 else " (not the published file)"
     return NetworkExtractor(
         networks[protocol], prepare, name=f"inception 2015-12-05 ({protocol}) sha256:{file.sha256}{note}",
-        device=device, batch_size=batch_size, probe_size=SIZE,
+        device=device, batch_size=batch_size,
     )  # fmt: skip
