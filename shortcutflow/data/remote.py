@@ -126,7 +126,7 @@ class ShardFolder:
             return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="shards")
-        self._ahead = {name: future for name, future in self._ahead.items() if not future.done()}
+        self._ahead = {name: future for name, future in list(self._ahead.items()) if not future.done()}
         for entry in entries:
             if entry.name not in self._ahead and not self._kept_at(entry.name, entry.sha256).exists():
                 # One try: whoever needs it tries again and says what is wrong.

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from shortcutflow.data.ahead import OneAhead
 from shortcutflow.data.order import EpochOrder
 from shortcutflow.data.ranks import cores
 from shortcutflow.data.reader import DamagedSampleError, LostShardError, ShardReader
@@ -67,7 +68,8 @@ class ShardStream:
         horizontal_flip: mirror each sample or not, drawn from (seed, epoch, sample).
         cache_bytes: a data set whose decoded samples fit in is kept in memory; the batches are the same.
         rank, world_size: this process and how many share the stream.
-        workers: processes that read ahead; None: as many as there are cores to spare, none for a cached data set.
+        workers: processes that read ahead; None: as many as there are cores to spare, none for a cached data set, which
+            has a thread that makes one batch ahead.
         on_error: a sample that cannot be read is an error ("raise"), or another takes its place ("skip"): the next one
             in its shard, or in the next shard if none is left. Each is counted and its name logged once.
         shard_cache: where the shards of a URL are kept.
@@ -119,7 +121,7 @@ class ShardStream:
             reader, order, variation, batch_size, Share(rank, world_size), skip=on_error == "skip", cached=cached
         )
         self._batch_size, self._device = batch_size, torch.device(device)
-        self._workers = (0 if cached else workers_to_spare()) if workers is None else workers
+        self._cached, self._workers = cached, (0 if cached else workers_to_spare()) if workers is None else workers
         self._samples_seen = 0
         self._coming: Iterator[HostBatch] | None = None
 
@@ -129,7 +131,11 @@ class ShardStream:
     def __next__(self) -> Batch:
         if self._coming is None:
             self._coming = self._read_ahead()
-        batch = next(self._coming)
+        try:
+            batch = next(self._coming)
+        except Exception:
+            self._forget()  # so that this batch is the next one again
+            raise
         self._samples_seen += self._batch_size
         for name in batch.damaged:
             if name not in self.damaged:
@@ -139,6 +145,8 @@ class ShardStream:
 
     def batch_at(self, position: int) -> Batch:
         """This rank's share of the global batch that starts at a position; the stream stays where it is."""
+        if isinstance(self._coming, OneAhead):
+            self._coming.settle()  # it uses the same files and cache
         return self._on_device(self.batches[position])
 
     def _on_device(self, batch: HostBatch) -> Batch:
@@ -156,6 +164,12 @@ class ShardStream:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to a position; the next batch is the one that would have come."""
         self._samples_seen = state["samples_seen"]
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what was made ahead."""
+        if isinstance(self._coming, OneAhead):
+            self._coming.close()
         self._coming = None
 
     def _read_ahead(self) -> Iterator[HostBatch]:
@@ -170,7 +184,7 @@ class ShardStream:
             # Not used for anything; without one the loader would draw from the global generator.
             generator=torch.Generator(),
         )
-        return iter(loader)
+        return OneAhead(iter(loader), self._device) if self._cached and not self._workers else iter(loader)
 
 
 def workers_to_spare() -> int:

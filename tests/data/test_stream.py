@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import queue
+import threading
+import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +20,7 @@ from shortcutflow.data.digits import DigitsData, load_digits, write_digits
 from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.shards import Sample, write_shards
 from shortcutflow.data.source import ShardsData
-from shortcutflow.data.stream import ShardStream
+from shortcutflow.data.stream import HostBatch, RankBatches, ShardStream
 from shortcutflow.io.atomic import build_once
 from shortcutflow.launch import smoke as training_smoke
 from shortcutflow.train.loop import train
@@ -202,3 +207,48 @@ def test_a_data_set_is_opened_once_a_process(tmp_path: Path, monkeypatch: pytest
     assert data.model_copy(update={"vae": "x"}) != data
     with pytest.raises(ValueError, match=r"data.vae says 'x'"):
         data.model_copy(update={"vae": "x"}).describe()
+
+
+def ahead_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("one-ahead")]
+
+
+def test_a_cached_data_set_is_read_one_batch_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a thread: the same batches, what it raises is raised here at that batch, and it ends with the stream."""
+    write_numbers(tmp_path)
+    options: dict[str, Any] = {"batch_size": 8, "seed": 3}
+    expected = list(islice(ShardStream(tmp_path, cache_bytes=0, workers=0, **options), 20))
+    made: queue.Queue[tuple[int, str]] = queue.Queue()
+    make = RankBatches.__getitem__
+
+    def recorded(self: RankBatches, position: int) -> HostBatch:
+        made.put((position, threading.current_thread().name))
+        if position in broken:
+            raise OSError(f"no batch at {broken.pop()}")
+        return make(self, position)
+
+    broken: set[int] = set()
+    before = len(ahead_threads())
+    stream = ShardStream(tmp_path, **options)
+    monkeypatch.setattr(RankBatches, "__getitem__", recorded)
+    assert next(stream).keys == expected[0].keys
+    for position in (0, 8):
+        assert made.get(timeout=30) == (position, "one-ahead_0"), "without the next batch being asked for"
+    for i in range(1, 10):
+        assert next(stream).keys == expected[i].keys
+        assert stream.batch_at(8 * (19 - i)).keys == expected[19 - i].keys, "the stream stays where it is"
+    broken.add(96)
+    assert [next(stream).keys for _ in range(2)] == [batch.keys for batch in expected[10:12]]
+    with pytest.raises(OSError, match="no batch at 96"):
+        next(stream)
+    assert stream.state_dict() == {"samples_seen": 96}
+    assert next(stream).keys == expected[12].keys, "none is lost"
+    stream.load_state_dict({"samples_seen": 40})
+    assert [next(stream).keys for _ in range(3)] == [batch.keys for batch in expected[5:8]]
+    assert len(ahead_threads()) == before + 1, "a new one each time, and the old one has ended"
+    del stream
+    gc.collect()
+    deadline = time.monotonic() + 30
+    while len(ahead_threads()) > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(ahead_threads()) == before
