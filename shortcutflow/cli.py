@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 import typer
@@ -16,10 +19,19 @@ from shortcutflow.commands.training import average_command, sample_command, show
 from shortcutflow.config import RunConfig
 from shortcutflow.launch import Options, run_recipe
 
-LISTS = ("--steps", "--labels", "--metrics")
-"""Options that take several values: ``--steps 1 4 128`` is ``--steps 1 --steps 4 --steps 128``."""
+NUMBER = re.compile(r"[\d.,e+-]+")
+METRIC = re.compile(r"(fid|kid|is|precision|recall|density|coverage|,)+")
+LISTS = {"--steps": NUMBER, "--labels": NUMBER, "--metrics": METRIC}
+"""Options that take several values: ``--steps 1 4 128`` is ``--steps 1 --steps 4 --steps 128``. After the first value
+the list ends at a word that cannot be one, such as a run's folder."""
+SPEAK_PLAINLY = ("shortcutflow", "backbones", "recipes", "pydantic", "huggingface_hub")
+"""Packages whose errors tell the user what to change; an error of any other keeps its traceback."""
+TRACEBACK = "--traceback"
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(
+    epilog="--traceback with any command shows where an error came from.",
+    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+)  # fmt: skip
 
 
 @app.callback()
@@ -66,29 +78,44 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _call(typer_app: typer.Typer, argv: Sequence[str]) -> None:
-    """Run a command; what a person can mend is one line on standard error and exit status 2."""
+    """Run a command; an error that tells the user what to change is one line on standard error.
+
+    The exit status is then 2, or 1 for what went wrong during a run. Any other error keeps its traceback, and with
+    ``--traceback`` each does.
+    """
     try:
-        typer_app(args=spread_lists(argv), standalone_mode=True)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    except RuntimeError as error:
-        if type(error) is RuntimeError:  # not one of ours: a defect, whose traceback is needed
+        typer_app(args=spread_lists([word for word in argv if word != TRACEBACK]), standalone_mode=True)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if TRACEBACK in argv or not says_what_to_change(error):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(1 if isinstance(error, RuntimeError) else 2) from error
+
+
+def says_what_to_change(error: Exception) -> bool:
+    """Whether an error is a full disk, or this library raised it, itself or through the standard library."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    if isinstance(error, RuntimeError):  # the base class is for defects, the library's own classes for the user
+        return type(error).__module__.partition(".")[0] in SPEAK_PLAINLY
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    packages = [name.partition(".")[0] for name in modules]
+    return [name for name in packages if name not in sys.stdlib_module_names][-1] in SPEAK_PLAINLY
 
 
 def spread_lists(argv: Sequence[str]) -> list[str]:
     """Repeat the option before each value of ``--steps 1 4 128``, which is the form the parser knows."""
     spread: list[str] = []
     option: str | None = None
+    is_first = False
     for word in argv:
         if word in LISTS:
             option = word
-        elif word.startswith("--") or option is None:
+            is_first = True
+        elif option is not None and (is_first or LISTS[option].fullmatch(word)) and not word.startswith("--"):
+            spread += [option, word]
+            is_first = False
+        else:
             option = None
             spread.append(word)
-        else:
-            spread += [option, word]
     return spread

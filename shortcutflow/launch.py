@@ -87,6 +87,7 @@ def _train_and_evaluate(config: RunConfig, folder: Path, *, resume: bool) -> Non
     from shortcutflow.train.loop import train
     from shortcutflow.train.signals import StoppedBySignal
 
+    _check_evaluation(config)
     start = time.perf_counter()
     try:
         train(config, folder, resume=resume)
@@ -107,6 +108,16 @@ def _train_and_evaluate(config: RunConfig, folder: Path, *, resume: bool) -> Non
         print(f"\n{config.objective.kind}, weights: {config.sample_weights}\n{_evaluate(config, folder)}\n", flush=True)
         if (folder / PICTURE_FILE).exists():
             print(f"picture: {folder / PICTURE_FILE}")
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    """Raise ImportError, before there is a run folder, if the evaluation at the end lacks a package."""
+    from shortcutflow.data.digits import load_digits
+    from shortcutflow.data.pusht_expert import make_env
+
+    needed = {"pixels": load_digits, "policy": make_env}
+    if config.evaluation is not None:
+        needed[config.evaluation.kind]()
 
 
 def _evaluate(config: RunConfig, folder: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -175,7 +176,55 @@ def test_mistakes_the_parser_finds(capsys: pytest.CaptureFixture[str], argv: lis
     assert "Traceback" not in err
 
 
+def test_errors_of_other_code_keep_their_traceback(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe_file = inside / "wrong.py"
+    for lines, kind in (
+        ("raise ValueError('of the recipe')", ValueError),
+        ("import torch; return torch.optim.AdamW([], lr=0.1)", ValueError),
+        ("raise NotImplementedError", NotImplementedError),
+    ):
+        recipe_file.write_text(f"def recipe():\n    {lines}\n")
+        with pytest.raises(kind):
+            main(["show-config", "wrong.py"])
+    full = "import os, errno\n\n\ndef recipe():\n    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))\n"
+    recipe_file.write_text(full)
+    assert "No space left" in fail(capsys, "show-config", "wrong.py")
+    recipe_file.write_text("def recipe():\n    from shortcutflow.ema import AverageConfig as A; A(decay=7)\n")
+    assert "decay" in fail(capsys, "show-config", "wrong.py")
+    with pytest.raises(FileNotFoundError, match="no run at"):
+        main(["sample", "runs/nothing", "--traceback"])
+
+
+def test_what_could_be_a_hub_id_is_first_a_run_that_is_not_there(
+    inside: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object, **__: object) -> str:
+        raise OSError("404")
+
+    monkeypatch.setattr(
+        "huggingface_hub.hub_mixin.hf_hub_download", lambda **_: str(inside / "runs/digits/first/config.json")
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("shortcutflow.interop.hub.snapshot_download", gone)
+        assert "no run or model at run/one, and the hub gave none" in fail(capsys, "sample", "run/one")
+    monkeypatch.delitem(sys.modules, "shortcutflow.interop.hub")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert "no run or model at run/one; if it is a hub id, " in fail(capsys, "sample", "run/one")
+
+
+def test_a_package_that_the_evaluation_lacks_is_missed_before_there_is_a_run(
+    inside: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (inside / "data/digits").is_dir(), "the data is there, the evaluation is not"
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert "scikit-learn: pip install" in fail(capsys, "train", "digits", "--run-dir", "runs/lacking")
+    assert not (inside / "runs/lacking").exists()
+
+
 def test_spread_lists() -> None:
+    assert spread_lists(["sample", "--steps", "1", "4", "runs/x"]) == [
+        "sample", "--steps", "1", "--steps", "4", "runs/x",
+    ]  # fmt: skip
     assert spread_lists(["sample", "r", "--steps", "1", "4", "--out", "x.png"]) == [
         "sample", "r", "--steps", "1", "--steps", "4", "--out", "x.png",
     ]  # fmt: skip

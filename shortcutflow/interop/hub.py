@@ -62,10 +62,15 @@ class HubModel(ModelHubMixin, library_name="shortcutflow"):
     ) -> HubModel:
         folder = Path(model_id)
         if not folder.is_dir():
-            folder = Path(
-                snapshot_download(
-                    model_id, revision=revision, cache_dir=cache_dir, force_download=force_download,
-                    local_files_only=local_files_only, token=token, allow_patterns=FILES,
-                )
-            )  # fmt: skip
+            try:
+                folder = Path(
+                    snapshot_download(
+                        model_id, revision=revision, cache_dir=cache_dir, force_download=force_download,
+                        local_files_only=local_files_only, token=token, allow_patterns=FILES,
+                    )
+                )  # fmt: skip
+            except (OSError, ValueError) as error:
+                raise FileNotFoundError(
+                    f"there is no run or model at {model_id}, and the hub gave none of that name: {error}"
+                ) from error
         return cls(load_folder(folder, **options))

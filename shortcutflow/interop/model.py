@@ -141,7 +141,10 @@ def load(
     """
     folder = Path(path)
     if not folder.exists() and HUB_ID.fullmatch(str(path)):
-        from shortcutflow.interop.hub import HubModel
+        try:
+            from shortcutflow.interop.hub import HubModel
+        except ImportError as error:
+            raise FileNotFoundError(f"there is no run or model at {path}; if it is a hub id, {error}") from error
 
         return HubModel.from_pretrained(str(path), weights=weights, device=device, image_size=image_size).model
     return load_folder(folder, weights=weights, device=device, image_size=image_size)

@@ -37,7 +37,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         (["averages.slow.decay=0.9"], "averages.slow"),
         (['averages={"ema": {}, "slow": {}}'], "average_slow"),
         (["objective.finest_steps=7"], "power of two"),
-        (["optimizer.betas=[2,3]"], "Invalid beta"),
+        (["optimizer.betas=[2,3]"], "optimizer.betas.0: Input should be less than 1"),
         (["training.accumulation=8"], "1 bootstrap rows|2 bootstrap rows"),
         (["data.kind=shards", "data.folder=nowhere"], "nowhere"),
         (["training.device=cuda"], "no GPU"),
