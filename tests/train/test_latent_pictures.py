@@ -5,16 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from recipes.digits import recipe
+from shortcutflow.cli import main
 from shortcutflow.config import with_overrides
 from shortcutflow.data import standin
 from shortcutflow.data.autoencoder import load_autoencoder
 from shortcutflow.data.source import DataInfo
 from shortcutflow.evaluation import decoded
 from shortcutflow.evaluation.decoded import BATCH_SIZE, ImageDecoder
+from shortcutflow.evaluation.drawing.grids import sample_grid
+from shortcutflow.evaluation.drawing.sheet import sample_sheet
+from shortcutflow.evaluation.runs import load_run
+from shortcutflow.evaluation.samples import Sampler
+from shortcutflow.evaluation.subject import subject_of_run
 from shortcutflow.train.loop import train
 from tests.data.test_autoencoder import tiny_network
 
@@ -74,6 +82,31 @@ def test_a_run_of_latents(tmp_path: Path, vae: Path, counter: Counter, monkeypat
     assert len(counter.batches) <= 2 * -(-latents_a_grid // BATCH_SIZE)
     assert max(counter.batches) == BATCH_SIZE
     assert len(list((tmp_path / "run" / "grids").glob("*.png"))) == 2
+
+    # The fewest latents that each can draw; two samples may have one neighbour.
+    commands = {
+        ("sample", "--steps", "1", "2", "--count", "3"): 6,
+        ("plot", "trajectory", "--steps", "4", "--count", "2"): 2 * 5,
+        ("plot", "interpolation", "--steps", "1", "--pairs", "2", "--columns", "3"): 6,
+        ("plot", "neighbours", "--count", "2", "--nearest", "1"): 3,
+        ("plot", "reconstruction", "--count", "2"): 2,
+    }
+    for number, (words, least) in enumerate(commands.items()):
+        counter.devices.clear()
+        counter.batches.clear()
+        out = tmp_path / f"{number}.png"
+        with pytest.raises(SystemExit) as stop:
+            main([*words, str(tmp_path / "run"), "--out", str(out), "--device", "cpu"])
+        assert stop.value.code == 0
+        assert counter.devices == [torch.device("cpu")], words
+        assert sum(counter.batches) >= least, words
+        assert np.asarray(Image.open(out)).std() > 10
+
+    # The picture of a sample is its latent's, decoded by the autoencoder itself.
+    subject = subject_of_run(load_run(tmp_path / "run"))
+    latents = Sampler(subject).samples(1, range(3))
+    expected = sample_grid([load_autoencoder(vae).decode(latents)], ["1 step"])
+    np.testing.assert_array_equal(sample_sheet(subject, budgets=[1], count=3), expected)
 
 
 def test_equal_latents_are_decoded_once(vae: Path, counter: Counter) -> None:
