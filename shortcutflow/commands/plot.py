@@ -119,8 +119,8 @@ def neighbours_command(
 ) -> None:
     """The training samples that are nearest to generated ones: were they learnt by heart?"""
     from shortcutflow.evaluation.drawing.neighbours import neighbours_in, neighbours_picture, said
-    from shortcutflow.evaluation.drawing.predictor import fresh_noise_of
     from shortcutflow.evaluation.drawing.starts import starts_of
+    from shortcutflow.evaluation.generate import fresh_noise_of
 
     out = _checked(out, "neighbours")
     subject, predictor = _opened(run, weights, guidance_scale, device)

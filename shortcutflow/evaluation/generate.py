@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from shortcutflow.sampling import sample
+from shortcutflow.sampling import FreshNoise, sample
 from shortcutflow.seeds import seed_for
 from shortcutflow.types import Network, SamplerKind
 
@@ -22,7 +24,18 @@ def noise_of(seed: int, samples: int | range, shape: tuple[int, ...], device: to
     return _draws(seed, "noise", _numbers(samples), shape).to(device)
 
 
-def _draws(seed: int, purpose: str, samples: range, shape: tuple[int, ...], *, index: int = 0) -> Tensor:
+def fresh_noise_of(seed: int, samples: Sequence[int], like: Tensor) -> FreshNoise:
+    """What the sampler "consistency" adds after its steps, drawn for each sample by itself.
+
+    Args:
+        seed: of all samples.
+        samples: the number of each row's sample.
+        like: the noise, (n, *shape).
+    """
+    return lambda step: _draws(seed, "fresh_noise", samples, like.shape[1:], index=step).to(like)
+
+
+def _draws(seed: int, purpose: str, samples: Sequence[int], shape: tuple[int, ...], *, index: int = 0) -> Tensor:
     """Normal numbers for each sample by itself, (len(samples), *shape), on the CPU."""
     draws = torch.empty((len(samples), *shape))
     generator = torch.Generator()  # one for all: making it costs as much as the numbers of a small image
@@ -68,16 +81,13 @@ def generate(
     made = []
     for start in range(0, len(noise), batch_size):
         part = slice(start, start + batch_size)
-
-        def fresh_noise(step: int, samples: range = range(first, first + len(noise))[part]) -> Tensor:
-            return _draws(seed, "fresh_noise", samples, noise.shape[1:], index=step).to(noise)
-
+        numbers = range(first, first + len(noise))[part]
         made.append(
             sample(
                 net, noise[part], None if y is None else y[part],
                 steps=steps, guidance_scale=guidance_scale, null_y=null_y,
                 finest_steps=finest_steps, flow_only=flow_only, sampler=sampler,
-                fresh_noise=fresh_noise if sampler == "consistency" else None, progress=progress,
+                fresh_noise=fresh_noise_of(seed, numbers, noise[part]), progress=progress,
             )
         )  # fmt: skip
     return torch.cat(made)

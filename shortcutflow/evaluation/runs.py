@@ -14,7 +14,7 @@ from torch import nn
 
 import shortcutflow
 from shortcutflow.config import CONFIG_FILE, CURRENT, RunConfig
-from shortcutflow.io.atomic import atomic_file
+from shortcutflow.io.atomic import atomic_file, write_whole
 from shortcutflow.io.safetensors import read_tensors
 from shortcutflow.train import checkpoint
 from shortcutflow.train.checkpoint import NETWORK, Checkpoint, average_group
@@ -64,7 +64,7 @@ def write_report(run: Run, *, protocol: str, rows: Sequence[Any], **measured: ob
         "rows": [asdict(row) for row in rows],
         "versions": {"shortcutflow": shortcutflow.__version__, "torch": torch.__version__},
     }
-    (run.folder / REPORT_FILE).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_whole(run.folder / REPORT_FILE, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
 def find_run(path: Path) -> Path:

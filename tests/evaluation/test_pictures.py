@@ -21,13 +21,13 @@ from shortcutflow.evaluation.drawing.ends import Ends, draw_ends, names_of
 from shortcutflow.evaluation.drawing.grids import sample_grid
 from shortcutflow.evaluation.drawing.interpolation import between, interpolate_samples, interpolation_picture
 from shortcutflow.evaluation.drawing.neighbours import nearest_of, neighbours_in, neighbours_picture, said
-from shortcutflow.evaluation.drawing.predictor import Predictor, fresh_noise_of, shortest_way
+from shortcutflow.evaluation.drawing.predictor import Predictor, shortest_way
 from shortcutflow.evaluation.drawing.real import all_data, some_data
 from shortcutflow.evaluation.drawing.reconstruction import reconstruct, reconstruction_picture
 from shortcutflow.evaluation.drawing.starts import pairs_of, starts_of
 from shortcutflow.evaluation.drawing.trajectories import follow, trajectory_picture
 from shortcutflow.evaluation.evaluate import pictures_of
-from shortcutflow.evaluation.generate import generate, noise_of
+from shortcutflow.evaluation.generate import fresh_noise_of, generate, noise_of
 from shortcutflow.evaluation.samples import Sampler
 from shortcutflow.train.pictures import save_pictures, training_pictures
 from shortcutflow.types import Batch

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from shortcutflow.evaluation.drawing.ends import as_fraction, names_of
 from shortcutflow.evaluation.drawing.grids import sample_grid
-from shortcutflow.evaluation.drawing.predictor import Predictor, fresh_noise_of
+from shortcutflow.evaluation.drawing.predictor import Predictor
+from shortcutflow.evaluation.generate import fresh_noise_of
 
 TITLE = "From noise A to noise B: x_0 = cos(u pi/2) A + sin(u pi/2) B, with u above each column."
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,6 @@ from shortcutflow.guidance import guided_velocity
 from shortcutflow.path import data_end
 from shortcutflow.sampling import FreshNoise, Trajectory, trajectory
 from shortcutflow.schedule import levels_of
-from shortcutflow.seeds import generator_for
 from shortcutflow.types import Network, SamplerKind
 
 
@@ -105,19 +103,3 @@ def shortest_way(t: float, finest_steps: int) -> list[float]:
         sizes.append(size / finest_steps)
         place += size
     return sizes
-
-
-def fresh_noise_of(seed: int, samples: Sequence[int], like: Tensor) -> FreshNoise:
-    """What the sampler "consistency" adds after its steps: for each sample by itself, as ``generate`` does.
-
-    Args:
-        seed: of all samples.
-        samples: the number of each row's sample.
-        like: the noise, (n, *shape).
-    """
-
-    def draw(step: int) -> Tensor:
-        generators = (generator_for(seed, "fresh_noise", step=i, index=step) for i in samples)
-        return torch.stack([torch.randn(like.shape[1:], generator=generator) for generator in generators]).to(like)
-
-    return draw

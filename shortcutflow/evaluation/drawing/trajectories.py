@@ -8,7 +8,8 @@ from torch import Tensor
 
 from shortcutflow.evaluation.decoded import ImageDecoder
 from shortcutflow.evaluation.drawing.ends import Ends, draw_ends, names_of
-from shortcutflow.evaluation.drawing.predictor import Predictor, fresh_noise_of
+from shortcutflow.evaluation.drawing.predictor import Predictor
+from shortcutflow.evaluation.generate import fresh_noise_of
 
 TITLE = (
     "{steps} step{s}. x_t: the states. flow: x_t + (1 - t) s(x_t, t, 0), the mean of what x_t may become. "
