@@ -8,7 +8,6 @@ processes nor on who made which part.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from shortcutflow.evaluation.parts_on_disk import WORK, PartsFolder, cut, file_n
 from shortcutflow.evaluation.pictures import DIGITS, Pictures, open_pictures
 from shortcutflow.evaluation.probe import Probe, probe_picture
 from shortcutflow.evaluation.published import CLEAN_FID, clean_fid_statistics
-from shortcutflow.evaluation.reference import Reference, load_reference, make_reference
+from shortcutflow.evaluation.reference import Reference, load_reference, make_reference, remove_reference
 from shortcutflow.evaluation.report import BudgetRow, report_of, write_report
 from shortcutflow.evaluation.samples import Sampler, images_are_there
 from shortcutflow.evaluation.together import ALONE, Team
@@ -220,18 +219,21 @@ def _reference(
         pictures = open_pictures(source)
     key = {"pictures": pictures.fingerprint(), "extractor": protocol.extractor.name}
     path = out.parent / f"reference-{file_name(protocol.name)}-{hash_of(key)}.npz"
-    kept = None
-    # One that is damaged, without features, or of an extractor that has changed since is made again.
-    with suppress(OSError, ValueError):
-        kept = replace(load_reference(path, protocol, with_features=with_features, probe=probe), kept=True)
-    team.wait()  # all look before the first of them makes it
-    if kept is not None:
-        return kept
-    make_reference(
-        pictures, protocol, path, with_features=with_features, work=out.parent / WORK, team=team, side=sampler.side,
-        probe=probe,
-    )  # fmt: skip
-    return load_reference(path, protocol, with_features=with_features, probe=probe)
+    if team.leads:
+        # One that is damaged, without features, or of an extractor that has changed since is made again. The leader
+        # alone decides: processes that disagreed would wait for each other in different places.
+        try:
+            load_reference(path, protocol, with_features=with_features, probe=probe)
+        except (OSError, ValueError):
+            remove_reference(path)
+    team.wait()
+    kept = path.is_file()
+    if not kept:
+        make_reference(
+            pictures, protocol, path, with_features=with_features, work=out.parent / WORK, team=team, side=sampler.side,
+            probe=probe,
+        )  # fmt: skip
+    return replace(load_reference(path, protocol, with_features=with_features, probe=probe), kept=kept)
 
 
 def pictures_of(sampler: Sampler) -> Pictures:

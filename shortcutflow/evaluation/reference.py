@@ -145,6 +145,17 @@ def _require_ours(path: Path) -> None:
         require_absent(path)
 
 
+def remove_reference(path: Path) -> None:
+    """Delete the files of a reference that is to be made again.
+
+    Raises:
+        FileExistsError: if they are something else.
+    """
+    _require_ours(path)
+    for suffix in (".npz", ".json", ".safetensors"):
+        path.with_suffix(suffix).unlink(missing_ok=True)
+
+
 def _record_of(pictures: Pictures, protocol: EvaluationProtocol, found: Merged, probe: Probe) -> ReferenceRecord:
     return ReferenceRecord(
         pictures=pictures.name, protocol=protocol.name, extractor=protocol.extractor.name, images=pictures.count,

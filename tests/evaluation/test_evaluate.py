@@ -244,6 +244,10 @@ def test_the_extractor_is_probed_once_and_another_one_makes_all_again(
     assert not kept
     assert third["rows"][0]["values"]["fid"] == pytest.approx(4 * first["rows"][0]["values"]["fid"], rel=1e-5)
     assert list(tmp_path.glob("reference-*.npz")) == [file]
+    file.write_bytes(file.read_bytes()[:100])
+    calls, kept, fourth = again(2.0)
+    assert (calls, kept) == (0, False), "one that is damaged is made again"
+    assert fourth["rows"][0]["values"] == third["rows"][0]["values"]
 
 
 class FakeAutoencoder:
