@@ -20,12 +20,12 @@ def open_subject(place: str, weights: str | None, device: Any) -> Subject:
     from shortcutflow.config import CONFIG_FILE
     from shortcutflow.evaluation.runs import load_run
     from shortcutflow.evaluation.subject import subject_of_run
-    from shortcutflow.interop.model import HUB_ID, load
+    from shortcutflow.interop.model import is_hub_id, load
     from shortcutflow.interop.model_folder import ModelConfig, read_config
 
     folder = Path(place)
     is_model = (folder / CONFIG_FILE).is_file() and isinstance(read_config(folder), ModelConfig)
-    if is_model or (not folder.exists() and HUB_ID.fullmatch(place) and not folder.parent.exists()):
+    if is_model or is_hub_id(place):
         return _subject_of_model(place, load(place, weights=weights, device=device), device)
     return subject_of_run(load_run(folder, weights=weights, device=device))
 

@@ -30,7 +30,14 @@ from shortcutflow.train import checkpoint
 
 _REMEDY = "get it again from where it came from"
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_FILE_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".pkl", ".pickle", ".tmp", ".onnx", ".pt2")
+
+
+def is_hub_id(place: str | Path) -> bool:
+    """Whether this is an "owner/name" of the hub, and not a mistyped path: no such file, file ending or parent."""
+    path = Path(place)
+    shaped = re.fullmatch(r"[\w.-]+/[\w.-]+", str(place)) is not None
+    return shaped and not (path.exists() or path.parent.exists() or path.suffix in _FILE_ENDINGS)
 
 
 @dataclass(frozen=True)
@@ -140,12 +147,11 @@ def load(
         ValueError: for an unknown backbone, listing the installed ones, unknown weights, or weights that do not fit.
     """
     folder = Path(path)
-    if not folder.exists() and HUB_ID.fullmatch(str(path)):
+    if is_hub_id(path):
         try:
             from shortcutflow.interop.hub import HubModel
         except ImportError as error:
             raise FileNotFoundError(f"there is no run or model at {path}; if it is a hub id, {error}") from error
-
         return HubModel.from_pretrained(str(path), weights=weights, device=device, image_size=image_size).model
     return load_folder(folder, weights=weights, device=device, image_size=image_size)
 
@@ -159,7 +165,7 @@ def load_folder(
 ) -> Model:
     """As :func:`load`, from a folder only."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}, and it is no hub id (owner/name) either")
+        raise FileNotFoundError(f"there is no folder {folder}; a hub id is owner/name, where no folder owner is here")
     found = read_config(folder)
     config, tensors = _run(folder, found, weights) if isinstance(found, RunConfig) else _model(folder, found, weights)
     if image_size is not None:

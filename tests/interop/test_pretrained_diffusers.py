@@ -16,6 +16,7 @@ from torch import Tensor
 
 import backbones
 import shortcutflow as sf
+from shortcutflow.cli import main
 from shortcutflow.interop.pretrained.convert import convert_pretrained, is_pretrained
 from tests.interop.public_layouts import Schedule, randomise
 
@@ -291,6 +292,19 @@ def test_folders_as_people_have_them(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     assert "cannot be had from the hub: offline" in refusal(Path("a/b"), tmp_path / "none")
+
+
+def test_a_mistyped_path_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for mistyped in ("nowhere/net.pt", "models/typo", "nothing"):
+        with pytest.raises(SystemExit):
+            main(["convert", mistyped, "--out", str(tmp_path / "none")])
+        assert f"there is no file or folder {mistyped}; a hub id is" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="there is no folder models/typo"):
+        sf.load("models/typo")
 
 
 def test_an_index_that_lies(tmp_path: Path) -> None:

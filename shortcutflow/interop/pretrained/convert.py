@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from shortcutflow import __version__
 from shortcutflow.config import CURRENT
-from shortcutflow.interop.model import HUB_ID
+from shortcutflow.interop.model import is_hub_id
 from shortcutflow.interop.model_folder import ModelConfig, weights_file
 from shortcutflow.interop.pretrained import dit_sit
 from shortcutflow.interop.pretrained.diffusers_models import WEIGHTS_NAME, describe_folder, downloaded
@@ -41,7 +41,7 @@ Sets = Mapping[str, Mapping[str, Tensor]]
 
 def is_pretrained(source: Path) -> bool:
     """Whether this looks like what :func:`convert_pretrained` reads, and not like a checkpoint of the released code."""
-    return source.is_dir() or is_torch_file(source) or (not source.exists() and bool(HUB_ID.fullmatch(str(source))))
+    return source.is_dir() or is_torch_file(source) or is_hub_id(source)
 
 
 def convert_pretrained(
@@ -73,7 +73,7 @@ def convert_pretrained(
     levels_of(finest_steps)
     foreign: Foreign
     sets: Sets
-    if not source.exists() and HUB_ID.fullmatch(str(source)):
+    if is_hub_id(source):
         source = downloaded(str(source))
     if source.is_dir():
         if kind is not None or heads is not None:

@@ -53,11 +53,16 @@ def convert(
         finest_steps: the training's ``denoise_timesteps``, which no array tells.
 
     Raises:
+        FileNotFoundError: if there is no such file.
         ValueError: if the file is no such checkpoint, holds numbers that are not finite, or the sizes do not fit.
         FileExistsError: if the folder holds something.
     """
     require_absent(out)
     levels_of(finest_steps)
+    if not checkpoint.is_file():
+        raise FileNotFoundError(
+            f"there is no file or folder {checkpoint}; a hub id is owner/name, where no folder owner is here"
+        )
     released = read_released(checkpoint)
     config, notes = _config(released, heads, image_size, finest_steps)
     _check_network(config, released)
