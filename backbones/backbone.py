@@ -99,13 +99,14 @@ class Backbone(nn.Module):
         """Compile each unit of the shard plan in place, with options of ``torch.compile``.
 
         Equal units share one compilation, so this takes a fraction of the time of compiling the network whole; the
-        names of parameters stay as they are.
+        names of parameters stay as they are. Raises ``torch.compiler.config.recompile_limit`` to 4 times the number of
+        units, if it is lower.
         """
-        import torch._dynamo.config  # loaded here: it takes a second
+        import torch.compiler.config as limits  # loaded here: it takes a second
 
         units = self.shard_plan()
-        # The versions of a class's forward for units of different sizes count as recompilations of one function.
-        limits: Any = torch._dynamo.config
+        # The versions of a class's forward for units of different sizes count as recompilations of one function. The
+        # limit holds for the process and is only raised: it is read at each compilation, whenever that comes.
         limits.recompile_limit = max(limits.recompile_limit, 4 * len(units))
         for unit in units:
             unit.compile(**{"dynamic": False, "fullgraph": True} | options)

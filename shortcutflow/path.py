@@ -45,11 +45,6 @@ def data_end(x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
     return x_t + (1 - expand_to(t, x_t)) * v
 
 
-def noise_end(x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
-    """Where a particle at x_t with the velocity v came from at t = 0: the noise estimate x_t - t v."""
-    return x_t - expand_to(t, x_t) * v
-
-
 def check_state(x: Tensor, t: Tensor, *, what: str = "x_t") -> None:
     """Raise ValueError unless x is a batch (b, *shape) of floats and t one number a sample, (b,)."""
     if x.ndim < 2 or not x.is_floating_point():

@@ -86,3 +86,11 @@ def test_a_break_in_the_graph_is_an_error() -> None:
     net.compile_blocks(backend="aot_eager")
     with pytest.raises(torch._dynamo.exc.Unsupported):
         net(*case.inputs())
+
+
+def test_the_limit_of_recompilations_is_only_raised() -> None:
+    """By its public name, which is the one the compiler reads."""
+    for before, after in ((1, 8), (1000, 1000)):
+        with torch.compiler.config.patch(recompile_limit=before):
+            Case("dit", IMAGE, TINY["dit"].options).build().compile_blocks()
+            assert torch.compiler.config.recompile_limit == torch._dynamo.config.recompile_limit == after

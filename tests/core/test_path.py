@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from shortcutflow.path import data_end, interpolate, noise_end, velocity
+from shortcutflow.path import data_end, expand_to, interpolate, velocity
 
 SHAPES = [(6, 3, 4, 4), (6, 10, 4), (6, 5)]
 
@@ -51,9 +51,9 @@ def test_state_and_velocity_give_both_ends(shape: tuple[int, ...], generator: Ge
     noise, data, t = line(shape, generator)
     x_t, v = interpolate(noise, data, t), velocity(noise, data)
     assert near(data_end(x_t, t, v), data)
-    assert near(noise_end(x_t, t, v), noise)
+    assert near(x_t - expand_to(t, x_t) * v, noise)
     assert not near(data_end(x_t, 1 - t, v), data)
-    assert not near(noise_end(x_t, 1 - t, v), noise)
+    assert not near(x_t - expand_to(1 - t, x_t) * v, noise)
     assert not near(data_end(x_t, t, -v), data)
 
 

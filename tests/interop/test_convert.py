@@ -19,10 +19,9 @@ import shortcutflow as sf
 from shortcutflow.interop.released.checkpoint import read_released
 from shortcutflow.interop.released.convert import convert
 from shortcutflow.interop.released.export import export_jax
-from shortcutflow.interop.released.names import from_released, to_released
 from shortcutflow.interop.released.sizes import heads_from_moments, ignores_step_size
 from tests.interop.released_files import FrozenDict, checkpoint, flat, parameters, write
-from tests.parity.recorded import Recording, build
+from tests.parity.recorded import Recording, build, from_released, to_released
 
 SMALL = {"width": 24, "depth": 2, "patch": 2, "channels": 3, "num_classes": 5}
 

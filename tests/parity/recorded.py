@@ -14,10 +14,28 @@ from torch import Tensor
 
 import shortcutflow as sf
 from backbones.dit import DiT
-from shortcutflow.interop.released.names import from_released, to_released
+from shortcutflow.interop.released.names import check_names, depth_of, entries, to_ours, to_theirs
 from shortcutflow.objectives.flow_matching import FlowDraw
 from shortcutflow.objectives.released import released_bootstrap_sizes
 from shortcutflow.objectives.shortcut_draw import ShortcutDraw
+
+
+def from_released(params: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Flax parameters, flattened with '/', as a state dict of the backbone "dit" with ``released=True``."""
+    wanted = entries(depth_of(params))
+    names = {name for entry in wanted for name in entry.theirs}
+    check_names(params, names)
+    return {entry.ours: torch.from_numpy(to_ours(entry, params.__getitem__)) for entry in wanted}
+
+
+def to_released(state: Mapping[str, Tensor], *, patch: int) -> dict[str, np.ndarray]:
+    """Such a state dict on images, or its gradients, as flax parameters."""
+    wanted = entries(depth_of(state, prefix="blocks."))
+    check_names(state, {entry.ours for entry in wanted})
+    params: dict[str, np.ndarray] = {}
+    for entry in wanted:
+        params |= to_theirs(entry, state[entry.ours].detach().float().cpu().numpy(), patch=patch)
+    return params
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,10 @@ patch convolution's kernel is (row, column, in, out); the final channels of a pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 PATCHES = "PatchEmbed_0/Conv_0"
 LABELS = "LabelEmbedder_0/Embed_0/embedding"
@@ -88,32 +86,6 @@ def to_theirs(entry: Entry, array: np.ndarray, *, patch: int) -> dict[str, np.nd
                 part = part.reshape(patch, patch, -1, part.shape[-1])
         found[name] = np.ascontiguousarray(part)
     return found
-
-
-def from_released(params: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """Flax parameters, flattened with '/', as a state dict of the backbone "dit" with ``released=True``.
-
-    Raises:
-        ValueError: naming parameters that are unknown or missing.
-    """
-    wanted = entries(depth_of(params))
-    names = {name for entry in wanted for name in entry.theirs}
-    check_names(params, names)
-    return {entry.ours: torch.from_numpy(to_ours(entry, params.__getitem__)) for entry in wanted}
-
-
-def to_released(state: Mapping[str, Tensor], *, patch: int) -> dict[str, np.ndarray]:
-    """A state dict of the backbone "dit" with ``released=True`` on images, or its gradients, as flax parameters.
-
-    Raises:
-        ValueError: naming parameters that are unknown or missing.
-    """
-    wanted = entries(depth_of(state, prefix="blocks."))
-    check_names(state, {entry.ours for entry in wanted})
-    params: dict[str, np.ndarray] = {}
-    for entry in wanted:
-        params |= to_theirs(entry, state[entry.ours].detach().float().cpu().numpy(), patch=patch)
-    return params
 
 
 def check_names(there: Iterable[str], wanted: set[str]) -> None:
