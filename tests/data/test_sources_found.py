@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -123,6 +124,7 @@ def shard(path: Path, *samples: dict[str, bytes | str | dict[str, Any]]) -> Path
         ([{"json": {"label": 1.0}}, {"json": {"label": [0]}}], [1, 0], ("0", "1")),
         ([{"json": {"caption": "x"}}, {"json": {"caption": "y"}}], [None, None], ()),
         ([{"CLS": "1"}, {"CLS": "0"}], [1, 0], ("0", "1")),
+        ([{"cls": "dog"}, {"cls": "ant"}, {"cls": "1"}], [2, 1, 0], ("1", "ant", "dog")),
     ],
 )
 def test_labels_of_shards(beside: list[Any], numbers: list[int | None], names: tuple[str, ...], tmp_path: Path) -> None:
@@ -161,9 +163,14 @@ def test_shards_by_braces_and_shards_of_one_name(tmp_path: Path) -> None:
     assert [item.label for item in open_source(tmp_path / "x/s-{000..001}.tar").items] == [0, 1]
     assert [item.label for item in open_source(tmp_path / "x/s-{000,002}.tar").items] == [0, 2]
     assert len(open_source(tmp_path / "x/s-*.tar").items) == 3
+    for braces, count in [("00{{0..1},2}", 3), ("{000..002..2}", 2), ("{002..000}", 3), ("{000,000}", 1)]:
+        assert len(open_source(tmp_path / f"x/s-{braces}.tar").items) == count
+    for braces in ("{0..99999}{0..99999..1}", "{-9999999..0}"):
+        with pytest.raises(ValueError, match="at most 1000000 are read"):
+            open_source(tmp_path / f"x/s-{braces}.tar")
     with pytest.raises(FileNotFoundError, match=r"s-003\.tar, one of the 4 files"):
         open_source(tmp_path / "x/s-{000..003}.tar")
-    with pytest.raises(ValueError, match="not from https: download"):
+    with pytest.raises(ValueError, match=r"not from https: download 4 files, \S+s-000\.tar to \S+s-003\.tar"):
         open_source(Path("https://example.org/s-{000..003}.tar"))
     for i, name in enumerate("ab"):
         shard(tmp_path / f"y/{name}/s-000.tar", {"jpg": P[i], "cls": str(i)})
@@ -179,7 +186,7 @@ def test_shards_by_braces_and_shards_of_one_name(tmp_path: Path) -> None:
         ["train2017", "val2017"], ["training", "testing"], ["train", "test", "unlabeled"], ["images", "masks"],
         ["Train", "Validation"], ["train_32x32", "valid_32x32"], ["train", "dev"], ["train", "holdout"],
         ["ant/train", "ant/test", "bee/train"], ["trainA", "testA"], ["JPEGImages", "SegmentationClass"],
-        ["train", "eval", "x"],
+        ["train", "eval", "x"], ["seg_train", "seg_test", "seg_pred"], ["TRAIN", "VAL"], ["train-clean", "dev-clean"],
     ],
 )  # fmt: skip
 def test_splits_are_not_classes(folders: list[str], tmp_path: Path) -> None:
@@ -240,6 +247,10 @@ def test_classes_without_a_readable_image_keep_their_number(tmp_path: Path) -> N
     assert labels(source) == {"ant/1.png": 0, "cat/3.png": 2}
     assert set(left_out(source)) == {"bee/", "bee/2.heic", "dog/", "notes/a.txt"}
     assert "bee, dog" in source.notes[0]
+    numbers = open_source(write_files(tmp_path / "numbers", {f"{i}/{i}.png": P[0] for i in range(11)}))
+    assert (labels(numbers)["10/10.png"], numbers.notes[0][-11:]) == (2, ": '10' is 2")
+    os.mkfifo(root / "ant/pipe.png")
+    assert "neither a plain file" in left_out(open_source(root))["ant/pipe.png"]
     alone = write_files(tmp_path / "alone", {"ant/1.png": P[1], "bee/2.heic": b".."})
     with pytest.raises(ValueError, match=r"lie in 'ant', .*\(bee\): choose with --labels folder or --labels none"):
         open_source(alone)
@@ -278,6 +289,37 @@ def test_links_doubles_and_appended_tars(tmp_path: Path) -> None:
     assert {"d/1.png", "e/1.png", "a/1.png"} <= set(left_out(source))
     with pytest.raises(ValueError, match="is damaged"):
         open_source(written(tmp_path / "y.tar", out.getvalue() + b"no tar at all" * 100))
+
+
+@pytest.mark.parametrize("inner", ["ant.tar", "ant.tar.gz", "ant.tgz"])
+def test_a_compressed_class_does_not_vanish(inner: str, tmp_path: Path) -> None:
+    packed = gzip.compress(tar_of({"0.png": P[0]}))
+    files = {inner: packed} | {f"{name}.tar": tar_of({"1.png": P[i]}) for i, name in enumerate(["bee", "cat"])}
+    source = open_source(written(tmp_path / "x.tar", tar_of(files)))
+    assert (source.class_names, labels(source)) == (("ant", "bee", "cat"), {"bee/1.png": 1, "cat/1.png": 2})
+    assert "compressed by gzip" in left_out(source)[inner]
+    with pytest.raises(ValueError, match=rf"{inner} is compressed .*plain \.tar"):
+        open_source(write_files(tmp_path / "raw", files))
+
+
+def test_archives_beside_each_other(tmp_path: Path) -> None:
+    files = {f"{i}.tar": tar_of({"0.png": P[i]}) for i in range(2)} | {"README.md": b""}
+    source = open_source(write_files(tmp_path / "tars", files))
+    assert "README.md" in left_out(source)
+    assert "numbered archives are parts of one set; --labels folder" in source.notes[0]
+    zips = {f"{name}.zip": zip_of({"ant/0.png": P[0]}) for name in ("train", "test")}
+    with pytest.raises(ValueError, match=r"one at a time, such as \S+/zips/test\.zip"):
+        open_source(write_files(tmp_path / "zips", zips))
+
+
+def test_links_to_folders_of_an_archive(tmp_path: Path) -> None:
+    out = io.BytesIO(tar_of({"ant/0.png": P[0], "cat/1.png": P[1]}))
+    with tarfile.open(fileobj=out, mode="a") as tar:
+        info = tarfile.TarInfo("bee")
+        info.type, info.linkname = tarfile.SYMTYPE, "ant"
+        tar.addfile(info)
+    source = open_source(written(tmp_path / "x.tar", out.getvalue()))
+    assert labels(source) == {"ant/0.png": 0, "bee/0.png": 1, "cat/1.png": 2}
 
 
 @pytest.mark.parametrize("name", ["x.tar", "x.zip", "x.parquet", "x.jpg"])

@@ -14,7 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from shortcutflow.data.shards import Skipped
-from shortcutflow.data.sources.archives import Listed, Listing, compression_of, list_folder, list_tar, list_zip
+from shortcutflow.data.sources.archives import (
+    Listed,
+    Listing,
+    is_tar,
+    list_folder,
+    list_tar,
+    list_zip,
+    refuse_compressed,
+    tar_stem,
+)  # fmt: skip
 from shortcutflow.data.sources.folder import images_of, nothing_usable
 from shortcutflow.data.sources.labels import checked_choice
 from shortcutflow.data.sources.parquet import open_parquet
@@ -23,7 +32,7 @@ from shortcutflow.data.sources.splits import NUMBERED, check_files
 from shortcutflow.data.sources.webdataset import IMAGE_SUFFIXES, suffix_of
 
 _URL = re.compile(r"(https?|s3|gs|hf|ftp|pipe):", re.IGNORECASE)
-_BRACES = re.compile(r"\{([^{}]*,[^{}]*|(\d+)\.\.(\d+))\}")
+_BRACES = re.compile(r"\{([^{}]*,[^{}]*|(-?\d+)\.\.(-?\d+)(\.\.-?\d+)?)\}")
 _MOST_FILES = 1_000_000
 _KINDS = {".parquet": "parquet files", ".tar": "tar archives"}
 
@@ -43,7 +52,9 @@ def open_source(path: Path, *, labels: bool | str = True) -> RawSource:
     """
     choice = checked_choice(labels)
     if url := _URL.match(str(path)):
-        raise ValueError(f"{path}: files are prepared from a local disk, not from {url[1]}: download them first")
+        names = braced(str(path))
+        what = f"{len(names)} files, {names[0]} to {names[-1]}" if len(names) > 1 else "it"
+        raise ValueError(f"{path}: files are prepared from a local disk, not from {url[1]}: download {what} first")
     archive = next((place for place in (path, *path.parents) if place.is_file()), None)
     if archive is not None:
         return _open_file(archive, path.relative_to(archive).as_posix(), path, choice)
@@ -60,7 +71,7 @@ def expand(path: Path) -> list[Path]:
     Raises:
         FileNotFoundError: naming one that the braces promise and that is not there.
     """
-    found = [Path(name) for name in braced(str(path))]
+    found = [Path(name) for name in dict.fromkeys(braced(str(path)))]
     if any(wild in path.name for wild in "*?["):
         return [file for place in found for file in sorted(place.parent.glob(place.name)) if file.is_file()]
     missing = [place for place in found if not place.is_file()]
@@ -79,7 +90,8 @@ def braced(text: str) -> list[str]:
 
     count = 1
     for braces in _BRACES.finditer(text):
-        count *= abs(int(braces[3]) - int(braces[2])) + 1 if braces[2] else braces[1].count(",") + 1
+        step = abs(int((braces[4] or "..1")[2:])) or 1
+        count *= abs(int(braces[3]) - int(braces[2])) // step + 1 if braces[2] else braces[1].count(",") + 1
     if count > _MOST_FILES:
         raise ValueError(f"{text} stands for {count} files, at most {_MOST_FILES} are read")
     return expand_urls(text)
@@ -90,11 +102,7 @@ def _open_file(archive: Path, inside: str, path: Path, choice: bool | str) -> Ra
         head = file.read(512)
     if not head:
         raise ValueError(f"{archive} is empty: it has 0 bytes")
-    if (compression := compression_of(head)) is not None:
-        raise ValueError(
-            f"{archive} is compressed by {compression}: its members cannot be read in any order. Unpack it, or only "
-            "decompress it to a plain .tar"
-        )
+    refuse_compressed(archive, head)
     if head.startswith(b"PAR1"):
         return open_parquet([archive], archive.parent, choice)
     if head.startswith(b"PK"):
@@ -129,17 +137,17 @@ def _open_folder(path: Path, choice: bool | str) -> RawSource:
         first = [path / min(names) for names in of_kind.values()]
         ways = " or ".join(f"'{file.with_name('*' + file.suffix)}'" for file in first)
         raise ValueError(f"{path} holds {held}, which are no one set: give the folder of one kind, or {ways}")
-    if "parquet files" in of_kind:
-        others = tuple(
-            Skipped(file.name, f"not a parquet file: suffix {suffix_of(file.name) or '(none)'}")
-            for file in sorted(listing.files)
-            if suffix_of(file.name) != ".parquet"
-        )
-        source = open_parquet([path / name for name in of_kind["parquet files"]], path, choice)
-        return replace(source, skipped=(*listing.skipped, *others, *source.skipped))
-    if "tar archives" in of_kind:
-        return _of_tars([path / name for name in sorted(of_kind["tar archives"])], path, path, listing.skipped, choice)
-    return images_of("a folder", FolderReader(path), listing, path, choice)
+    if not of_kind or "images" in of_kind:
+        return images_of("a folder", FolderReader(path), listing, path, choice)
+    [(kind, names)] = of_kind.items()
+    for name in sorted({file.name for file in listing.files} - set(names)):
+        if kind == "tar archives" and is_tar(name):
+            raise ValueError(f"{path / name} is compressed and lies beside {min(names)}: decompress it to a plain .tar")
+        listing.skipped.append(Skipped(name, f"none of the {kind}: suffix {suffix_of(name) or '(none)'}"))
+    if kind == "parquet files":
+        source = open_parquet([path / name for name in names], path, choice)
+        return replace(source, skipped=(*listing.skipped, *source.skipped))
+    return _of_tars([path / name for name in sorted(names)], path, path, listing.skipped, choice)
 
 
 def _open_files(files: Sequence[Path], path: Path, choice: bool | str) -> RawSource:
@@ -171,7 +179,7 @@ def _of_tars(tars: Sequence[Path], root: Path, path: Path, skipped: list[Skipped
     found, prefixes = Listing([], list(skipped), set()), []
     for number, (tar, name) in enumerate(zip(tars, names, strict=True)):
         inner = list_tar(tar, number)
-        prefixes.append(f"{name.removesuffix('.tar')}/" if len(tars) > 1 else "")
+        prefixes.append(f"{tar_stem(name)}/" if len(tars) > 1 else "")
         found.files.extend(Listed(prefixes[-1] + file.name, file.place) for file in inner.files)
         found.skipped.extend(Skipped(prefixes[-1] + name, reason) for name, reason in inner.skipped)
         found.folders.update(prefixes[-1] + folder for folder in inner.folders)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 import stat
 import tarfile
 import zipfile
@@ -23,6 +24,7 @@ _JUNK = {
     "@recently-snapshot", "recycler", "system volume information", "lost+found", "__pycache__",
 }  # fmt: skip
 _UTF8_NAME = 0x800
+_TAR = re.compile(r"\.(tar(\.(gz|bz2|xz|zst))?|tgz|tbz2?|txz)$", re.IGNORECASE)
 
 
 class Listed(NamedTuple):
@@ -75,8 +77,9 @@ def _walk(folder: Path, prefix: str, above: frozenset[str], listing: Listing) ->
                 _walk(Path(entry.path), name + "/", above | {real}, listing)
             elif entry.is_file():
                 listing.files.append(Listed(name, (name, entry.stat().st_size)))
-            elif entry.is_symlink():
-                listing.skipped.append(Skipped(name, "a link that leads nowhere"))
+            else:
+                reason = "a link that leads nowhere" if entry.is_symlink() else "neither a plain file nor a link"
+                listing.skipped.append(Skipped(name, reason))
 
 
 def _check_name(name: str, where: Path | str) -> None:
@@ -178,6 +181,7 @@ def list_tar(path: Path, number: int = 0) -> Listing:
     """
     listing = Listing([], [], set())
     with path.open("rb") as file:
+        refuse_compressed(path, file.read(8))
         size = os.fstat(file.fileno()).st_size
         _list_members(file, 0, size, str(path), number, listing, prefix="")
     return _without_doubles(listing)
@@ -200,7 +204,7 @@ def _list_members(
             links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
         elif not member.isreg() or member.issparse():
             listing.skipped.append(Skipped(name, "neither a plain file nor a link"))
-        elif name.endswith(".tar") and not prefix:
+        elif is_tar(name) and not prefix:
             _list_inner(file, member, where, number, listing)
         elif member.size > LARGEST_ITEM:
             listing.skipped.append(Skipped(name, _too_large(member.size)))
@@ -220,21 +224,43 @@ def _follow(links: dict[str, str], listing: Listing) -> None:
             target = links[target]
         if target in places and target not in links:
             listing.files.append(Listed(name, places[target]))
+        elif below := [file for file in listing.files if file.name.startswith(target + "/")]:
+            listing.folders.add(name)
+            listing.files.extend(Listed(name + file.name[len(target) :], file.place) for file in below)
         else:
             listing.skipped.append(Skipped(name, f"a link to {target!r}, which is no file of the archive"))
 
 
 def _list_inner(file: BinaryIO, member: tarfile.TarInfo, where: str, number: int, listing: Listing) -> None:
     name = clean(member.name)
+    inner = tar_stem(name) + "/"
+    listing.folders.add(inner[:-1])  # also where it cannot be read: the numbers of the classes after it depend on it
     end = member.offset_data + member.size
     file.seek(member.offset_data)  # the outer walk seeks back before its next header
     compression = compression_of(file.read(8))
     if compression is not None:
         listing.skipped.append(Skipped(name, f"a tar compressed by {compression} inside a tar: unpack it"))
         return
-    inner = name.removesuffix(".tar") + "/"
-    listing.folders.add(inner[:-1])
     _list_members(file, member.offset_data, end, f"{where}/{name}", number, listing, prefix=inner)
+
+
+def is_tar(name: str) -> bool:
+    """Whether a file's name is that of a tar archive, compressed ones too."""
+    return _TAR.search(name) is not None
+
+
+def tar_stem(name: str) -> str:
+    """The name of a tar archive without its suffixes."""
+    return _TAR.sub("", name)
+
+
+def refuse_compressed(path: Path, head: bytes) -> None:
+    """Raise a ValueError for a file that begins like a compressed one."""
+    if (compression := compression_of(head)) is not None:
+        raise ValueError(
+            f"{path} is compressed by {compression}: its members cannot be read in any order. Unpack it, or only "
+            "decompress it to a plain .tar"
+        )
 
 
 def compression_of(head: bytes) -> str | None:

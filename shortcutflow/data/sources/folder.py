@@ -10,7 +10,7 @@ from typing import NamedTuple
 from shortcutflow.data.images import ImageError
 from shortcutflow.data.manifest import MANIFEST, Manifest
 from shortcutflow.data.shards import Skipped
-from shortcutflow.data.sources.archives import Listed, Listing
+from shortcutflow.data.sources.archives import Listed, Listing, is_tar
 from shortcutflow.data.sources.labels import (
     NoLabel,
     dataset_json,
@@ -115,6 +115,9 @@ def images_of(
         found = (
             _Found(images, [None] * len(images)) if choice is False else _by_folder(images, inner, whole, path, choice)
         )
+    if choice is True and not found.names and prefixes:
+        parts = "no labels: numbered archives are parts of one set; --labels folder takes them as classes"
+        found = found._replace(notes=(*found.notes, parts))
     if choice is True and not found.names and "json" in beside:
         found = found._replace(notes=(*found.notes, "no labels; --labels json:FIELD takes a field of KEY.json"))
     items = [
@@ -250,7 +253,11 @@ def _by_folder(images: list[Listed], names: Sequence[str], listing: Listing, pat
     number = {name: i for i, name in enumerate(class_names)}
     prefix = "".join(part + "/" for part in common)
     without = [Skipped(f"{prefix}{name}/", f"no image can be read from class {number[name]}") for name in sorted(empty)]
-    notes = (f"class folders without a readable image: {', '.join(sorted(empty))}",) if empty else ()
+    notes: tuple[str, ...] = ()
+    if empty:
+        notes = (f"class folders without a readable image: {', '.join(sorted(empty))}",)
+    if shifted := [name for name in class_names if name.isdecimal() and int(name) != number[name]]:
+        notes += (f"classes are numbered in the order of their names as text: {shifted[0]!r} is {number[shifted[0]]}",)
     labels = [number[folder] for folder in folders if folder is not None]
     return _Found(images, labels, class_names, without, notes)
 
@@ -281,6 +288,8 @@ def nothing_usable(path: Path, listing: Listing) -> ValueError:
     """The error for a source without images, saying what it holds."""
     suffixes = Counter(suffix_of(file.name) or "(no suffix)" for file in listing.files)
     found = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5)) or "no files"
+    if archives := sorted(file.name for file in listing.files if file.name.endswith(".zip") or is_tar(file.name)):
+        found += f"; archives are prepared one at a time, such as {path / archives[0]}"
     if listing.skipped:
         found += f"; {len(listing.skipped)} unusable, such as {listing.skipped[0].name} ({listing.skipped[0].reason})"
     return ValueError(f"{path} holds no images that can be read. Found: {found}. Supported: {SUPPORTED}")

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, NamedTuple
@@ -54,8 +55,8 @@ def number_labels(
 ) -> tuple[list[int | NoLabel], tuple[str, ...]]:
     """The class number of each value, and the class names.
 
-    Whole numbers are class numbers, however they are written. Words are class names, numbered in their order; among
-    numbers they are errors, unless ``words``.
+    Whole numbers are class numbers, however they are written. Words are class names, numbered in their order; of
+    both together the more frequent kind counts and the other has no label, unless ``words``.
 
     Args:
         values: as they stand in the source; None where there is none.
@@ -68,7 +69,8 @@ def number_labels(
     """
     values = [value[0] if type(value) in (list, tuple) and len(value) == 1 else value for value in values]
     found = [plain_label(value) for value in values]
-    if (words and any(isinstance(value, str) for value in found)) or not any(isinstance(v, int) for v in found):
+    counts = Counter(type(value) for value in found)
+    if counts[str] > (0 if words else counts[int]) or not counts[int]:
         texts = [
             value if isinstance(value, NoLabel) else str(raw).strip()
             for value, raw in zip(found, values, strict=True)

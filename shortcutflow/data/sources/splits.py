@@ -52,6 +52,14 @@ def check_folders(names: Iterable[str], where: Path) -> None:
     names = sorted(names)
     found = {name: split for name in names if (split := split_of(name)) is not None}
     all_splits = len(names) > 1 and all(split_of(name, anywhere=True) for name in names)
+    alike: dict[str, dict[str, str]] = {}  # the rest of the name: seg_train, seg_test, seg_pred are splits too
+    for name in names:
+        if (split := split_of(name, anywhere=True)) is not None:
+            rest = _WORD.sub(lambda word: "" if word[0].lower() in _SPLIT_OF_WORD else word[0].lower(), name)
+            alike.setdefault(rest, {})[name] = split
+    for group in alike.values():
+        if len(set(group.values())) > 1:
+            found |= group
     if len(set(found.values())) > 1 or all_splits:
         chosen = sorted(found) or names
         raise ValueError(f"{where} holds the splits {', '.join(chosen)}: give one of them, such as {where / chosen[0]}")

@@ -168,7 +168,7 @@ def _size(file: Listed) -> int:
 
 
 def _text(file: Listed, read: Read) -> str:
-    return read(file).decode("utf-8", errors="replace").strip() if _size(file) <= LARGEST_LABEL else ""
+    return read(file).decode("utf-8-sig", errors="replace").strip() if _size(file) <= LARGEST_LABEL else ""
 
 
 def _json(file: Listed, read: Read) -> object:
