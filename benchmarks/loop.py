@@ -33,11 +33,11 @@ from benchmarks.record import device_name, print_rows, put_into_readme, write_re
 from shortcutflow.config import RunConfig, TrainingConfig
 from shortcutflow.data.shards import Sample, write_shards
 from shortcutflow.data.source import ShardsData
+from shortcutflow.distributed import World
 from shortcutflow.ema import Average
 from shortcutflow.network import BackboneConfig
 from shortcutflow.objectives.shortcut import ShortcutObjective
 from shortcutflow.train import loop
-from shortcutflow.train.distributed import World
 from shortcutflow.train.parts import build_parts, save, saver_for, tensors_of
 from shortcutflow.train.position import Position
 from shortcutflow.train.reporter import Reporter

@@ -31,13 +31,13 @@ import backbones
 from benchmarks.loop import CLASSES, LATENT, PAGE, Row, made_run
 from benchmarks.record import print_rows, put_into_readme, write_result
 from shortcutflow.config import RunConfig
+from shortcutflow.distributed import joined
 from shortcutflow.network import BackboneConfig
 from shortcutflow.sharded import local
-from shortcutflow.train.distributed import joined
+from shortcutflow.train.heartbeat import Heartbeat
 from shortcutflow.train.parts import Parts, build_parts
 from shortcutflow.train.position import Position
 from shortcutflow.train.step import backward_pass, update
-from shortcutflow.train.watchdog import Watchdog
 
 COPIES = {"weights": 1, "gradients": 1, "AdamW": 2, "average": 1}
 """float32 numbers that are kept for each parameter."""
@@ -119,10 +119,10 @@ def counted_bytes(folder: Path, processes: int) -> dict[str, int]:
 def count_here(folder: Path) -> None:
     """One process of them."""
     config = RunConfig.load(folder)
-    with joined("cpu", sharded=True) as world:
+    with joined("cpu", always_grouped=True) as world:
         parts = build_parts(config, world)
-        watchdog = Watchdog(folder, world.rank, world.size, 0)
-        reports = backward_pass(config, parts, world, next(parts.stream), Position(), 0, watchdog)
+        heartbeat = Heartbeat(folder, world.rank, world.size, 0)
+        reports = backward_pass(config, parts, world, next(parts.stream), Position(), 0, heartbeat)
         assert all(math.isfinite(report.loss.item()) for report in reports)
         del reports
         update(parts, 0, None)

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 import backbones
-from shortcutflow.train.distributed import AUTOCAST_LAYERS
+from shortcutflow.train.parallel import AUTOCAST_LAYERS
 
 BOOTSTRAP = 0.25
 """Share of bootstrap rows; each takes two evaluations more, by the target network."""

@@ -38,6 +38,8 @@ class TrainingConfig(BaseModel):
         accumulation: a process takes its share of a batch in so many equal parts, one after the other.
         precision: "bfloat16" runs the network under autocast; weights, gradients' sums, t and d stay float32.
         tf32: let float32 products on a GPU use its tensor cores, with 10 bits of mantissa.
+        deterministic: on a GPU, use kernels that repeat bit for bit, and refuse operators that have none. Slower, by
+            how much depends on the network; needless on a CPU.
         compile: run the network through torch.compile.
         gradient_checkpointing: run parts of the network again in the backward pass instead of keeping their insides;
             less memory, a third more time.
@@ -60,6 +62,7 @@ class TrainingConfig(BaseModel):
     accumulation: int = Field(default=1, ge=1)
     precision: Literal["float32", "bfloat16"] = "float32"
     tf32: bool = True
+    deterministic: bool = False
     compile: bool = False
     gradient_checkpointing: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"

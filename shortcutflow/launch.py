@@ -122,9 +122,9 @@ def _check_evaluation(config: RunConfig) -> None:
 
 def _evaluate(config: RunConfig, folder: Path) -> str:
     """Measure as the config says, on the device that the run was trained on; gives the table."""
-    from shortcutflow.train.distributed import pick_device
+    from shortcutflow.distributed import Rank
 
-    device = pick_device(config.training.device)
+    device = Rank.from_environment().device(config.training.device)
     if config.evaluation is not None and config.evaluation.kind == "policy":
         from shortcutflow.evaluation import policy
 

@@ -21,11 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import loop, memory, scaling
 from benchmarks.scaling_model import PLANS, Collective, Machine, Model, Plan, collectives, described, predicted
 from shortcutflow.data.stream import ShardStream
+from shortcutflow.distributed import World
 from shortcutflow.network import BackboneConfig
 from shortcutflow.objectives.shortcut import ShortcutObjective
 from shortcutflow.train import step
 from shortcutflow.train.checkpoint import Saver
-from shortcutflow.train.distributed import World
 from shortcutflow.train.parts import build_parts
 
 ROOT = Path(__file__).parent.parent

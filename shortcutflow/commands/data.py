@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from shortcutflow.data.autoencoder import DEFAULT_VAE
+from shortcutflow.distributed import Rank
 
 
 def prepare_command(
@@ -54,5 +54,5 @@ def prepare_command(
     except KeyboardInterrupt:
         print(f"\nstopped; the same command continues in {folder}", file=sys.stderr)
         raise typer.Exit(130) from None
-    if os.environ.get("RANK", "0") == "0":
+    if Rank.from_environment().number == 0:
         print(summary(manifest, folder))

@@ -89,7 +89,7 @@ def _evaluate(
     place: str, weights: str | None, by: dict[str, Any], asked: Any, sampling: dict[str, Any], out: Path | None,
     device: str | None,
 ) -> None:  # fmt: skip
-    from shortcutflow.data.ranks import Rank
+    from shortcutflow.distributed import Rank
     from shortcutflow.evaluation.evaluate import evaluate
     from shortcutflow.evaluation.features.protocols import open_protocol
     from shortcutflow.evaluation.report import report_path, table_of
@@ -115,7 +115,7 @@ def _make_stats(
     source: str, by: dict[str, Any], out: Path | None, device: str | None, batch_size: int, with_features: bool,
     raw: dict[str, Any],
 ) -> None:  # fmt: skip
-    from shortcutflow.data.ranks import Rank
+    from shortcutflow.distributed import Rank
     from shortcutflow.evaluation.features.protocols import open_protocol
     from shortcutflow.evaluation.parts_on_disk import WORK
     from shortcutflow.evaluation.pictures import open_pictures

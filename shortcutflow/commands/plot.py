@@ -161,7 +161,7 @@ def reconstruction_command(
 
 def _opened(place: str, weights: str | None, guidance_scale: float, device: str | None) -> tuple[Subject, Predictor]:
     """A run or a model, and how it is asked."""
-    from shortcutflow.data.ranks import Rank
+    from shortcutflow.distributed import Rank
     from shortcutflow.evaluation.drawing.predictor import Predictor
 
     subject = open_subject(place, weights, Rank().device(device))

@@ -44,7 +44,7 @@ def sample_command(
     device: Annotated[str | None, typer.Option(help="[default: a GPU if there is one]")] = None,
 ) -> None:
     """Sample a run or a model at several budgets into one picture."""
-    from shortcutflow.data.ranks import Rank
+    from shortcutflow.distributed import Rank
     from shortcutflow.evaluation.drawing.grids import save_picture
     from shortcutflow.evaluation.drawing.sheet import sample_sheet
 

@@ -39,11 +39,12 @@ from shortcutflow.data.preparation import (
     versions_of,
 )
 from shortcutflow.data.prepare import CROPS_IN_WORDS
-from shortcutflow.data.ranks import Rank, wait_for
+from shortcutflow.data.ranks import wait_for
 from shortcutflow.data.shards import shard_name, write_shard
 from shortcutflow.data.sources import open_source
 from shortcutflow.data.sources.readers import RawItem, RawSource
 from shortcutflow.data.stream import workers_to_spare
+from shortcutflow.distributed import Rank
 
 
 def prepare_latents(

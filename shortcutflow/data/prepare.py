@@ -28,12 +28,12 @@ from shortcutflow.data.preparation import (
     skipped_of,
     versions_of,
 )
-from shortcutflow.data.ranks import cores
 from shortcutflow.data.shard_workers import ShardTask, write_tasks
 from shortcutflow.data.shards import Skipped, Stored, WrittenShard, shard_name
 from shortcutflow.data.sources import open_source
 from shortcutflow.data.sources.labels import LabelChoice
 from shortcutflow.data.sources.readers import RawItem, RawSource, Reader
+from shortcutflow.distributed import cores
 
 LOSSLESS_UP_TO = 64
 """Largest side in pixels that is stored as PNG by default: there it is small, and JPEG's 8x8 blocks are large."""

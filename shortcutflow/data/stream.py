@@ -9,7 +9,6 @@ go on with another number of processes, or of workers, and see the very same glo
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -20,11 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from shortcutflow.data.ahead import OneAhead
 from shortcutflow.data.order import EpochOrder
-from shortcutflow.data.ranks import cores
 from shortcutflow.data.reader import DamagedSampleError, LostShardError, ShardReader
 from shortcutflow.data.remote import ShardFolder
 from shortcutflow.data.shards import Sample
 from shortcutflow.data.variation import Variation
+from shortcutflow.distributed import cores_per_process
 from shortcutflow.types import Batch, Share
 
 MOST_WORKERS = 8
@@ -189,8 +188,7 @@ class ShardStream:
 
 def workers_to_spare() -> int:
     """Cores of this process beside the one that trains, shared among the processes of this machine."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(MOST_WORKERS, cores() // here - 1))
+    return max(1, min(MOST_WORKERS, cores_per_process() - 1))
 
 
 class HostBatch(NamedTuple):

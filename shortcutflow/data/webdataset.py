@@ -24,10 +24,10 @@ from tqdm import tqdm
 from shortcutflow.data.images import Crop
 from shortcutflow.data.index import Index, IndexBuilder, read_index, write_index
 from shortcutflow.data.manifest import Manifest, ShardEntry
-from shortcutflow.data.ranks import Rank
 from shortcutflow.data.remote import ShardFolder, download, version_of, with_retries
 from shortcutflow.data.source import DataInfo, DataSettings
 from shortcutflow.data.webdataset_files import Fields, expand, is_url, scan
+from shortcutflow.distributed import Rank
 from shortcutflow.io.atomic import locked, sync, unfinished_name, write_whole
 
 SCAN_THREADS = 8

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import save
 
-from shortcutflow.data.ranks import Rank
+from shortcutflow.distributed import Rank
 from shortcutflow.evaluation.distances.statistics import Moments, Statistics
 from shortcutflow.evaluation.probe import Probe
 from shortcutflow.evaluation.together import Team

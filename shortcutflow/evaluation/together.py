@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import NamedTuple
 
-from shortcutflow.data.ranks import Rank
-from shortcutflow.train.meeting import fresh_store
+import torch
 
-PATIENCE = timedelta(days=7)
-"""A part may take hours longer on one device than on another. If a process dies, its launcher ends the others."""
+from shortcutflow.distributed import NEVER, Rank, process_group
 
 
 class Team(NamedTuple):
@@ -41,17 +38,7 @@ def meeting(rank: Rank) -> Iterator[Team]:
     if rank.world_size == 1:
         yield Team(rank)
         return
-    # Imported here: it takes half a second that one process need not spend.
-    import torch.distributed as dist
-
-    # On the CPU only: nothing but the waiting goes through it.
-    store = fresh_store(rank.number, rank.world_size)
-    dist.init_process_group("gloo", store=store, rank=rank.number, world_size=rank.world_size, timeout=PATIENCE)
-
-    def wait() -> None:
-        dist.barrier()
-
-    try:
-        yield Team(rank, wait)
-    finally:
-        dist.destroy_process_group()
+    # On the CPU only: nothing but the waiting goes through it. A part may take hours longer on one device than on
+    # another; if a process dies, its launcher ends the others.
+    with process_group(rank, "gloo", NEVER):
+        yield Team(rank, torch.distributed.barrier)

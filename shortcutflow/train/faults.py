@@ -8,9 +8,9 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from shortcutflow.distributed import World
 from shortcutflow.train import checkpoint
 from shortcutflow.train.checkpoint import Saver, SavingError
-from shortcutflow.train.distributed import World
 from shortcutflow.types import Batch, LossReport
 
 MOST_SKIPPED_IN_A_ROW = 20

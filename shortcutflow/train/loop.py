@@ -7,22 +7,23 @@ import math
 import os
 import sys
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from shortcutflow.config import CONFIG_FILE, RunConfig
+from shortcutflow.distributed import NEVER, Rank, World, joined
 from shortcutflow.evaluation.decoded import ImageDecoder
 from shortcutflow.evaluation.runs import CHECKPOINTS, write_weights
 from shortcutflow.io.atomic import require_absent
 from shortcutflow.train import checkpoint
 from shortcutflow.train.checkpoint import Checkpoint
-from shortcutflow.train.distributed import World, joined
 from shortcutflow.train.faults import BadSteps, NonFiniteError
-from shortcutflow.train.hang import clear_beats
+from shortcutflow.train.heartbeat import SLOW_FACTOR, Heartbeat, clear_beats
 from shortcutflow.train.metrics import METRICS_FILE, MetricsLog
+from shortcutflow.train.numerics import switches
 from shortcutflow.train.optim import clip_gradients, set_lr
 from shortcutflow.train.parts import (
     Parts,
@@ -37,7 +38,6 @@ from shortcutflow.train.position import Position
 from shortcutflow.train.reporter import Reporter
 from shortcutflow.train.signals import StoppedBySignal, StopRequest
 from shortcutflow.train.step import agree, backward_pass, update
-from shortcutflow.train.watchdog import Watchdog
 
 RANKS = "ranks"
 """The folder of a run where each process leaves its signs of life."""
@@ -66,9 +66,16 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False) -> None:
         ValueError: for parts that do not fit together, or a folder that holds a run which is not to be continued.
     """
     settings = config.training
+    rank = Rank.from_environment()
     with ExitStack() as stack:
-        world = stack.enter_context(joined(settings.device, sharded=settings.parallel == "fsdp"))
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
+        stack.enter_context(switches(tf32=settings.tf32, deterministic=settings.deterministic))
+        # Left last: what ends a run can hang too.
+        heartbeat = Heartbeat(run_dir / RANKS, rank.number, rank.world_size, settings.hang_timeout)
+        stack.push(heartbeat)
+        # The heartbeat, which names the rank at fault, speaks before a collective gives up.
+        timeout = timedelta(seconds=2 * SLOW_FACTOR * settings.hang_timeout) or NEVER
+        grouped = settings.parallel == "fsdp"
+        world = stack.enter_context(joined(settings.device, always_grouped=grouped, timeout=timeout))
         last = agreed_start(run_dir, world, resume=resume)
         # A run that cannot be built leaves no folder behind, and one that cannot go on leaves its own as it was.
         parts = build_parts(config, world, last)
@@ -81,7 +88,9 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False) -> None:
             config.save(run_dir)
             clear_beats(run_dir / RANKS)
         world.wait_for_all()
-        _run_steps(config, run_dir, parts, world, stack, position)
+        heartbeat.start()
+        stack.push(heartbeat.failed)
+        _run_steps(config, run_dir, parts, world, heartbeat, stack, position)
         if world.is_first:
             write_weights(run_dir)
 
@@ -130,8 +139,9 @@ def _keep_metrics(run_dir: Path) -> None:
 
 
 def _run_steps(
-    config: RunConfig, run_dir: Path, parts: Parts, world: World, stack: ExitStack, position: Position
-) -> None:
+    config: RunConfig, run_dir: Path, parts: Parts, world: World, heartbeat: Heartbeat, stack: ExitStack,
+    position: Position,
+) -> None:  # fmt: skip
     """Optimizer steps from where the run is; what is opened for them is closed with the stack."""
     settings, checkpoints, start = config.training, run_dir / CHECKPOINTS, position.step
     log = stack.enter_context(MetricsLog(run_dir, resume_at=start)) if world.is_first else None
@@ -140,23 +150,22 @@ def _run_steps(
         stop=settings.on_non_finite == "stop", skipped=position.skipped_steps, world=world, saver=saver
     )
     stop = stack.enter_context(StopRequest())
-    watchdog = stack.enter_context(Watchdog(run_dir / RANKS, world.rank, world.size, settings.hang_timeout))
     bar = stack.enter_context(_progress_bar(start, settings.steps, shown=world.is_first))
     reporter, decoder = Reporter(config, parts, world, position), ImageDecoder(parts.info, world.device)
 
     for step in range(start, settings.steps):
         done, is_last = step + 1, step + 1 == settings.steps
         logs_now = is_last or done % settings.log_every == 0
-        watchdog.beat(step, "data")
+        heartbeat.beat(step, "data")
         reporter.start_step()
         batch = next(parts.stream)
         reporter.got_data()
 
         set_lr(parts.optimizer, config.optimizer.lr_at(step, settings.steps))
-        reports = backward_pass(config, parts, world, batch, position, step, watchdog)
+        reports = backward_pass(config, parts, world, batch, position, step, heartbeat)
         grad_norm = clip_gradients(parts.optimizer, config.optimizer.max_grad_norm)
 
-        watchdog.beat(step, "step")
+        heartbeat.beat(step, "step")
         is_bad, stopping = agree(world, reports, grad_norm, stop.requested is not None)
         if is_bad:
             said = bad_steps.skip_or_stop(step, batch, reports, grad_norm)
@@ -170,17 +179,17 @@ def _run_steps(
         bar.update()
 
         if logs_now:
-            watchdog.beat(step, "log")
+            heartbeat.beat(step, "log")
             numbers = reporter.take(done, bad_steps.skipped)
             if log is not None:
                 log.numbers(done, numbers)
                 bar.set_postfix_str(f"loss {numbers.get('loss', math.nan):.3f}", refresh=False)
         save_snapshots(config, parts, run_dir, done, first=world.is_first)
         if is_last or stopping or (settings.checkpoint_every and done % settings.checkpoint_every == 0):
-            watchdog.beat(step, "save")
+            heartbeat.beat(step, "save")
             save(config, parts, saver, position, done, bad_steps.skipped)
         if shows_grid(config, done):
-            watchdog.beat(step, "evaluate")
+            heartbeat.beat(step, "evaluate")
             made = training_pictures(config, parts.weights(config.sample_weights), world.device)
             if log is not None:
                 for name, pixels in save_pictures(config, made, run_dir, done, decoder).items():

@@ -21,7 +21,7 @@ class OptimizerConfig(BaseModel):
         betas, eps: of Adam.
         weight_decay: of all parameters, biases and tables included.
         warm_up_steps: steps over which the learning rate rises linearly from 0.
-        schedule: "constant", or "cosine" down to 0 at the last step.
+        schedule: "constant", or "cosine" down to 0, which the step after the last one would have.
         max_grad_norm: gradients of a larger norm are scaled down to it; None never.
     """
 

@@ -14,6 +14,7 @@ from shortcutflow import __version__
 from shortcutflow.config import CURRENT, RunConfig, check_rows
 from shortcutflow.data.source import DataInfo
 from shortcutflow.data.stream import BatchStream
+from shortcutflow.distributed import World
 from shortcutflow.ema import Average, PowerAverageConfig, copy_weights
 from shortcutflow.posthoc import write_snapshot
 from shortcutflow.sharded import whole
@@ -26,8 +27,8 @@ from shortcutflow.train.checkpoint import (
     average_group,
     optimizer_tensors,
 )
-from shortcutflow.train.distributed import World, replicate, shard, summed_over_shards
 from shortcutflow.train.optim import UpdateNorms, build_optimizer
+from shortcutflow.train.parallel import mesh_of, replicate, shard, summed_over_shards
 from shortcutflow.train.position import Position
 from shortcutflow.train.speed import forward_flops
 from shortcutflow.train.starts import load_start, new_teacher, open_teacher
@@ -110,8 +111,9 @@ def build_parts(config: RunConfig, world: World, last: Checkpoint | None = None)
         for each in every:
             _compile_units(each, config.backbone.name)
     if sharded:
+        mesh = mesh_of(world, settings.shard_group)
         for each in every:
-            shard(each, world, shard_group=settings.shard_group, bfloat16=settings.precision == "bfloat16")
+            shard(each, mesh, bfloat16=settings.precision == "bfloat16")
     optimizer = build_optimizer(network.parameters(), config.optimizer)
     target = network if config.target_weights == CURRENT else averages[config.target_weights].network
     called: list[Any] = [network, target, teacher]
@@ -178,7 +180,7 @@ def saver_for(config: RunConfig, checkpoints: Path, world: World) -> Saver:
     """Writes the run's checkpoints."""
     settings = config.training
     return Saver(
-        checkpoints, first=world.is_first, group=world.saving,
+        checkpoints, first=world.is_first, group=world.cpu_group,
         keep=settings.keep_checkpoints, keep_every=settings.keep_checkpoint_every,
     )  # fmt: skip
 

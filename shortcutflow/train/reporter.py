@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shortcutflow.config import RunConfig
-from shortcutflow.train.distributed import World
+from shortcutflow.distributed import World
 from shortcutflow.train.metrics import RunningMeans
 from shortcutflow.train.parts import Parts
 from shortcutflow.train.position import Position

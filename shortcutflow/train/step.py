@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from shortcutflow.config import RunConfig
+from shortcutflow.distributed import World
 from shortcutflow.seeds import generator_for
-from shortcutflow.train.distributed import World
 from shortcutflow.train.faults import mean_loss
+from shortcutflow.train.heartbeat import Heartbeat
 from shortcutflow.train.optim import UpdateNorms
 from shortcutflow.train.parts import Parts, gradients, refresh_teacher
 from shortcutflow.train.position import Position
-from shortcutflow.train.watchdog import Watchdog
 from shortcutflow.types import Batch, LossReport, Share
 
 
 def backward_pass(
-    config: RunConfig, parts: Parts, world: World, batch: Batch, position: Position, step: int, watchdog: Watchdog
+    config: RunConfig, parts: Parts, world: World, batch: Batch, position: Position, step: int, heartbeat: Heartbeat
 ) -> list[LossReport]:
     """Leave the gradient of the global batch's mean loss in the network; gives a report for each part of the batch.
 
@@ -28,7 +28,7 @@ def backward_pass(
     refresh_teacher(config, parts, position, step)
     settings, reports = config.training, []
     for part in range(settings.accumulation):
-        watchdog.beat(step, "objective")
+        heartbeat.beat(step, "objective")
         rows = slice(part, None, settings.accumulation)
         share = Share(world.rank + part * world.size, world.size * settings.accumulation)
         draws = generator_for(config.seed, "objective", step=step, device=world.device)
@@ -41,7 +41,7 @@ def backward_pass(
                     progress=position.progress_at(step, settings.steps),
                     null_y=parts.info.null_y, generator=draws, share=share,
                 )  # fmt: skip
-            watchdog.beat(step, "backward")
+            heartbeat.beat(step, "backward")
             (report.loss / settings.accumulation).backward()
         reports.append(report)
     return reports

@@ -24,13 +24,13 @@ from shortcutflow.data.latent_encoder import encode_pictures
 from shortcutflow.data.latents import prepare_latents
 from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.prepare import prepare
-from shortcutflow.data.ranks import Rank
 from shortcutflow.data.reader import ShardReader
 from shortcutflow.data.remote import ShardFolder
 from shortcutflow.data.shards import Sample
 from shortcutflow.data.sources import open_source
 from shortcutflow.data.sources.readers import RawSource
 from shortcutflow.data.stream import ShardStream
+from shortcutflow.distributed import Rank
 from tests.data.test_autoencoder import tiny_network
 
 OPTIONS: dict[str, Any] = {

@@ -15,9 +15,9 @@ import pytest
 
 from shortcutflow.data.preparation import only_one
 from shortcutflow.data.prepare import prepare
-from shortcutflow.data.ranks import cores
 from shortcutflow.data.shard_workers import ShardTask, WorkerDiedError, write_tasks
 from shortcutflow.data.shards import Stored
+from shortcutflow.distributed import cores
 from tests.data.pictures import CLASSES, files_of, picture, pictures, write_files
 
 PACKAGE_ROOT = str(Path(__file__).parents[2])

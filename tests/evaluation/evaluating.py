@@ -15,8 +15,8 @@ from torch import Tensor
 from recipes.digits import recipe
 from shortcutflow.config import RunConfig, with_overrides
 from shortcutflow.data.digits import DigitsData
-from shortcutflow.data.ranks import Rank
 from shortcutflow.data.source import DataInfo
+from shortcutflow.distributed import Rank
 from shortcutflow.evaluation.evaluate import Asked, evaluate
 from shortcutflow.evaluation.features.protocols import open_protocol
 from shortcutflow.evaluation.runs import load_run

@@ -192,6 +192,12 @@ def nan_from_third(at: Moment, batch: Batch) -> None:
         batch.data.fill_(float("nan"))
 
 
+def error_in_one(at: Moment, batch: Batch) -> None:
+    """The last rank, and no other, meets a defect in step 2."""
+    if at.last_rank and at.number == 2:
+        raise ValueError("a defect")
+
+
 def kill(at: Moment, batch: Batch) -> None:
     """The last rank is killed in step 5, once the checkpoint of step 3 is whole."""
     if at.last_rank and at.number == 5:
@@ -219,7 +225,7 @@ def terminate(at: Moment, batch: Batch) -> None:
 
 
 FAULTS: dict[str, Callable[[Moment, Batch], None]] = {
-    fault.__name__: fault for fault in (nan_in_one, nan_from_third, kill, kill_once, terminate)
+    fault.__name__: fault for fault in (error_in_one, nan_in_one, nan_from_third, kill, kill_once, terminate)
 }
 STALE_AVERAGE = "stale_average"
 """The fault that sharded averages are prone to: their outermost weights stay gathered, so targets never change."""

@@ -11,6 +11,7 @@ import torch
 
 from shortcutflow.data.digits import write_digits
 from shortcutflow.data.stream import ShardStream
+from shortcutflow.distributed import joined
 from shortcutflow.objectives.shortcut import ShortcutObjective
 from shortcutflow.train import checkpoint
 from shortcutflow.train.faults import MOST_SKIPPED_IN_A_ROW, NonFiniteError
@@ -134,6 +135,17 @@ def test_too_many_skipped_in_a_row_stop(tmp_path: Path, shards: Path, monkeypatc
     assert str(caught.value).startswith(f"step {50 + most}: not finite")
 
 
+def test_waiting_for_all_is_a_barrier_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reduction on a GPU's group returns before the others have come."""
+    groups: list[object] = []
+    with joined("cpu", always_grouped=True) as world:
+        monkeypatch.setattr(torch.distributed, "barrier", lambda group: groups.append(group))
+        monkeypatch.setattr(torch.distributed, "all_reduce", None)
+        world.wait_for_all()
+    assert groups == [world.cpu_group]
+    assert not torch.distributed.is_initialized()
+
+
 def test_one_rank_alone(tmp_path: Path, shards: Path) -> None:
     """Data of rank 1 is not finite: both ranks stop at the same step, or skip it, and the message names rank 1."""
     kinds = [(parallel, kind) for parallel in ("ddp", "fsdp") for kind in ("stop", "skip")]
@@ -147,7 +159,11 @@ def test_one_rank_alone(tmp_path: Path, shards: Path) -> None:
     ]  # fmt: skip
     endless = tiny(shards, "training.on_non_finite=skip", "training.steps=50")
     jobs.append(Job.of(endless, tmp_path / "endless", fault="nan_from_third"))
-    *done, stopped = outcomes(jobs, tmp_path / "launch", processes=2)
+    # The last one: a process that failed and lives on keeps its connections, so the other would not see it end.
+    jobs.append(Job.of(tiny(shards), tmp_path / "defect", fault="error_in_one"))
+    *done, stopped, (first, second) = outcomes(jobs, tmp_path / "launch", processes=2)
+    assert (second.error, second.message) == ("ValueError", "a defect")
+    assert (first.error, first.message) == ("PeerError", "rank 1 failed: ValueError: a defect")
     for (parallel, kind), ranks in zip(kinds, done, strict=True):
         run_dir = tmp_path / f"{parallel} {kind}"
         if kind == "stop":

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +18,10 @@ from shortcutflow.config import RunConfig, with_overrides
 from shortcutflow.data.digits import DigitsData
 from shortcutflow.data.source import DataInfo
 from shortcutflow.evaluation.runs import WEIGHTS_FILE, load_run
+from shortcutflow.train import loop
 from shortcutflow.train.loop import train
 from shortcutflow.train.metrics import METRICS_FILE, MetricsLog, read_metrics
+from tests.backbones_contract.cases import cases
 from tests.train.launched import tensors
 
 
@@ -130,3 +135,57 @@ def test_steps_do_not_ask_the_data_what_it_is(tmp_path: Path, shards: Path, monk
     few = len(calls)
     train(tiny(shards, "training.steps=9"), tmp_path / "long")
     assert len(calls) - few == few
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_switches_are_put_back(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """A run sets how PyTorch computes, and leaves the process as it found it, also after an error."""
+
+    def state() -> tuple[object, ...]:
+        conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+        matmul = torch.backends.cuda.matmul
+        return matmul.fp32_precision, conv.fp32_precision, torch.are_deterministic_algorithms_enabled()
+
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before, during = state(), []
+    built = loop.build_parts
+
+    def watched(*args: Any) -> Any:
+        during.append(state())
+        if fails:
+            raise ZeroDivisionError
+        return built(*args)
+
+    monkeypatch.setattr(loop, "build_parts", watched)
+    for tf32, deterministic in ((True, False), (False, True)):
+        switches = (f"training.tf32={json.dumps(tf32)}", f"training.deterministic={json.dumps(deterministic)}")
+        config = tiny(shards, "training.steps=1", "training.grid_steps=[1]", *switches)
+        with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+            train(config, tmp_path / str(tf32))
+        assert state() == before
+    assert during == [("tf32", "tf32", False), ("ieee", "ieee", True)]
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+@pytest.mark.parametrize("name", sorted({case.name for case in cases()}))
+def test_targets_inside_autocast_cost_no_gradient(name: str) -> None:
+    """One module makes targets without a gradient and is then trained, in one block: autocast caches its casts."""
+    case = next(case for case in cases() if case.name == name)
+    net = case.build()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    x, t, d, y = case.inputs()
+    gradients = []
+    for inside in (True, False):
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16) if inside else nullcontext():
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                v = net(x, t, d, y).float()
+            with torch.autocast("cpu", torch.bfloat16):
+                (net(x, t, d, y) - v - 1).square().mean().backward()
+        gradients.append([p.grad.clone() if p.grad is not None else None for p in net.parameters()])
+    assert any(g is not None and g.abs().max() > 0 for g in gradients[0])
+    for one, other in zip(*gradients, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from shortcutflow.config import RunConfig, with_overrides
+from shortcutflow.distributed import World
 from shortcutflow.evaluation.runs import load_run
 from shortcutflow.launch import Options, run_recipe, smoke
-from shortcutflow.train.distributed import World
 from shortcutflow.train.loop import agreed_start, train
 from shortcutflow.train.metrics import read_metrics
 from shortcutflow.train.position import Position
@@ -40,7 +40,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         (["optimizer.betas=[2,3]"], "optimizer.betas.0: Input should be less than 1"),
         (["training.accumulation=8"], "1 bootstrap rows|2 bootstrap rows"),
         (["data.kind=shards", "data.folder=nowhere"], "nowhere"),
-        (["training.device=cuda"], "no GPU"),
+        (["training.device=cuda"], "this machine has 0 GPUs"),
         (["backbone.options.width=24", "backbone.options.heads=2"], "is \\(16"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

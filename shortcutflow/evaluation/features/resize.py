@@ -11,7 +11,6 @@ tensorflow_1     bilinear (TF 1)         i m / n                     no         
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,6 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from shortcutflow.distributed import cores_per_process
 
 MOST_WORKERS = 16
 Prepare = Callable[[np.ndarray], Tensor]
@@ -66,9 +67,7 @@ def on_threads(resize: Callable[[np.ndarray], np.ndarray], workers: int) -> Prep
 
 def default_workers() -> int:
     """Threads that resize: the cores this process may use, shared with the other processes that torchrun started."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(MOST_WORKERS, cores // here))
+    return min(MOST_WORKERS, cores_per_process())
 
 
 def unresized(images: np.ndarray) -> Tensor:

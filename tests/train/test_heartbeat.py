@@ -1,4 +1,4 @@
-"""The watchdog names the rank that holds up the others, and nobody while all move."""
+"""The heartbeat names the rank that holds up the others, and nobody while all move."""
 
 from __future__ import annotations
 
@@ -13,19 +13,27 @@ from typing import Any
 
 import pytest
 
-from shortcutflow.train import hang
-from shortcutflow.train.hang import FINISHED, Beat, clear_beats, overdue, report_of
-from shortcutflow.train.watchdog import HANG_EXIT_CODE, SLOW_FACTOR, Watchdog
+from shortcutflow.train import heartbeat
+from shortcutflow.train.heartbeat import (
+    FINISHED,
+    HANG_EXIT_CODE,
+    SLOW_FACTOR,
+    Beat,
+    Heartbeat,
+    clear_beats,
+    overdue,
+    report_of,
+)
 
 # The package without its __init__, which would load torch: these processes start in no time.
 PRELUDE = f"""
 import sys, time, types
 from pathlib import Path
 package = types.ModuleType("shortcutflow")
-package.__path__ = [{str(Path(hang.__file__).parents[1])!r}]
+package.__path__ = [{str(Path(heartbeat.__file__).parents[1])!r}]
 sys.modules["shortcutflow"] = package
-from shortcutflow.train import watchdog
-from shortcutflow.train.watchdog import Watchdog
+from shortcutflow.train import heartbeat
+from shortcutflow.train.heartbeat import Heartbeat
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
 """
 # Backward waits for the other rank's mark, as a collective does.
@@ -38,7 +46,7 @@ def wait_for_both(step):
 def sleeps_here():
     time.sleep(60)
 
-with Watchdog(folder, rank, 2, 1.0) as dog:
+with Heartbeat(folder, rank, 2, 1.0) as dog:
     for step in range(3):
         dog.beat(step, "data")
         if rank == 1 and step == 2:
@@ -92,8 +100,8 @@ def test_rank_that_never_starts_is_named(tmp_path: Path) -> None:
 def test_stuck_thread_is_ended_too(tmp_path: Path) -> None:
     """The folder's file system no longer answers: the stacks are still printed and the process still ends."""
     stuck = """
-watchdog.hang.write_beat = lambda path, beat: time.sleep(60)
-with Watchdog(folder, 0, 1, 0.1) as dog:
+heartbeat.write_beat = lambda path, beat: time.sleep(60)
+with Heartbeat(folder, 0, 1, 0.1) as dog:
     dog.beat(0, "data")
     time.sleep(60)
 """
@@ -109,7 +117,7 @@ def run_slowly(tmp_path: Path, timeout_s: float, pause_s: float) -> list[str]:
     meet = threading.Barrier(2)
 
     def rank(number: int) -> None:
-        with Watchdog(tmp_path, number, 2, timeout_s, reports.append) as dog:
+        with Heartbeat(tmp_path, number, 2, timeout_s, reports.append) as dog:
             for step in range(2):
                 for phase in ("data", "objective", "backward"):
                     time.sleep(pause_s * number)
@@ -142,7 +150,7 @@ def test_slow_phases_have_longer(tmp_path: Path, phase: Any) -> None:
     """0.6 s at 0.1 s allowed: a hang in backward, none while saving or evaluating."""
     assert SLOW_FACTOR == 10
     reports: list[str] = []
-    with Watchdog(tmp_path, 0, 1, 0.1, reports.append) as dog:
+    with Heartbeat(tmp_path, 0, 1, 0.1, reports.append) as dog:
         dog.beat(0, "data")
         dog.beat(1, phase)
         time.sleep(0.6)
@@ -151,7 +159,7 @@ def test_slow_phases_have_longer(tmp_path: Path, phase: Any) -> None:
 
 def test_first_step_has_longer(tmp_path: Path) -> None:
     reports: list[str] = []
-    with Watchdog(tmp_path, 0, 1, 0.1, reports.append) as dog:
+    with Heartbeat(tmp_path, 0, 1, 0.1, reports.append) as dog:
         dog.beat(40, "backward")  # resumed at step 40, and compiling
         time.sleep(0.6)
     assert reports == []
@@ -159,7 +167,7 @@ def test_first_step_has_longer(tmp_path: Path) -> None:
 
 def test_switched_off(tmp_path: Path) -> None:
     before = threading.active_count()
-    with Watchdog(tmp_path / "none", 0, 1, 0) as dog:
+    with Heartbeat(tmp_path / "none", 0, 1, 0) as dog:
         dog.beat(0, "data")
         assert threading.active_count() == before
     assert not (tmp_path / "none").exists()
@@ -167,7 +175,7 @@ def test_switched_off(tmp_path: Path) -> None:
 
 def test_file_is_written_only_on_change_and_ends_finished(tmp_path: Path) -> None:
     path = tmp_path / "rank_00003.json"
-    with Watchdog(tmp_path, 3, 4, 2.0, print) as dog:
+    with Heartbeat(tmp_path, 3, 4, 2.0, print) as dog:
         for step in range(20_000):
             dog.beat(step, "log")
         time.sleep(0.8)
@@ -181,7 +189,7 @@ def test_file_is_written_only_on_change_and_ends_finished(tmp_path: Path) -> Non
 
 
 def test_beat_costs_less_than_two_microseconds(tmp_path: Path) -> None:
-    with Watchdog(tmp_path, 0, 1, 60) as dog:
+    with Heartbeat(tmp_path, 0, 1, 60) as dog:
         seconds = min(timeit.repeat(lambda: dog.beat(5, "backward"), number=10_000, repeat=10)) / 10_000
     assert seconds < 2e-6
 
@@ -211,13 +219,13 @@ def test_who_is_named(case: str) -> None:
 
 def test_the_rank_at_fault_speaks_first(tmp_path: Path) -> None:
     """The others wait two ticks of 0.25 s more, or its stack might be lost when the launcher ends all."""
-    dog = Watchdog(tmp_path, 0, 2, 1.0)
+    dog = Heartbeat(tmp_path, 0, 2, 1.0)
     dog.beat(7, "backward")
-    hang.write_beat(tmp_path / "rank_00001.json", beat(7, "data", time.time() - 10.1))
+    heartbeat.write_beat(tmp_path / "rank_00001.json", beat(7, "data", time.time() - 10.1))
     report, wait_s = dog._look()
     assert report == ""
     assert 0 < wait_s <= 0.4
-    hang.write_beat(tmp_path / "rank_00001.json", beat(7, "data", time.time() - 10.6))
+    heartbeat.write_beat(tmp_path / "rank_00001.json", beat(7, "data", time.time() - 10.6))
     assert ": rank 1: " in dog._look()[0]
 
 
@@ -232,8 +240,25 @@ def test_report_says_when_nobody_can_be_told() -> None:
 
 def test_impossible_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="timeout_s is -1"):
-        Watchdog(tmp_path, 0, 1, -1)
+        Heartbeat(tmp_path, 0, 1, -1)
     with pytest.raises(ValueError, match=r"rank is 2 of 2; it must be 0 \.\.\. 1"):
-        Watchdog(tmp_path, 2, 2, 1)
+        Heartbeat(tmp_path, 2, 2, 1)
     with pytest.raises(ValueError, match="unknown phase 'forward'; known: data, objective"):
-        Watchdog(tmp_path, 0, 1, 0).beat(0, "forward")  # type: ignore[arg-type]
+        Heartbeat(tmp_path, 0, 1, 0).beat(0, "forward")  # type: ignore[arg-type]
+
+
+def test_a_failure_ends_the_others_long_before_the_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 waits in a collective that rank 1, which failed, will never enter; the report has rank 1's message."""
+    monkeypatch.setattr(heartbeat, "GRACE_S", 0.1)
+    reports: list[str] = []
+    with Heartbeat(tmp_path, 0, 2, 60.0, reports.append) as waiting:
+        waiting.beat(1, "backward")
+        failing = Heartbeat(tmp_path, 1, 2, 60.0)
+        with failing:
+            failing.beat(1, "data")
+            failing.failed(ZeroDivisionError, ZeroDivisionError("a defect"), None)
+        time.sleep(2.5)
+    assert len(reports) == 1
+    assert reports[0].startswith("rank 1 failed: ZeroDivisionError: a defect")
+    clear_beats(tmp_path)
+    assert not (tmp_path / heartbeat.FAILED).exists(), "an attempt does not see the failure of the one before"

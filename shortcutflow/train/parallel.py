@@ -1,0 +1,88 @@
+"""A network as several processes hold it: sharded (FSDP2), or replicated (DDP)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from shortcutflow.distributed import World
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+AUTOCAST_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+"""Layers whose weights autocast rounds to bfloat16 in any case."""
+
+
+def mesh_of(world: World, shard_group: int | None) -> DeviceMesh:
+    """The processes as a mesh of replicas and shards; one for all networks, as each mesh makes communicators.
+
+    Args:
+        world: the processes.
+        shard_group: processes that hold one copy together; None: all.
+
+    Raises:
+        ValueError: if shard_group does not divide the number of processes.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    group = shard_group or world.size
+    if world.size % group:
+        raise ValueError(f"training.shard_group is {group}: it must divide the {world.size} processes")
+    if group == world.size:
+        mesh = init_device_mesh(world.device.type, (group,))
+    else:
+        mesh = init_device_mesh(world.device.type, (world.size // group, group), mesh_dim_names=("replicas", "shards"))
+    world.groups.extend(mesh.get_all_groups())
+    return mesh
+
+
+def shard(network: nn.Module, mesh: DeviceMesh, *, bfloat16: bool) -> None:
+    """Shard a network in place with FSDP2: each unit of its ``shard_plan`` by itself, the rest together.
+
+    Units travel in bfloat16 if all their weights belong to layers that autocast would round anyway, so the numbers are
+    those of an unsharded run.
+
+    Args:
+        network: not compiled yet, or compiled block by block.
+        mesh: from :func:`mesh_of`.
+        bfloat16: whether training runs under autocast.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    rounded = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    exact = MixedPrecisionPolicy(cast_forward_inputs=False)
+    units: list[nn.Module] = network.shard_plan() if hasattr(network, "shard_plan") else []  # type: ignore[operator]
+    for unit in units:
+        fully_shard(unit, mesh=mesh, mp_policy=rounded if bfloat16 and _rounded_by_autocast(unit) else exact)
+    # The average is called without a backward pass: were its outermost weights kept after a call, the next one would
+    # not see that they have been updated.
+    fully_shard(network, mesh=mesh, mp_policy=exact, reshard_after_forward=True)
+
+
+def _rounded_by_autocast(unit: nn.Module) -> bool:
+    owners = (module for module in unit.modules() if next(module.parameters(recurse=False), None) is not None)
+    return all(isinstance(module, AUTOCAST_LAYERS) for module in owners)
+
+
+def summed_over_shards(world: World, *, sharded: bool, shard_group: int | None) -> Callable[[Tensor], Tensor]:
+    """What adds sums over this process's weights up to sums over all weights, each counted once."""
+    if not sharded:
+        return lambda values: values
+    copies = world.size // (shard_group or world.size)
+    return lambda values: world.sum(values) / copies
+
+
+def replicate(network: nn.Module, world: World) -> nn.Module:
+    """The network in DistributedDataParallel, which adds up the gradients of all processes during the backward pass."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    with warnings.catch_warnings():
+        # Newer versions have another name for broadcast_buffers, which older ones do not know.
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
