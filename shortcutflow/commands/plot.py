@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shortcutflow.commands.subjects import open_subject
+from shortcutflow.commands.subjects import check_out, open_subject
 from shortcutflow.data.source import DataSettings, ShardsData
-from shortcutflow.io.atomic import require_ours
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,7 +46,7 @@ def quality_command(
     from shortcutflow.evaluation.drawing.curves import SUFFIXES, draw_quality, save_figure
     from shortcutflow.evaluation.drawing.quality import find_report, read_report
 
-    _check_out(out, SUFFIXES)
+    check_out(out, SUFFIXES)
     reports = [read_report(find_report(run, protocol=protocol)) for run in runs]
     save_figure(draw_quality(reports, metric=metric), out)
     print(f"{out}: {', '.join(str(report.file) for report in reports)}")
@@ -205,17 +204,8 @@ def _labels_in(batch: Batch, subject: Subject) -> Tensor | None:
 
 def _checked(out: Path | None, kind: str) -> Path:
     out = Path(f"{kind}.png") if out is None else out
-    _check_out(out, (".png",))
+    check_out(out, (".png",))
     return out
-
-
-def _check_out(out: Path, suffixes: tuple[str, ...]) -> None:
-    """Before any work: the file can be written, as what its name says."""
-    if out.suffix.lower() not in suffixes:
-        raise ValueError(f"--out must name a {' or '.join(suffixes)} file, got {out}")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
-    require_ours(out)
 
 
 def _or(count: int | None, labels: list[int] | None, default: int) -> int | None:

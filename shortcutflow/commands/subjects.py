@@ -1,9 +1,11 @@
-"""Networks as commands name them: a run, a folder of runs, a model's folder, or a hub id."""
+"""What commands share: networks as they name them (a run, a folder of runs, a model's folder, a hub id), and --out."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from shortcutflow.io.atomic import require_ours
 
 if TYPE_CHECKING:
     from shortcutflow.evaluation.subject import Subject
@@ -45,3 +47,12 @@ def _subject_of_model(place: str, model: Model, device: Any) -> Subject:
         null_y=config.null_y, flow_only=config.flow_only, sampler=config.sampler,
         folder=Path(place) if Path(place).is_dir() else None,
     )  # fmt: skip
+
+
+def check_out(out: Path, suffixes: tuple[str, ...]) -> None:
+    """Before any work: the file can be written, as what its name says."""
+    if out.suffix.lower() not in suffixes:
+        raise ValueError(f"--out must name a {' or '.join(suffixes)} file, got {out}")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
+    require_ours(out)

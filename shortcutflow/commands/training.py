@@ -9,9 +9,9 @@ import typer
 
 import shortcutflow
 from shortcutflow.commands.recipes import DryRun, ObjectiveName, Overrides, Resume, RunDir, Smoke, load_recipe
-from shortcutflow.commands.subjects import open_subject
+from shortcutflow.commands.subjects import check_out, open_subject
 from shortcutflow.config import RunConfig
-from shortcutflow.io.atomic import atomic_file, require_ours
+from shortcutflow.io.atomic import atomic_file
 from shortcutflow.launch import Options, run_recipe
 
 
@@ -48,11 +48,7 @@ def sample_command(
     from shortcutflow.evaluation.drawing.grids import save_picture
     from shortcutflow.evaluation.drawing.sheet import sample_sheet
 
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"--out must name a .png file, got {out}")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
-    require_ours(out)
+    check_out(out, (".png",))
     subject = open_subject(model, weights, Rank().device(device))
     picture = sample_sheet(
         subject, budgets=steps or [1, 4, 128], labels=labels, count=count, seed=seed, guidance_scale=guidance_scale
@@ -74,9 +70,7 @@ def average_command(
     from shortcutflow.evaluation.runs import find_run
     from shortcutflow.posthoc import find_snapshots, posthoc_average
 
-    if out.suffix != ".safetensors":
-        raise ValueError(f"--out must name a .safetensors file, got {out}")
-    require_ours(out)
+    check_out(out, (".safetensors",))
     folder = find_run(run)
     snapshots = find_snapshots(folder)
     if not snapshots:
