@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
+import backbones
 import shortcutflow as sf
 from shortcutflow.guidance import guided_velocity, partly_guided_velocity
 from shortcutflow.objectives.shortcut import ShortcutObjective
@@ -185,3 +186,37 @@ def test_a_network_in_bfloat16_trains_on_bfloat16_data() -> None:
         generator = torch.Generator().manual_seed(0)
         report = plain(call, data[:24], y[:24], teacher=call, progress=0.3, null_y=1, generator=generator)
         assert report.loss.isfinite()
+
+
+def test_a_transformer_under_autocast_is_guided_in_float32() -> None:
+    """Its velocities come in bfloat16; what is made of them has more digits, in targets and in samples."""
+    torch.manual_seed(0)
+    net = backbones.create("dit", shape=(2, 4, 4), num_classes=3, width=32, depth=1, heads=2, finest_steps=M)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    given: list[Tensor] = []
+    net.register_forward_hook(lambda _module, _inputs, out: given.append(out.detach()))
+    data, y = torch.randn(24, 2, 4, 4), torch.arange(24) % 3
+    objective = ShortcutObjective(finest_steps=M, bootstrap_fraction=1, guidance_scale=SCALE)
+    draw = objective.draw(data, generator=Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        targets = objective.targets(net, data, y, draw, null_y=3)
+        halves = list(given)
+        report = objective(net, data, y, null_y=3, generator=Generator().manual_seed(0))
+        sampled = sf.sample(net, data, y, guidance_scale=SCALE, null_y=3)
+    assert {out.dtype for out in given} == {torch.bfloat16}
+    assert [len(out) for out in halves] == [24 + draw.n_may_be_guided] * 2
+
+    def guided(out: Tensor) -> Tensor:
+        plain, null = out[:24], out[24:]
+        head = null + SCALE * (plain[: len(null)] - null)
+        mask = draw.guided[: len(null)].view(-1, 1, 1, 1)
+        return torch.cat([torch.where(mask, head, plain[: len(null)]), plain[len(null) :]])
+
+    precise, rounded = (sum(guided(out.to(dtype)) for out in halves) / 2 for dtype in (torch.float32, torch.bfloat16))
+    torch.testing.assert_close(targets.v, precise)
+    assert not torch.allclose(targets.v, rounded.float()), "the negative control: all in bfloat16"
+    assert report.loss.dtype == sampled.dtype == targets.v.dtype == torch.float32
+    assert not torch.equal(sampled - data, (sampled - data).bfloat16().float())
+    report.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
