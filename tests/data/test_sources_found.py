@@ -54,6 +54,9 @@ def test_dataset_json(packed: bool, tmp_path: Path) -> None:
     more = edm([1, 0, 1, 1]) | {"00001/new.png": P[5]}
     del more["00000/img0.png"]
     assert set(left_out(opened("e.zip", more))) == {"00000/img0.png", "00001/new.png"}
+    twice = {"labels": [["00000/img0.png", 1], ["00000/img1.png", 0], ["00000/img0.png", 2]]}
+    several = opened("h.zip", EDM | {"dataset.json": json.dumps(twice).encode()})
+    assert "several different labels" in left_out(several)["00000/img0.png"]
     with pytest.raises(ValueError, match=r"holds no labels: choose with --labels folder or --labels none"):
         opened("f.zip", edm(None), labels="json")
     with pytest.raises(ValueError, match="it has 2 labels, one is needed"):
@@ -363,6 +366,7 @@ def test_columns_that_are_not_clear(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     words = pa.array(["b", "a", "b"]).dictionary_encode()
     assert open_source(table(tmp_path / "d.parquet", label=words)).class_names == ("a", "b")
+    assert "other columns: score" in open_source(table(tmp_path / "s.parquet", score=[0.1, 0.2, 0.3])).notes[0]
     two = table(tmp_path / "two.parquet", fine_label=[0, 1, 2], coarse_label=[0, 0, 1])
     with pytest.raises(ValueError, match="--labels coarse_label or --labels fine_label or --labels none"):
         open_source(two)

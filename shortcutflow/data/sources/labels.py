@@ -135,7 +135,13 @@ def dataset_json(content: bytes, where: str) -> dict[str, object] | None:
     """
     try:
         pairs = json.loads(content)["labels"]
-        return None if pairs is None else {str(name): label for name, label in pairs}
+        if pairs is None:
+            return None
+        labels: dict[str, object] = {}
+        for name, label in pairs:
+            if labels.setdefault(str(name), label) != label:
+                labels[str(name)] = NoLabel("it has several different labels in dataset.json")
+        return labels
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f'{where} is not {{"labels": [["00000/img.png", 3], ...]}} as EDM and StyleGAN write it ({error}): mend or '

@@ -116,6 +116,9 @@ def open_parquet(files: Sequence[Path], root: Path, choice: bool | str = True) -
         cuts.append(Block(before, len(items), size))
         start += count
     notes = () if label_column in (None, "label") else (f"labels from column {label_column!r}",)
+    if choice is True and label_column is None:
+        others = ", ".join(name for name in tables[0].schema_arrow.names if name != column) or "none"
+        notes = (f"no labels, no column is called label (other columns: {others})",)
     return RawSource("parquet files", ParquetReader(files, column), items, names, tuple(skipped), tuple(cuts), notes)
 
 
