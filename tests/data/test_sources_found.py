@@ -73,6 +73,8 @@ def test_dataset_json(packed: bool, tmp_path: Path) -> None:
         ([str(i) for i in range(12)], False),
         (["0000045", "0000099", "0000117"], False),
         (["n01", "n02"], False),
+        (["part1", "part2"], True),
+        (["batch_1", "batch_2", "party"], False),
         (["00000"], False),
     ],
 )

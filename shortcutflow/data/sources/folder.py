@@ -245,7 +245,7 @@ def _by_folder(images: list[Listed], names: Sequence[str], listing: Listing, pat
     classes = {name for name in counts if name is not None}
     if choice is True and is_bucket_layout(sorted(classes)):
         raise ValueError(
-            f"the folders of {path} only have numbers ({min(classes)} ... {max(classes)}) and there are no labels "
+            f"the folders of {path} only number parts ({min(classes)} ... {max(classes)}) and there are no labels "
             f"beside them: are they classes? {how_to_choose('folder', 'json', 'none')}"
         )
     empty = _empty_classes(common, listing) - classes

@@ -19,6 +19,7 @@ _FIELDS = {
     "label_idx", "category", "category_id", "target", "targets", "fine_label", "coarse_label", "y",
 }  # fmt: skip
 _FIELDS_OF_NAMES = {"class_name", "classname", "label_name", "label_text", "category_name"}
+_PART = re.compile(r"(part|batch|chunk|shard|fold|split|bucket)[-_ ]?[0-9]+", re.IGNORECASE)
 _NUMBER = re.compile(r"[+-]?\d{1,18}(\.0*)?", re.ASCII)
 
 
@@ -172,7 +173,9 @@ def metadata_labels(content: bytes, where: str, field: str | None) -> dict[str, 
 
 
 def is_bucket_layout(names: Sequence[str]) -> bool:
-    """Whether folders only number parts of a set: 00000, 00001, ... or FFHQ's 00000, 01000, ..."""
+    """Whether folders only number parts of a set: 00000, 00001, ..., FFHQ's 00000, 01000, ..., or part1, part2, ..."""
+    if len(names) > 1 and all(_PART.fullmatch(name) for name in names):
+        return True
     if len(names) < 2 or len(names[0]) < 2 or not all(re.fullmatch(r"[0-9]+", name) for name in names):
         return False
     if len({len(name) for name in names}) > 1 or len(names[0]) > 18:
