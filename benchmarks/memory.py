@@ -42,8 +42,6 @@ from shortcutflow.train.step import backward_pass, update
 COPIES = {"weights": 1, "gradients": 1, "AdamW": 2, "average": 1}
 """float32 numbers that are kept for each parameter."""
 SMALL_DIT = {"width": 256, "depth": 6, "heads": 4}
-COUNTED_BY = "benchmarks.memory"
-"""The module whose --count-here each process runs."""
 START, END = "<!-- memory table: benchmarks/memory.py writes it -->", "<!-- end of memory table -->"
 
 
@@ -105,7 +103,7 @@ def parameters_of(backbone: str, **options: Any) -> int:
 def counted_bytes(folder: Path, processes: int) -> dict[str, int]:
     """Let so many processes train a step of the run in this folder; by kind, what the fullest of them holds."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *torchrun, "-m", COUNTED_BY, "--count-here", str(folder)]
+    command = [sys.executable, *torchrun, "-m", "benchmarks.memory", "--count-here", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True, check=False
