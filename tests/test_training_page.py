@@ -56,7 +56,9 @@ def test_the_batch_script_requeues_what_was_stopped(tmp_path: Path, told: str, s
     assert (tmp_path / "saved").exists() == (tmp_path / "requeued").exists() == (told == "to stop")
     command = (tmp_path / "command").read_text()
     assert "--nnodes 2 " in command
-    assert "--rdzv-endpoint node0:29500 " in command
+    assert "--rdzv-endpoint node0:20017 " in command, (
+        "a port by the job's number, so that two jobs of a node never meet"
+    )
     assert ("--resume" in command) == resumes
 
 
