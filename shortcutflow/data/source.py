@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from shortcutflow.data.autoencoder import load_autoencoder
 from shortcutflow.data.manifest import MANIFEST, LatentsInfo, Manifest
 from shortcutflow.data.remote import ShardFolder, url_of
 from shortcutflow.data.stream import BatchStream, ShardStream
+from shortcutflow.io.atomic import write_whole
+from shortcutflow.io.json import read_object
+
+INFO_FILE = "data.json"
+"""In a run's folder: a :class:`DataInfo`."""
 
 
 class DataInfo(NamedTuple):
@@ -41,6 +47,49 @@ class DataInfo(NamedTuple):
     def null_y(self) -> float | None:
         """The null condition: the label after the last, zeros for a tensor, None without conditions."""
         return 0.0 if self.condition_shape is not None else self.num_classes
+
+    def save(self, folder: Path) -> None:
+        """Write it into a run's folder, so that the run can be sampled where its data is not."""
+        latents = None if self.latents is None else self.latents.model_dump()
+        write_whole(folder / INFO_FILE, json.dumps(self._asdict() | {"latents": latents}, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> DataInfo | None:
+        """Read it from a run's folder; None if the run kept none.
+
+        Raises:
+            ValueError: for a file that does not hold one.
+        """
+        path = folder / INFO_FILE
+        if not path.is_file():
+            return None
+        try:
+            return TypeAdapter(cls).validate_python(read_object(path, "a run's data"))
+        except ValidationError as error:
+            raise ValueError(f"{path} does not describe a run's data: {error.errors()[0]['msg']}") from error
+
+    def require_same_latents(self, kept: DataInfo) -> None:
+        """Refuse to go on with latents of another autoencoder than those that a run began with.
+
+        Raises:
+            ValueError: naming both.
+        """
+        made = [info.latents and info.latents.model_dump(exclude={"vae", "mirrored"}) for info in (kept, self)]
+        if made[0] != made[1]:
+            raise ValueError(
+                f"this run was trained on {_made_by(kept)}, its data now holds {_made_by(self)}: resume it with the "
+                "data that it began with, or begin a new run with start=RUN"
+            )
+
+
+def _made_by(info: DataInfo) -> str:
+    latents = info.latents
+    if latents is None:
+        return "no latents"
+    return (
+        f"latents of {latents.vae} (SHA-256 {latents.sha256[:12]}, scale {latents.scaling_factor}, shift "
+        f"{latents.shift_factor})"
+    )
 
 
 def info_of(manifest: Manifest) -> DataInfo:

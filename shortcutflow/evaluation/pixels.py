@@ -58,7 +58,7 @@ def evaluate_pixels(run: Run) -> list[Row]:
     Raises:
         ValueError: if the run has no evaluation.
     """
-    settings, config = run.config.evaluation, run.config
+    settings, config, options = run.config.evaluation, run.config, run.config.sampler_options(run.info)
     if not isinstance(settings, PixelEvaluation):
         raise ValueError(f"the config of run {run.folder} has no evaluation of pixels")
     real = load_digits()[0].reshape(1797, -1)
@@ -70,7 +70,12 @@ def evaluate_pixels(run: Run) -> list[Row]:
     for steps in settings.steps:
         start = time.perf_counter()
         images = generate(
-            run.network, noise, labels, steps=steps, guidance_scale=settings.guidance_scale, **config.sampler_options()
+            run.network,
+            noise,
+            labels,
+            steps=steps,
+            guidance_scale=settings.guidance_scale,
+            **options,
         )
         flat = images.flatten(1).float().cpu().numpy()
         seconds = time.perf_counter() - start

@@ -88,7 +88,7 @@ def evaluate_policy(run: Run) -> list[PolicyRow]:
 
 def roll_out(run: Run, settings: PolicyEvaluation, steps: int) -> PolicyRow:
     """All episodes side by side: one batch of decisions at a time."""
-    observed, _ = run.config.data.describe().condition_shape or (1, 0)
+    observed, _ = run.info.condition_shape or (1, 0)
     episodes = [Episode(FIRST_SEED + i, observed, settings.max_steps) for i in range(settings.episodes)]
     seconds, decisions = 0.0, 0
     while running := [episode for episode in episodes if not episode.over]:
@@ -112,7 +112,7 @@ def decide(run: Run, episodes: list[Episode], steps: int, decision: int) -> np.n
     device = next(run.network.parameters()).device
     seen = torch.from_numpy(np.stack([features(np.stack(episode.states)) for episode in episodes])).to(device)
     noise = torch.stack([_noise(run, episode, decision) for episode in episodes]).to(device)
-    sampled = generate(run.network, noise, seen, steps=steps, **run.config.sampler_options())
+    sampled = generate(run.network, noise, seen, steps=steps, **run.config.sampler_options(run.info))
     now = np.stack([episode.states[-1] for episode in episodes])
     return actions_of(sampled.cpu().numpy(), now[:, None])
 
@@ -120,7 +120,7 @@ def decide(run: Run, episodes: list[Episode], steps: int, decision: int) -> np.n
 def _noise(run: Run, episode: Episode, decision: int) -> Tensor:
     """A function of the run's seed, the episode and the decision, whatever the budget."""
     generator = generator_for(run.config.seed, f"policy of episode {episode.seed}", step=decision)
-    return torch.randn(run.config.data.describe().shape, generator=generator)
+    return torch.randn(run.info.shape, generator=generator)
 
 
 def table(rows: list[PolicyRow]) -> str:

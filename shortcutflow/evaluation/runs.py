@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 import shortcutflow
 from shortcutflow.config import CONFIG_FILE, CURRENT, RunConfig
+from shortcutflow.data.source import DataInfo
 from shortcutflow.io.atomic import atomic_file, write_whole
 from shortcutflow.io.safetensors import read_tensors
 from shortcutflow.train import checkpoint
@@ -42,6 +44,11 @@ class Run:
     step: int
     weights: str
     network: nn.Module
+
+    @cached_property
+    def info(self) -> DataInfo:
+        """What its data is; see :meth:`~shortcutflow.config.RunConfig.data_info`."""
+        return self.config.data_info(self.folder)
 
 
 def write_report(run: Run, *, protocol: str, rows: Sequence[Any], **measured: object) -> None:
@@ -111,7 +118,7 @@ def _group(weights: str) -> str:
 
 
 def _with_weights_of_file(folder: Path, config: RunConfig, path: Path, device: torch.device | str) -> Run:
-    network = config.build_network()
+    network = config.build_network(config.data_info(folder))
     tensors, header = read_tensors(path, "make it again")
     step = header.get("step", "")
     try:
@@ -141,6 +148,6 @@ def load_run(path: Path, *, weights: str | None = None, device: torch.device | s
     if weights != CURRENT and weights not in config.averages:
         raise ValueError(f"unknown weights {weights!r}; this run has: {', '.join([*config.averages, CURRENT])}")
     newest = _newest(folder)
-    network = config.build_network()
+    network = config.build_network(config.data_info(folder))
     network.load_state_dict(newest.tensors(_group(weights)))
     return Run(folder, config, newest.step, weights, network.to(device).eval())

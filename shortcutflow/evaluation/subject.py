@@ -63,7 +63,7 @@ def subject_of_run(run: Run) -> Subject:
     config = run.config
     identity = {"network": config.backbone.model_dump(), "weights_sha256": weights_sha256(run.network.state_dict())}
     return Subject(
-        name=config.name, network=run.network, info=config.data.describe(),
+        name=config.name, network=run.network, info=run.info,
         device=next(run.network.parameters()).device, identity=identity, weights=run.weights, step=run.step,
-        data=config.data, folder=run.folder, **config.sampler_options(),
+        data=config.data, folder=run.folder, **config.sampler_options(run.info),
     )  # fmt: skip

@@ -211,12 +211,13 @@ def _run(folder: Path, run: RunConfig, weights: str | None) -> tuple[ModelConfig
             f"{folder} has neither a checkpoint nor {file.name}, so there are no {weights!r} weights"
         )
     try:
-        return config_of_run(run, weights=weights, step=step), tensors
+        info = run.data_info(folder)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{folder} is a run whose data says what shape its samples have, and it is not here ({error}); where it "
-            "is, load(RUN).save(FOLDER) writes a model that needs no data"
+            f"{folder} is a run without data.json, so its data says what shape its samples have, and that is not here "
+            f"({error}); where it is, load(RUN).save(FOLDER) writes a model that needs no data"
         ) from error
+    return config_of_run(run, info, weights=weights, step=step), tensors
 
 
 def save_model(model: Model, folder: Path) -> None:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from shortcutflow.config import CONFIG_FILE, CURRENT, RunConfig
 from shortcutflow.data.manifest import LatentsInfo
+from shortcutflow.data.source import DataInfo
 from shortcutflow.io.json import read_object
 from shortcutflow.network import BackboneConfig
 from shortcutflow.types import SamplerKind
@@ -102,9 +103,9 @@ def read_config(folder: Path) -> ModelConfig | RunConfig:
     return _model_config(values, path) if "format" in values else RunConfig.load(folder)
 
 
-def config_of_run(run: RunConfig, *, weights: str, step: int | None) -> ModelConfig:
-    """What sampling needs to know of a run with these weights; its data must be there to give the shape."""
-    info, options = run.data.describe(), run.sampler_options()
+def config_of_run(run: RunConfig, info: DataInfo, *, weights: str, step: int | None) -> ModelConfig:
+    """What sampling needs to know of a run on such data with these weights."""
+    options = run.sampler_options(info)
     return ModelConfig(
         backbone=run.backbone, shape=info.shape, num_classes=info.num_classes, condition_shape=info.condition_shape,
         null_y=options["null_y"], finest_steps=options["finest_steps"], flow_only=options["flow_only"],

@@ -17,7 +17,7 @@ from shortcutflow.seeds import generator_for
 
 def stand_in_model(config: RunConfig) -> Path:
     """The folder of a flow model with the run's network and random weights, below ``data/``, written if need be."""
-    as_it_is = config_of_run(config, weights=CURRENT, step=None)
+    as_it_is = config_of_run(config, config.data.describe(), weights=CURRENT, step=None)
     about = {"weights": "random numbers, to try a recipe with"}
     described = as_it_is.model_copy(update={"flow_only": True, "sampler": "euler", "about": about})
     known_by = hashlib.sha256(described.model_dump_json().encode()).hexdigest()[:12]

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from shortcutflow.config import CONFIG_FILE, RunConfig
+from shortcutflow.data.source import DataInfo
 from shortcutflow.distributed import NEVER, Rank, World, joined
 from shortcutflow.evaluation.decoded import ImageDecoder
 from shortcutflow.evaluation.runs import CHECKPOINTS, write_weights
@@ -79,6 +80,8 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False) -> None:
         last = agreed_start(run_dir, world, resume=resume)
         # A run that cannot be built leaves no folder behind, and one that cannot go on leaves its own as it was.
         parts = build_parts(config, world, last)
+        if last is not None and (kept := DataInfo.load(run_dir)) is not None:
+            parts.info.require_same_latents(kept)
         position = Position.of(last.step, last.state(), settings.steps) if last is not None else Position()
         if world.is_first:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -86,6 +89,7 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False) -> None:
                 _keep_metrics(run_dir)
             print(f"run folder: {run_dir}", flush=True)
             config.save(run_dir)
+            parts.info.save(run_dir)
             clear_beats(run_dir / RANKS)
         world.wait_for_all()
         heartbeat.start()

@@ -295,6 +295,18 @@ def test_other_options_are_not_mixed(prepared: Path, pictures: Path, vae: Path, 
         prepare_latents(pictures, prepared, vae=vae, **OPTIONS | changes)
 
 
+def test_another_source_is_not_mixed(prepared: Path, pictures: Path, vae: Path, tmp_path: Path) -> None:
+    """A finished folder is not taken for the latents of other pictures, of more of them, or of a source not there."""
+    before = contents(prepared)
+    source = shutil.copytree(pictures, tmp_path / "more")
+    shutil.copy(next(source.rglob("*.png")), source / "class0" / "again.png")
+    with pytest.raises(ValueError, match="begun from another source"):
+        prepare_latents(source, prepared, vae=vae, **OPTIONS)
+    with pytest.raises(FileNotFoundError, match="gone"):
+        prepare_latents(tmp_path / "gone", prepared, vae=vae, **OPTIONS)
+    assert contents(prepared) == before
+
+
 def test_other_weights_are_not_mixed(prepared: Path, pictures: Path, tmp_path: Path) -> None:
     """Not even under the same name."""
     tiny_network(seed=1).save_pretrained(tmp_path / "tiny-vae")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import shortcutflow as sf
 from recipes.digits import recipe
 from shortcutflow.cli import main
 from shortcutflow.config import with_overrides
@@ -107,6 +109,34 @@ def test_a_run_of_latents(tmp_path: Path, vae: Path, counter: Counter, monkeypat
     latents = Sampler(subject).samples(1, range(3))
     expected = sample_grid([load_autoencoder(vae).decode(latents)], ["1 step"])
     np.testing.assert_array_equal(sample_sheet(subject, budgets=[1], count=3), expected)
+
+    # Latents of another autoencoder are none to go on with.
+    other = {"sha256": "1" * 64, "scaling_factor": 0.5}
+    monkeypatch.setattr(standin, "LATENTS", standin.LATENTS.model_copy(update=other))
+    standin.write_latents(tmp_path / "other", 10)
+    further = [f"data.folder={tmp_path / 'other'}", "training.steps=6"]
+    with pytest.raises(ValueError, match=r"trained on latents of .*scale 0\.18215.*now holds .*scale 0\.5"):
+        train(with_overrides(config, further), tmp_path / "run", resume=True)
+
+    # A copy is sampled where there is no data.
+    drawn, info = sf.load(tmp_path / "run").sample(2, 1, generator=seeded()), config.data.describe()
+    (tmp_path / "run").rename(tmp_path / "copy")
+    shutil.rmtree(tmp_path / "latents")
+    subject = subject_of_run(load_run(tmp_path / "copy"))
+    assert (subject.info, subject.null_y) == (info, 10.0)
+    assert info.latents is not None
+    assert info.latents.sha256 == load_autoencoder(vae).sha256
+    model = sf.load(tmp_path / "copy")
+    assert torch.equal(model.sample(2, 1, generator=seeded()), drawn)
+    assert model.config.latents == info.latents
+    assert Sampler(subject).autoencoder is not None
+    (tmp_path / "copy" / "data.json").write_text('{"shape": "wide"}')
+    with pytest.raises(ValueError, match=r"data\.json does not describe a run's data"):
+        load_run(tmp_path / "copy")
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 def test_equal_latents_are_decoded_once(vae: Path, counter: Counter) -> None:

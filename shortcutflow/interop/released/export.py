@@ -111,7 +111,7 @@ def _theirs(weights: _Weights, folder: Path) -> dict[str, Read]:
 def _channels(folder: Path, weights: _Weights) -> int:
     """Channels of an image."""
     config = read_config(folder)
-    shape = config.shape if isinstance(config, ModelConfig) else config.data.describe().shape
+    shape = config.shape if isinstance(config, ModelConfig) else config.data_info(folder).shape
     if len(shape) != 3:
         raise ValueError(f"{folder} makes samples of shape {shape}; the released code makes images")
     return shape[0]
