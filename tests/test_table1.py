@@ -63,7 +63,7 @@ def test_fine_tuning_costs_what_training_from_scratch_does(way: str) -> None:
     config = with_overrides(recipe(), overrides)
     cost = config.training.steps * evaluations_a_step(config)
     assert cost == pytest.approx(1000 * evaluations_a_step(recipe()), rel=2e-3)
-    assert config.start == (None if way == "from scratch" else TEACHER)
+    assert config.start == (None if way == "from scratch" else str(TEACHER))
 
 
 def rows() -> list[dict[str, Any]]:
