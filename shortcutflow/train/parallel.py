@@ -45,10 +45,10 @@ def shard(network: nn.Module, mesh: DeviceMesh, *, bfloat16: bool) -> None:
     """Shard a network in place with FSDP2: each unit of its ``shard_plan`` by itself, the rest together.
 
     Units travel in bfloat16 if all their weights belong to layers that autocast would round anyway, so the numbers are
-    those of an unsharded run.
+    those of an unsharded run. FSDP2 moves each unit to the mesh's device as it is called for it, and keeps the shard.
 
     Args:
-        network: not compiled yet, or compiled block by block.
+        network: in host memory, so that the device never holds all of it; not compiled yet, or block by block.
         mesh: from :func:`mesh_of`.
         bfloat16: whether training runs under autocast.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ from shortcutflow.train.position import Position
 from shortcutflow.train.speed import forward_flops
 from shortcutflow.train.starts import load_start, new_teacher, open_teacher
 from shortcutflow.types import Network
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Parts(NamedTuple):
@@ -73,6 +76,9 @@ def build_parts(config: RunConfig, world: World, last: Checkpoint | None = None)
     Without a checkpoint they are those of step 0. With one they are filled from it, so that the folders of the start
     and the teacher are not needed any more; how far the run is then, :class:`Position` says.
 
+    All networks are made in host memory and then go to the device, so that their first weights are the same on any
+    device and in any mode. Sharded, a device holds its shards and never more than one whole unit besides.
+
     Raises:
         ValueError: for parts that do not fit together, or a checkpoint of another run.
     """
@@ -87,7 +93,7 @@ def build_parts(config: RunConfig, world: World, last: Checkpoint | None = None)
         batch_size=settings.global_batch_size, seed=config.seed, rank=world.rank, world_size=world.size,
         device=world.device,
     )  # fmt: skip
-    network: Any = config.build_network().to(world.device)
+    network: Any = config.build_network()
     if settings.gradient_checkpointing:
         if not hasattr(network, "gradient_checkpointing"):
             raise ValueError(f"backbone {config.backbone.name!r} has no gradient checkpointing")
@@ -96,24 +102,24 @@ def build_parts(config: RunConfig, world: World, last: Checkpoint | None = None)
     config.check_conditions(info)
     flops = forward_flops(network, info.num_classes)
     if last is None:
-        opened = open_teacher(config, world.device)
+        opened = open_teacher(config)
         load_start(config, network, opened)
         teacher = opened.network if opened is not None else None
         teacher_finest_steps = opened.finest_steps if opened is not None else None
     else:
         teacher_finest_steps = last.state().get("teacher_finest_steps", config.finest_steps)
-        teacher = new_teacher(config, teacher_finest_steps, world.device)
-    # Copied before they are sharded, which a sharded network could not be.
-    averages = {name: Average(network, of) for name, of in config.averages.items()}
-    every: list[Any] = [network, *(average.network for average in averages.values()), *([teacher] if teacher else [])]
+        teacher = new_teacher(config, teacher_finest_steps)
     sharded = settings.parallel == "fsdp"
-    if settings.compile and sharded:
-        for each in every:
-            _compile_units(each, config.backbone.name)
-    if sharded:
-        mesh = mesh_of(world, settings.shard_group)
-        for each in every:
-            shard(each, mesh, bfloat16=settings.precision == "bfloat16")
+    mesh = mesh_of(world, settings.shard_group) if sharded else None
+    if teacher is not None:
+        _place(teacher, config, world, mesh)
+    averages = {}
+    for name, of in config.averages.items():
+        # One after the other: host memory, which all processes of a machine share, holds a single copy at a time.
+        averages[name] = Average(network, of)
+        _place(averages[name].network, config, world, mesh)
+    # Last, as a sharded network cannot be copied.
+    _place(network, config, world, mesh)
     optimizer = build_optimizer(network.parameters(), config.optimizer)
     target = network if config.target_weights == CURRENT else averages[config.target_weights].network
     called: list[Any] = [network, target, teacher]
@@ -140,6 +146,16 @@ def refresh_teacher(config: RunConfig, parts: Parts, position: Position, step: i
     before, now = (position.progress_at(at, config.training.steps) for at in (step - 1, step))
     if config.objective.teacher_stage(now) > config.objective.teacher_stage(before):
         copy_weights(parts.teacher, parts.weights(config.target_weights))
+
+
+def _place(network: nn.Module, config: RunConfig, world: World, mesh: DeviceMesh | None) -> None:
+    """Bring a network to the device; with a mesh this process's shards of it, unit by unit."""
+    if mesh is None:
+        network.to(world.device)
+        return
+    if config.training.compile:
+        _compile_units(network, config.backbone.name)
+    shard(network, mesh, bfloat16=config.training.precision == "bfloat16")
 
 
 def _compile_units(network: Any, name: str) -> None:

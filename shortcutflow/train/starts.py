@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from shortcutflow.config import CONFIG_FILE, RunConfig
@@ -39,24 +38,24 @@ def load_start(config: RunConfig, network: nn.Module, teacher: Model | None) -> 
         start_from_flow(network, start.finest_steps)
 
 
-def open_teacher(config: RunConfig, device: torch.device) -> Model | None:
-    """The model that the run learns from, frozen; None if it learns from none."""
+def open_teacher(config: RunConfig) -> Model | None:
+    """The model that the run learns from, frozen, in host memory; None if it learns from none."""
     if config.teacher is None:
         return None
-    teacher = open_trained(config.teacher, config, "teacher", device)
+    teacher = open_trained(config.teacher, config, "teacher")
     teacher.network.requires_grad_(False)
     return teacher
 
 
-def new_teacher(config: RunConfig, finest_steps: int | None, device: torch.device) -> nn.Module | None:
+def new_teacher(config: RunConfig, finest_steps: int | None) -> nn.Module | None:
     """A frozen network for the teacher's weights in a checkpoint; None if the run learns from none."""
     if config.teacher is None:
         return None
-    return config.build_network(finest_steps=finest_steps).to(device).eval().requires_grad_(False)
+    return config.build_network(finest_steps=finest_steps).eval().requires_grad_(False)
 
 
-def open_trained(place: str, config: RunConfig, use: str, device: torch.device | str = "cpu") -> Model:
-    """A model's folder, a run's (with the newest of several runs), or a hub id.
+def open_trained(place: str, config: RunConfig, use: str) -> Model:
+    """A model's folder, a run's (with the newest of several runs), or a hub id; the network is in host memory.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -64,7 +63,7 @@ def open_trained(place: str, config: RunConfig, use: str, device: torch.device |
     """
     path = Path(place)
     holds_runs = path.is_dir() and not (path / CONFIG_FILE).is_file()
-    model = load(find_run(path) if holds_runs else place, device=device)
+    model = load(find_run(path) if holds_runs else place)
     of_run, of_model = config.backbone, model.config.backbone
     if (of_run.name, of_run.options) != (of_model.name, of_model.options):
         raise ValueError(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 
 from shortcutflow.config import with_overrides
 from shortcutflow.data.digits import write_digits
+from shortcutflow.distributed import World
 from shortcutflow.ema import Average
 from shortcutflow.train.loop import train
 from shortcutflow.train.metrics import read_metrics
+from shortcutflow.train.parts import build_parts
 from tests.train.launched import (
     STALE_AVERAGE,
     Job,
@@ -74,9 +78,20 @@ def test_two_processes_equal_one(tmp_path: Path, shards: Path) -> None:
         for parallel in ("ddp", "fsdp") if name in ("plain", "accumulated") else ("fsdp",):
             config = tiny(shards, *overrides, f"training.parallel={parallel}")
             jobs.append(Job.of(config, tmp_path / f"{name} {parallel}"))
+    start = []
+    for parallel in ("ddp", "fsdp"):
+        # A learning rate that rounds to 0 in float32.
+        config = tiny(shards, "training.steps=1", "optimizer.lr=1e-100", f"training.parallel={parallel}")
+        start.append(Job.of(config, tmp_path / f"start {parallel}"))
     jobs.append(Job.of(tiny(shards, "training.parallel=fsdp"), tmp_path / "stale", fault=STALE_AVERAGE))
-    *done, stale = outcomes(jobs, tmp_path / "launch", processes=2)
+    *done, stale = outcomes([*start, *jobs], tmp_path / "launch", processes=2)
     no_errors(done)
+    drawn = tiny(shards).build_network().state_dict()
+    for job in start:
+        saved = tensors(job.run_dir, 1)
+        for group in ("network", "average_ema", "average_slow"):
+            for name, tensor in drawn.items():
+                assert torch.equal(saved[f"{group}/{name}"], tensor), f"{job.run_dir}: {group}/{name}, bit for bit"
     for job in jobs[:-1]:
         name, _, parallel = Path(job.run_dir).name.rpartition(" ")
         alone, together = tmp_path / name, Path(job.run_dir)
@@ -84,7 +99,7 @@ def test_two_processes_equal_one(tmp_path: Path, shards: Path) -> None:
         assert_same_lines(alone, together)
 
     # The controls: the weights have moved, settings and seeds matter, and so does each update of the target network.
-    initial = {f"network/{name}": tensor for name, tensor in tiny(shards).build_network().state_dict().items()}
+    initial = {f"network/{name}": tensor for name, tensor in drawn.items()}
     plain = tensors(tmp_path / "plain", 5)
     assert furthest_apart({name: plain[name] for name in initial}, initial) > 1e-2
     for name in ("current targets", "released rows", "flow", "clipped"):
@@ -163,6 +178,26 @@ def test_hybrid_sharding(tmp_path: Path, shards: Path) -> None:
     (refused,) = outcomes([Job.of(hybrid, tmp_path / "pairs of three")], tmp_path / "launch 3", processes=3)
     assert {rank.error for rank in refused} == {"ValueError"}
     assert "shard_group is 2: it must divide the 3 processes" in refused[0].message
+
+
+def test_the_device_holds_no_whole_network(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP2 finds every network in host memory, on a device of another kind, and moves it unit by unit."""
+    seen: list[int] = []
+
+    def moved(unit: nn.Module, **_: Any) -> None:
+        everything = (*unit.parameters(), *unit.buffers())
+        seen.append(sum(tensor.numel() for tensor in everything if tensor.device.type == "cpu"))
+        unit.to("meta")
+
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", moved)
+    monkeypatch.setattr("shortcutflow.train.parts.mesh_of", lambda *_: "a mesh")
+    config = tiny(shards, "training.parallel=fsdp", "backbone.options.depth=4")
+    parts = build_parts(config, World(0, 1, torch.device("meta")))
+    networks = [parts.network, *(average.network for average in parts.averages.values())]
+    assert len(networks) == 3
+    each = [tensor.numel() for tensor in [*parts.network.parameters(), *parts.network.buffers()]]
+    assert sum(seen) == 3 * sum(each), "all of each network came from host memory, through a unit"
+    assert max(seen) < sum(each) / 2
 
 
 def test_batches_that_cannot_be_shared_are_refused(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
