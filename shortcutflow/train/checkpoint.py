@@ -11,6 +11,7 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 
 from shortcutflow.io.atomic import sync, sync_tree
 from shortcutflow.io.json import read_object
+from shortcutflow.sharded import is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.staging import AsyncStager
 
 STATE = "state.json"
 NETWORK = "network"
@@ -31,6 +34,8 @@ TEACHER = "teacher"
 _PREFIX = "step_"
 _UNFINISHED = ".unfinished_"
 LARGEST_STATE = 2**26
+ALONE = "torch.distributed is disabled"
+"""How PyTorch's warning begins that one process saves or loads alone, which is meant."""
 
 
 class SavingError(RuntimeError):
@@ -63,33 +68,52 @@ class Checkpoint(NamedTuple):
         if not wanted:
             there = ", ".join(sorted({name.partition("/")[0] for name in known}))
             raise FileNotFoundError(f"{self.folder} holds no {group!r}; it holds: {there}")
-        self.load_into({group: wanted}, alone=True)
+        self._fill(_flat({group: wanted}), known, alone=True)
         return {name: tensor.to(device) for name, tensor in wanted.items()}
 
-    def load_into(self, groups: Mapping[str, Mapping[str, Tensor]], *, alone: bool = False) -> None:
-        """Fill tensors, sharded or not, with what was saved under their names.
+    def restore(
+        self, groups: Mapping[str, Mapping[str, Tensor]], optimizer: torch.optim.Optimizer, network: nn.Module
+    ) -> None:
+        """Fill the tensors that training works on, sharded or not, with what was saved under their names.
+
+        Every process must call it, with its own parts.
 
         Args:
-            groups: tensors by group and name; each process gives its own parts.
-            alone: read without the other processes.
+            groups: tensors by group and name.
+            optimizer: gets its state for each parameter that had one when it was saved.
+            network: whose parameters the optimizer has.
 
         Raises:
             ValueError: if a tensor was not saved or has another shape, naming it.
         """
+        known = self._metadata()
+        state = _room_for_state(network, known)
+        self._fill(_flat({**groups, OPTIMIZER: state}), known)
+        by_name: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in state.items():
+            parameter, _, key = name.rpartition("/")
+            by_name.setdefault(parameter, {})[key] = tensor
+        # The optimizer numbers its parameters through its groups.
+        names = _names(network)
+        numbered = enumerate(names[p] for group in optimizer.param_groups for p in group["params"])
+        states = {number: by_name[name] for number, name in numbered if name in by_name}
+        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+    def _fill(self, flat: dict[str, Any], known: Mapping[str, TensorStorageMetadata], *, alone: bool = False) -> None:
         from torch.distributed.checkpoint.api import CheckpointException
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
         from torch.distributed.checkpoint.state_dict_loader import load
 
-        flat, known = _flat(groups), self._metadata()
         for name, tensor in flat.items():
             if name not in known:
                 raise ValueError(f"{self.folder} holds no {name!r}: it belongs to another network or other averages")
             if known[name].size != tensor.shape:
                 raise ValueError(f"{self.folder}: {name!r} is {tuple(known[name].size)}, here {tuple(tensor.shape)}")
         alone = alone or not _in_group()
-        _quiet()
         try:
-            load(flat, storage_reader=HuggingFaceStorageReader(str(self.folder)), no_dist=alone)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=ALONE)
+                load(flat, storage_reader=HuggingFaceStorageReader(str(self.folder)), no_dist=alone)
         except CheckpointException as error:
             raise ValueError(f"{self.folder} cannot be read: {_cause(error)}") from error
 
@@ -137,16 +161,22 @@ class Saver:
         self.folder, self._first, self._group = folder, first, group
         self._keep, self._keep_every = keep, keep_every
         self._pending: Future[None] | None = None
+        self._stager: AsyncStager | None = None
+        self._leaving = ExitStack()
 
     def __enter__(self) -> Saver:
+        # For as long as it saves, since the warning comes from the writing thread.
+        self._leaving.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message=ALONE)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        # What is being written is finished however training ends; its failure must not hide another.
-        if kind is None:
-            self.wait()
-        elif self._pending is not None:
-            self._pending.exception()
+        with self._leaving:
+            # What is being written is finished however training ends; its failure must not hide another.
+            if kind is None:
+                self.wait()
+            elif self._pending is not None:
+                self._pending.exception()
 
     def save(self, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Begin to write a checkpoint; returns as soon as its tensors are copied, so they may change at once.
@@ -167,15 +197,29 @@ class Saver:
             unfinished.mkdir(parents=True)
         if self._group is not None:
             torch.distributed.barrier(self._group)
-        writer = ShardWriter(unfinished)
-        _quiet()
         written: Any = async_save(
-            _flat(groups), storage_writer=writer, process_group=self._group, no_dist=self._group is None
-        )
+            self._staged_here(_flat(groups)), storage_writer=ShardWriter(unfinished), process_group=self._group,
+            no_dist=self._group is None, async_stager=self._stager,
+        )  # fmt: skip
         written = getattr(written, "upload_completion", written)
         self._pending = Future()
         # Runs in the writing thread: what was written gets its name also if training waits for something else.
         written.add_done_callback(lambda done: self._finish(done, step, unfinished, {"step": step, **state}))
+
+    def _staged_here(self, flat: dict[str, Any]) -> dict[str, Any]:
+        """What this process copies and writes; and, for a GPU, how: into pinned memory, with one wait for all."""
+        if self._group is not None:
+            flat = share(flat, torch.distributed.get_rank(self._group), torch.distributed.get_world_size(self._group))
+        if not any(tensor.is_cuda for tensor in flat.values()):
+            return flat
+        if self._stager is None:
+            from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+            # Kept for the run: it reuses its pinned memory, which takes long to get.
+            options = StagingOptions(use_shared_memory=False, use_async_staging=False)
+            stager = self._stager = DefaultStager(options)
+            self._leaving.callback(stager.close)
+        return flat | _scalars_on_cpu(flat)
 
     def wait(self) -> None:
         """Until nothing is being written any more.
@@ -245,20 +289,65 @@ def latest_in(folder: Path) -> Checkpoint | None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
-    """AdamW's tensors by parameter name, ``NAME/exp_avg`` and so on; zeros, as AdamW begins, before its first step.
+    """The optimizer's tensors by parameter name, for AdamW ``NAME/exp_avg`` and so on.
 
-    They are the ones the optimizer works on: filling them restores it.
+    A parameter that has not had a step yet has none.
     """
-    names: dict[Tensor, str] = {parameter: name for name, parameter in network.named_parameters()}
-    tensors: dict[str, Tensor] = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), device=parameter.device if group["fused"] else "cpu")
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-            tensors |= {f"{names[parameter]}/{key}": value for key, value in state.items()}
-    return tensors
+    names = _names(network)
+    return {
+        f"{names[parameter]}/{key}": value
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def _room_for_state(network: nn.Module, known: Mapping[str, TensorStorageMetadata]) -> dict[str, Tensor]:
+    """Empty tensors for all that was saved of the optimizer's state; laid out as the parameter if shaped like it."""
+    room: dict[str, Tensor] = {}
+    parameters = dict(network.named_parameters())
+    for full_name, saved in known.items():
+        group, _, name = full_name.partition("/")
+        parameter = parameters.get(name.rpartition("/")[0])
+        if group == OPTIMIZER and parameter is not None:
+            dtype = saved.properties.dtype
+            if saved.size == parameter.shape:
+                room[name] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+            else:
+                room[name] = torch.empty(saved.size, dtype=dtype)
+    return room
+
+
+def _names(network: nn.Module) -> dict[Tensor, str]:
+    return {parameter: name for name, parameter in network.named_parameters()}
+
+
+def share(flat: Mapping[str, Any], rank: int, size: int) -> dict[str, Any]:
+    """What one of ``size`` processes saves: its parts of sharded tensors, and about as many bytes as each other one of
+    those that all of them hold whole.
+    """
+    given = [0] * size
+    whole = sorted((name for name in flat if not is_sharded(flat[name])), key=lambda name: (-flat[name].nbytes, name))
+    left_out = set()
+    for name in whole:
+        least = given.index(min(given))
+        # A tensor costs a little however small it is.
+        given[least] += flat[name].nbytes + 1
+        if least != rank:
+            left_out.add(name)
+    return {name: tensor for name, tensor in flat.items() if name not in left_out}
+
+
+def _scalars_on_cpu(flat: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Those of one number on a GPU, such as AdamW's steps: PyTorch would wait for each, which it does not pin."""
+    by_dtype: dict[torch.dtype, dict[str, Tensor]] = {}
+    for name, tensor in flat.items():
+        if tensor.is_cuda and tensor.numel() == 1 and not is_sharded(tensor):
+            by_dtype.setdefault(tensor.dtype, {})[name] = tensor.detach()
+    copies: dict[str, Tensor] = {}
+    for tensors in by_dtype.values():
+        together = torch.stack([tensor.flatten() for tensor in tensors.values()]).cpu()
+        copies |= {name: one.view(tensors[name].shape) for name, one in zip(tensors, together, strict=True)}
+    return copies
 
 
 def _flat(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
@@ -276,8 +365,3 @@ def _cause(error: BaseException) -> str:
         rank, (cause, _) = next(iter(failures.items()))
         return f"rank {rank}: {cause}"
     return str(error)
-
-
-def _quiet() -> None:
-    """Drop the remark that one process saves or loads alone, which is meant. It also comes from the writing thread."""
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -134,7 +134,7 @@ def build_parts(config: RunConfig, world: World, last: Checkpoint | None = None)
         network, averages, optimizer, stream, teacher, net, target_net, teacher_net, teacher_finest_steps, info, flops
     )
     if last is not None:
-        last.load_into(tensors_of(parts))
+        last.restore(tensors_of(parts), optimizer, network)
         stream.load_state_dict(last.state()["data"])
     return parts
 
@@ -223,6 +223,12 @@ def save_snapshots(config: RunConfig, parts: Parts, run_dir: Path, step: int, *,
             continue
         # Also at the end: no average can be made for a step after the last snapshot.
         if step % settings.snapshot_every == 0 or step == config.training.steps:
-            tensors = {key: whole(t) for key, t in parts.averages[name].network.state_dict().items()}
+            tensors = {}
+            for key, tensor in parts.averages[name].network.state_dict().items():
+                # One at a time, and only the process that writes keeps it, in the host's memory.
+                together = whole(tensor)
+                if first:
+                    tensors[key] = together.cpu()
+                del together
             if first:
                 write_snapshot(run_dir, name, step, settings.sigma_rel, tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,28 @@ class ShardWriter(HuggingFaceStorageWriter):
         super().__init__(str(folder), save_distributed=True)
         self._folder = folder
 
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Number the processes' files."""
+        return [replace(plan, storage_data=number) for number, plan in enumerate(plans, start=1)]
+
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write the file; gives what was written."""
-        parts: dict[str, Tensor] = {item.index.fqn: planner.resolve_data(item) for item in plan.items}  # type: ignore[misc]
+        """Write the file; gives what was written.
+
+        Raises:
+            ValueError: if this process holds two parts of one tensor, which a file has no room for.
+        """
+        parts: dict[str, Tensor] = {}
+        for item in plan.items:
+            name, data = item.index.fqn, planner.resolve_data(item)
+            assert isinstance(data, Tensor)
+            if name in parts:
+                raise ValueError(f"one process holds two parts of {name!r}; shard it so that each holds one at most")
+            parts[name] = data
         chunks: Any = {item.index.fqn: item.tensor_data for item in plan.items}
         places = {name: {"saved_offsets": list(chunk.chunk.offsets)} for name, chunk in chunks.items()}
         if parts:
-            number = plan.storage_data["shard_index"]
             write_tensors(
-                self._folder / f"shard-{number:05d}.safetensors",
+                self._folder / f"shard-{plan.storage_data:05d}.safetensors",
                 {name: Announced(tuple(part.shape), part.dtype) for name, part in parts.items()},
                 parts.items(),
                 metadata={PLACES: json.dumps(places)},
