@@ -18,6 +18,7 @@ from torch import Tensor
 from shortcutflow.ema import power_of
 from shortcutflow.io.atomic import atomic_file, remove_leftovers
 from shortcutflow.io.safetensors import opened
+from shortcutflow.sharded import is_sharded
 
 AVERAGES = "averages"
 """The folder of a run that holds its snapshots."""
@@ -57,7 +58,7 @@ def write_snapshot(folder: Path, name: str, step: int, sigma_rel: float, tensors
     power_of(sigma_rel)
     if step < 1:
         raise ValueError(f"step must be at least 1 (optimizer steps done), got {step}")
-    sharded = [key for key, tensor in tensors.items() if hasattr(tensor, "to_local")]
+    sharded = [key for key, tensor in tensors.items() if is_sharded(tensor)]
     if sharded:
         raise ValueError(f"{sharded[0]!r} is one process's share of a tensor; gather it with full_tensor() first")
     final = snapshot_file(folder, name, step)

@@ -7,7 +7,10 @@ import shutil
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +18,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultSavePlanner, HuggingFaceStorageWriter, SavePlan
 
-from shortcutflow.train import checkpoint
+from shortcutflow.ema import PowerAverageConfig
+from shortcutflow.posthoc import find_snapshots
+from shortcutflow.train import checkpoint, parts
 from shortcutflow.train.checkpoint import Checkpoint, Saver, SavingError, latest_in
 from shortcutflow.train.optim import OptimizerConfig, build_optimizer
 from shortcutflow.train.shard_writer import PLACES, ShardWriter
@@ -389,3 +394,31 @@ def test_copies_can_be_moved(tmp_path: Path) -> None:
     save(tmp_path / "here", 1)
     shutil.move(tmp_path / "here", tmp_path / "there")
     assert_is_filled(latest_in(tmp_path / "there"), 1)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_snapshot_puts_one_tensor_together_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    """On the GPUs; the whole of it is only in the host's memory, of the process that writes."""
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    most = []
+
+    class Gathered:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+            alive.add(self)  # type: ignore[arg-type]
+            most.append(len(alive))
+
+        def cpu(self) -> Tensor:
+            return self.tensor
+
+    monkeypatch.setattr(parts, "whole", Gathered)
+    net = nn.Sequential(*(nn.Linear(2, 2) for _ in range(5)))
+    settings = PowerAverageConfig(sigma_rel=0.1, snapshot_every=2)
+    config: Any = SimpleNamespace(averages={"ema": settings}, training=SimpleNamespace(steps=10))
+    held: Any = SimpleNamespace(averages={"ema": SimpleNamespace(network=net)})
+    parts.save_snapshots(config, held, tmp_path, 4, first=first)
+    assert len(most) == 10
+    assert max(most) == 1
+    assert [found.step for found in find_snapshots(tmp_path)] == ([4] if first else [])
