@@ -206,10 +206,6 @@ class RunConfig(BaseModel):
                 "use condition_dropout=0 and guidance_scale=1, or data with labels"
             )
 
-    def data_info(self, run_dir: Path) -> DataInfo:
-        """What the run's data is: as its folder keeps it, so that a copy needs no data; or else read from the data."""
-        return DataInfo.load(run_dir) or self.data.describe()
-
     def build_network(self, info: DataInfo | None = None, *, finest_steps: int | None = None) -> nn.Module:
         """The run's network at step 0, fitting its data and objective.
 

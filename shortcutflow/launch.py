@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shortcutflow.config import RunConfig, check_rows, with_overrides
-from shortcutflow.evaluation.runs import CHECKPOINTS, PICTURE_FILE, find_run, load_run
+from shortcutflow.evaluation.runs import PICTURE_FILE
+from shortcutflow.run_dir import CHECKPOINTS, find_run, load_run
 from shortcutflow.train import checkpoint
 
 

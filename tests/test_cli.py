@@ -151,7 +151,7 @@ MISTAKES = [
     (["sample", "runs/digits/first", "--labels", "3", "10"], "labels must be from 0 to 9, got 10"),
     (["sample", "runs/digits/first", "--labels", "3", "--count", "2"], "not both"),
     (["sample", "runs/digits/first", "--count", "0"], "count must be at least 1"),
-    (["sample", "runs/digits/first", "--weights", "slow"], "this run has: ema, current"),
+    (["sample", "runs/digits/first", "--weights", "slow"], "it has: ema, current"),
     (["sample", "runs/digits/first", "--out", "grid.jpg"], ".png"),
     (["sample", "runs/digits/first", "--out", "none/grid.png"], "no folder none"),
     (["show-config", "runs"], "runs holds no run"),

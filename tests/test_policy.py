@@ -19,8 +19,8 @@ from shortcutflow.data.pusht_expert import Demonstration, Expert, demonstrate
 from shortcutflow.data.stream import ShardStream
 from shortcutflow.evaluation import policy
 from shortcutflow.evaluation.policy import FIRST_SEED, SOLVED, Episode, evaluate_policy, table
-from shortcutflow.evaluation.runs import Run
 from shortcutflow.launch import Options, run_recipe
+from shortcutflow.run_dir import Run
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,8 @@ def test_prepare_once_and_refuse_other_settings(tmp_path: Path, capfd: pytest.Ca
 
 def run_of(network: torch.nn.Module, folder: Path, **evaluation: int) -> Run:
     settings = PolicyEvaluation(steps=(1,), **evaluation)
-    return Run(folder, recipe().model_copy(update={"evaluation": settings}), 1, "ema", network)
+    config = recipe().model_copy(update={"evaluation": settings})
+    return Run(folder, config, config.data.describe(), 1, "ema", network)
 
 
 class Still(torch.nn.Module):

@@ -27,8 +27,8 @@ from shortcutflow.data.source import ShardsData
 from shortcutflow.data.standin import stand_in_for, write_images, write_latents
 from shortcutflow.data.stream import ShardStream
 from shortcutflow.evaluation.generate import generate, labels_of, noise_of
-from shortcutflow.evaluation.runs import WEIGHTS_FILE, load_run
 from shortcutflow.launch import Options, run_recipe, smoke
+from shortcutflow.run_dir import WEIGHTS_FILE, load_run
 from tests.test_recipes import LARGE, PAPER, ROOT, installed
 
 SMOKE = [*LARGE, *(f"{name}_released" for name in PAPER)]

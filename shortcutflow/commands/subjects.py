@@ -16,14 +16,14 @@ def open_subject(place: str, weights: str | None, device: Any) -> Subject:
     """The network of a run's folder, of a folder of runs, of a model's folder, or of a hub id.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`shortcutflow.evaluation.runs.load_run` and
+        FileNotFoundError, ValueError: see :func:`shortcutflow.run_dir.load_run` and
             :func:`shortcutflow.interop.model.load`.
     """
     from shortcutflow.config import CONFIG_FILE
-    from shortcutflow.evaluation.runs import load_run
     from shortcutflow.evaluation.subject import subject_of_run
     from shortcutflow.interop.model import is_hub_id, load
     from shortcutflow.interop.model_folder import ModelConfig, read_config
+    from shortcutflow.run_dir import load_run
 
     folder = Path(place)
     is_model = (folder / CONFIG_FILE).is_file() and isinstance(read_config(folder), ModelConfig)

@@ -67,8 +67,8 @@ def average_command(
     """Make an average of any width from the snapshots of a run's power-function averages; sample it with --weights."""
     from safetensors.torch import save_file
 
-    from shortcutflow.evaluation.runs import find_run
     from shortcutflow.posthoc import find_snapshots, posthoc_average
+    from shortcutflow.run_dir import find_run
 
     check_out(out, (".safetensors",))
     folder = find_run(run)
@@ -91,7 +91,7 @@ def show_config_command(
 ) -> None:
     """Print the complete config of a run or a recipe, as JSON."""
     from shortcutflow.config import with_overrides
-    from shortcutflow.evaluation.runs import find_run
+    from shortcutflow.run_dir import find_run
 
     if Path(run_or_recipe).is_dir():
         config = RunConfig.load(find_run(Path(run_or_recipe)))

@@ -16,7 +16,8 @@ from shortcutflow.data.digits import load_digits
 from shortcutflow.evaluation.distances.frechet import frechet_distance
 from shortcutflow.evaluation.drawing.grids import sample_grid, save_picture
 from shortcutflow.evaluation.generate import generate, labels_of, noise_of
-from shortcutflow.evaluation.runs import PICTURE_FILE, Run, write_report
+from shortcutflow.evaluation.runs import PICTURE_FILE, write_report
+from shortcutflow.run_dir import Run
 
 
 @dataclass(frozen=True)

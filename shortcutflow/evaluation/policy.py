@@ -13,7 +13,8 @@ from shortcutflow.config import PolicyEvaluation
 from shortcutflow.data.pusht import actions_of, features
 from shortcutflow.data.pusht_expert import make_env
 from shortcutflow.evaluation.generate import generate
-from shortcutflow.evaluation.runs import Run, write_report
+from shortcutflow.evaluation.runs import write_report
+from shortcutflow.run_dir import Run
 from shortcutflow.seeds import generator_for
 
 FIRST_SEED = 1_000_000

@@ -12,7 +12,7 @@ import torch
 from shortcutflow.data import DataConfig
 from shortcutflow.data.autoencoder import weights_sha256
 from shortcutflow.data.source import DataInfo
-from shortcutflow.evaluation.runs import Run
+from shortcutflow.run_dir import Run
 from shortcutflow.types import Network, SamplerKind
 
 

@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
-from shortcutflow.config import CONFIG_FILE, CURRENT, RunConfig
+from shortcutflow.config import CONFIG_FILE, RunConfig
 from shortcutflow.inputs import as_condition
 from shortcutflow.interop.model_folder import (
-    CHECKPOINTS,
     COMPANIONS,
     ModelConfig,
     config_of_run,
@@ -25,8 +24,8 @@ from shortcutflow.interop.model_folder import (
 from shortcutflow.io.atomic import require_absent
 from shortcutflow.io.safetensors import read_tensors
 from shortcutflow.network import build_network
+from shortcutflow.run_dir import info_of_run, read_weights
 from shortcutflow.sampling import draw_noise, sample
-from shortcutflow.train import checkpoint
 
 _REMEDY = "get it again from where it came from"
 
@@ -177,7 +176,7 @@ def load_folder(
         condition_shape=config.condition_shape, finest_steps=config.finest_steps, seed=0,
     )  # fmt: skip
     try:
-        network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+        network.load_state_dict(tensors)
     except RuntimeError as error:
         said = " ".join(str(error).split())
         raise ValueError(f"the weights in {folder} do not fit the network of its config: {said[:300]}") from error
@@ -194,30 +193,9 @@ def _model(folder: Path, config: ModelConfig, weights: str | None) -> tuple[Mode
 
 
 def _run(folder: Path, run: RunConfig, weights: str | None) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Config and tensors of a run's folder: of the file that training leaves, or of the newest checkpoint."""
-    weights = weights or run.sample_weights
-    if weights != CURRENT and weights not in run.averages:
-        raise ValueError(f"{folder} has no weights {weights!r}; it has: {', '.join([*run.averages, CURRENT])}")
-    file = folder / weights_file(CURRENT)
-    newest = checkpoint.latest_in(folder / CHECKPOINTS)
-    if weights == run.sample_weights and file.is_file():
-        tensors, metadata = read_tensors(file, _REMEDY)
-        step = int(metadata["step"]) if metadata.get("step", "").isdigit() else None
-    elif newest is not None:
-        group = checkpoint.NETWORK if weights == CURRENT else checkpoint.average_group(weights)
-        tensors, step = newest.tensors(group), newest.step
-    else:
-        raise FileNotFoundError(
-            f"{folder} has neither a checkpoint nor {file.name}, so there are no {weights!r} weights"
-        )
-    try:
-        info = run.data_info(folder)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{folder} is a run without data.json, so its data says what shape its samples have, and that is not here "
-            f"({error}); where it is, load(RUN).save(FOLDER) writes a model that needs no data"
-        ) from error
-    return config_of_run(run, info, weights=weights, step=step), tensors
+    """Config and tensors of a run's folder."""
+    read = read_weights(folder, run, weights)
+    return config_of_run(run, info_of_run(folder, run), weights=read.name, step=read.step), read.tensors
 
 
 def save_model(model: Model, folder: Path) -> None:

@@ -23,8 +23,6 @@ from shortcutflow.io.json import read_object
 from shortcutflow.network import BackboneConfig
 from shortcutflow.types import SamplerKind
 
-CHECKPOINTS = "checkpoints"
-"""A run's folder of them."""
 REPORTS = "evaluation*.json"
 COMPANIONS = (REPORTS, "samples.png")
 """What else a folder may hold that is worth keeping with a model."""

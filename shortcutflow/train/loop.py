@@ -17,8 +17,8 @@ from shortcutflow.config import CONFIG_FILE, RunConfig
 from shortcutflow.data.source import DataInfo
 from shortcutflow.distributed import NEVER, Rank, World, joined
 from shortcutflow.evaluation.decoded import ImageDecoder
-from shortcutflow.evaluation.runs import CHECKPOINTS, write_weights
 from shortcutflow.io.atomic import require_absent
+from shortcutflow.run_dir import CHECKPOINTS, write_weights
 from shortcutflow.train import checkpoint
 from shortcutflow.train.checkpoint import Checkpoint
 from shortcutflow.train.faults import BadSteps, NonFiniteError

@@ -7,9 +7,9 @@ from pathlib import Path
 from torch import nn
 
 from shortcutflow.config import CONFIG_FILE, RunConfig
-from shortcutflow.evaluation.runs import find_run
 from shortcutflow.interop.model import Model, load
 from shortcutflow.interop.start import start_from_flow
+from shortcutflow.run_dir import find_run
 
 
 def load_start(config: RunConfig, network: nn.Module, teacher: Model | None) -> None:

@@ -19,10 +19,10 @@ from shortcutflow.data.source import DataInfo
 from shortcutflow.distributed import Rank
 from shortcutflow.evaluation.evaluate import Asked, evaluate
 from shortcutflow.evaluation.features.protocols import open_protocol
-from shortcutflow.evaluation.runs import load_run
 from shortcutflow.evaluation.samples import Sampler
 from shortcutflow.evaluation.subject import Subject, subject_of_run
 from shortcutflow.evaluation.together import meeting
+from shortcutflow.run_dir import load_run
 
 
 def small_run(folder: Path) -> RunConfig:

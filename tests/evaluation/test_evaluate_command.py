@@ -84,7 +84,7 @@ def test_a_model_folder_gives_the_numbers_of_its_run(run: Path, tmp_path: Path) 
         ("RUN --metrics recall --samples 5", "metric 'recall' needs at least 6 samples, got 5"),
         ("RUN --steps 0", "steps must be at least 1, got 0"),
         ("RUN --steps 4 --steps 4", "a budget is asked for twice: 4, 4"),
-        ("RUN --protocol digits --weights emma", "unknown weights 'emma'; this run has: ema, current"),
+        ("RUN --protocol digits --weights emma", "has no weights 'emma'; it has: ema, current"),
         ("RUN --protocol digits --extractor-weights x.pt", "takes no weights"),
         ("RUN --protocol file:nowhere.pt", "nowhere.pt"),
         ("RUN --protocol digits --out report.txt", "the report is a .json file, got report.txt"),

@@ -112,7 +112,7 @@ def test_a_run_and_its_model_are_drawn_alike(inside: Path, tmp_path: Path) -> No
         (["neighbours", "runs/first", "--nearest", "1798"], "there are only 1797 samples"),
         (["neighbours", "model"], "does not say what it was trained on: give --data FOLDER"),
         (["reconstruction", "runs/first", "--count", "0"], "count must be at least 1, got 0"),
-        (["reconstruction", "runs/first", "--weights", "none"], "unknown weights 'none'; this run has: ema, current"),
+        (["reconstruction", "runs/first", "--weights", "none"], "has no weights 'none'; it has: ema, current"),
         (["quality", "runs/first"], "holds no evaluation*.json: measure the run first"),
         (["quality", "runs/first", "--out", "q.gif"], "--out must name a .png or .svg or .pdf file, got q.gif"),
     ],

@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 
 import shortcutflow as sf
 from shortcutflow.cli import main
-from shortcutflow.evaluation.runs import load_run, write_weights
 from shortcutflow.interop.hub import FILES, HubModel
 from shortcutflow.interop.model import Model
 from shortcutflow.interop.model_folder import ModelConfig
 from shortcutflow.interop.released.checkpoint import read_released
 from shortcutflow.interop.released.export import export_jax
 from shortcutflow.network import BackboneConfig, build_network
+from shortcutflow.run_dir import load_run, write_weights
 
 OPTIONS = {"width": 16, "depth": 1, "heads": 2}
 

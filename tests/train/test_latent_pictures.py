@@ -22,9 +22,9 @@ from shortcutflow.evaluation import decoded
 from shortcutflow.evaluation.decoded import BATCH_SIZE, ImageDecoder
 from shortcutflow.evaluation.drawing.grids import sample_grid
 from shortcutflow.evaluation.drawing.sheet import sample_sheet
-from shortcutflow.evaluation.runs import load_run
 from shortcutflow.evaluation.samples import Sampler
 from shortcutflow.evaluation.subject import subject_of_run
+from shortcutflow.run_dir import load_run
 from shortcutflow.train.loop import train
 from tests.data.test_autoencoder import tiny_network
 

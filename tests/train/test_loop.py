@@ -17,7 +17,7 @@ from recipes.digits import recipe
 from shortcutflow.config import RunConfig, with_overrides
 from shortcutflow.data.digits import DigitsData
 from shortcutflow.data.source import DataInfo
-from shortcutflow.evaluation.runs import WEIGHTS_FILE, load_run
+from shortcutflow.run_dir import WEIGHTS_FILE, load_run
 from shortcutflow.train import loop
 from shortcutflow.train.loop import train
 from shortcutflow.train.metrics import METRICS_FILE, MetricsLog, read_metrics

@@ -10,8 +10,8 @@ import torch
 
 from shortcutflow.config import RunConfig, with_overrides
 from shortcutflow.distributed import World
-from shortcutflow.evaluation.runs import load_run
 from shortcutflow.launch import Options, run_recipe, smoke
+from shortcutflow.run_dir import load_run
 from shortcutflow.train.loop import agreed_start, train
 from shortcutflow.train.metrics import read_metrics
 from shortcutflow.train.position import Position

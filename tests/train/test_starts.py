@@ -10,8 +10,8 @@ import torch
 
 import shortcutflow as sf
 from shortcutflow.config import RunConfig
-from shortcutflow.evaluation.runs import load_run
 from shortcutflow.launch import Options, run_recipe
+from shortcutflow.run_dir import load_run
 from shortcutflow.train.loop import train
 from tests.train.test_loop import tiny
 from tests.train.test_teacher import same, tensors

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shortcutflow.evaluation.runs import REPORT_FILE, find_run
+from shortcutflow.evaluation.runs import REPORT_FILE
 from shortcutflow.io.json import read_object
+from shortcutflow.run_dir import find_run
 
 LONGEST_REPORT = 2**24
 """Bytes of a report that are read."""

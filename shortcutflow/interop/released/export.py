@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from shortcutflow.config import CURRENT, RunConfig
-from shortcutflow.interop.model_folder import CHECKPOINTS, ModelConfig, read_config, weights_file
+from shortcutflow.interop.model_folder import ModelConfig, read_config, weights_file
 from shortcutflow.interop.released.names import check_names, depth_of, entries, to_theirs
 from shortcutflow.interop.released.writer import Read, write_released
 from shortcutflow.io.atomic import atomic_output
 from shortcutflow.io.safetensors import opened
-from shortcutflow.train import checkpoint
+from shortcutflow.run_dir import info_of_run, read_weights
 
 
 class _Weights(NamedTuple):
@@ -63,14 +64,11 @@ def _of_model(folder: Path, config: Any) -> tuple[_Weights, _Weights, int, str]:
 
 
 def _of_run(folder: Path, config: Any) -> tuple[_Weights, _Weights, int, str]:
-    newest = checkpoint.latest_in(folder / CHECKPOINTS)
-    if newest is None:
-        raise FileNotFoundError(f"{folder} has no checkpoint yet")
     average = config.sample_weights if config.sample_weights != CURRENT else next(iter(config.averages), CURRENT)
-    group = checkpoint.NETWORK if average == CURRENT else checkpoint.average_group(average)
+    read = [read_weights(folder, config, name) for name in (CURRENT, average)]
     said = f"params from {CURRENT!r}, params_ema from {average!r}"
     # A checkpoint counts updates done; the released code starts at 1.
-    return _of_group(newest, checkpoint.NETWORK), _of_group(newest, group), newest.step + 1, said
+    return _of_tensors(read[0].tensors), _of_tensors(read[1].tensors), (read[0].step or 0) + 1, said
 
 
 def _of_file(path: Path) -> _Weights:
@@ -85,9 +83,9 @@ def _of_file(path: Path) -> _Weights:
         return _Weights({name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}, read)
 
 
-def _of_group(saved: checkpoint.Checkpoint, group: str) -> _Weights:
-    tensors = {name: tensor.float().numpy() for name, tensor in saved.tensors(group).items()}
-    return _Weights({name: tensor.shape for name, tensor in tensors.items()}, tensors.__getitem__)
+def _of_tensors(tensors: dict[str, Tensor]) -> _Weights:
+    arrays = {name: tensor.float().numpy() for name, tensor in tensors.items()}
+    return _Weights({name: array.shape for name, array in arrays.items()}, arrays.__getitem__)
 
 
 def _theirs(weights: _Weights, folder: Path) -> dict[str, Read]:
@@ -111,7 +109,7 @@ def _theirs(weights: _Weights, folder: Path) -> dict[str, Read]:
 def _channels(folder: Path, weights: _Weights) -> int:
     """Channels of an image."""
     config = read_config(folder)
-    shape = config.shape if isinstance(config, ModelConfig) else config.data_info(folder).shape
+    shape = config.shape if isinstance(config, ModelConfig) else info_of_run(folder, config).shape
     if len(shape) != 3:
         raise ValueError(f"{folder} makes samples of shape {shape}; the released code makes images")
     return shape[0]
