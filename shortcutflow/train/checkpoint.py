@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from shortcutflow.io.atomic import sync, sync_tree
 from shortcutflow.io.json import read_object
-from shortcutflow.sharded import is_sharded
+from shortcutflow.train.staging import scalars_on_cpu, share
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -219,7 +219,7 @@ class Saver:
             options = StagingOptions(use_shared_memory=False, use_async_staging=False)
             stager = self._stager = DefaultStager(options)
             self._leaving.callback(stager.close)
-        return flat | _scalars_on_cpu(flat)
+        return flat | scalars_on_cpu(flat)
 
     def wait(self) -> None:
         """Until nothing is being written any more.
@@ -319,35 +319,6 @@ def _room_for_state(network: nn.Module, known: Mapping[str, TensorStorageMetadat
 
 def _names(network: nn.Module) -> dict[Tensor, str]:
     return {parameter: name for name, parameter in network.named_parameters()}
-
-
-def share(flat: Mapping[str, Any], rank: int, size: int) -> dict[str, Any]:
-    """What one of ``size`` processes saves: its parts of sharded tensors, and about as many bytes as each other one of
-    those that all of them hold whole.
-    """
-    given = [0] * size
-    whole = sorted((name for name in flat if not is_sharded(flat[name])), key=lambda name: (-flat[name].nbytes, name))
-    left_out = set()
-    for name in whole:
-        least = given.index(min(given))
-        # A tensor costs a little however small it is.
-        given[least] += flat[name].nbytes + 1
-        if least != rank:
-            left_out.add(name)
-    return {name: tensor for name, tensor in flat.items() if name not in left_out}
-
-
-def _scalars_on_cpu(flat: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Those of one number on a GPU, such as AdamW's steps: PyTorch would wait for each, which it does not pin."""
-    by_dtype: dict[torch.dtype, dict[str, Tensor]] = {}
-    for name, tensor in flat.items():
-        if tensor.is_cuda and tensor.numel() == 1 and not is_sharded(tensor):
-            by_dtype.setdefault(tensor.dtype, {})[name] = tensor.detach()
-    copies: dict[str, Tensor] = {}
-    for tensors in by_dtype.values():
-        together = torch.stack([tensor.flatten() for tensor in tensors.values()]).cpu()
-        copies |= {name: one.view(tensors[name].shape) for name, one in zip(tensors, together, strict=True)}
-    return copies
 
 
 def _flat(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from shortcutflow.train import checkpoint, parts
 from shortcutflow.train.checkpoint import Checkpoint, Saver, SavingError, latest_in
 from shortcutflow.train.optim import OptimizerConfig, build_optimizer
 from shortcutflow.train.shard_writer import PLACES, ShardWriter
+from shortcutflow.train.staging import share
 from tests.train import launched
 from tests.train.saving import POINTS, filled
 
@@ -382,7 +383,7 @@ def test_no_warning_and_no_filter_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [1, 2, 8])
 def test_processes_share_what_all_of_them_hold(size: int) -> None:
     flat = {f"{n}": torch.zeros(1 + 50 * (n % 5), 10) for n in range(100)}
-    shares = [checkpoint.share(flat, rank, size) for rank in range(size)]
+    shares = [share(flat, rank, size) for rank in range(size)]
     assert sorted(name for each in shares for name in each) == sorted(flat), "each tensor in one process"
     sizes = [sum(tensor.nbytes for tensor in each.values()) for each in shares]
     assert max(sizes) - min(sizes) <= max(tensor.nbytes for tensor in flat.values())
