@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -254,8 +255,8 @@ def check_rows(objective: Any, batch_size: int, shares: int) -> None:
     """Raise ValueError where a batch is too small for the rows of an objective, shared by so many or at all."""
     # The objective's own rule, on samples of one number: what it draws is thrown away.
     generator, rows = torch.Generator(), torch.zeros(batch_size // shares, 1)
-    for number in {0, shares - 1}:
-        objective.draw(rows, generator=generator, progress=0.0, share=Share(number, shares))
+    for number, progress in itertools.product({0, shares - 1}, (0.0, 1.0)):
+        objective.draw(rows, generator=generator, progress=progress, share=Share(number, shares))
 
 
 def validated(values: dict[str, Any], *, where: str) -> RunConfig:

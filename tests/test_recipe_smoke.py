@@ -98,7 +98,7 @@ def test_smoke_from_nothing(
     assert config.objective == load_recipe(name).objective, "what is tried is the recipe's own objective"
     assert config.training.parallel == load_recipe(name).training.parallel
     written = {path.name for path in Path("data").iterdir()}
-    models = {path.name for path in (config.start, config.teacher) if path is not None}
+    models = {Path(path).name for path in (config.start, config.teacher) if path is not None}
     assert written == {config.data.folder.name} | models  # type: ignore[union-attr]
     assert len(models) == len(model)
 
