@@ -10,11 +10,13 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -111,6 +113,21 @@ def command(jobs: Sequence[Job], folder: Path, *, processes: int | None = None, 
         "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}",
     ]  # fmt: skip
     return [sys.executable, *(torchrun if processes else []), "-m", "tests.train.launched", str(folder)]
+
+
+def outcomes_of_two_launchers(job: Job, folder: Path, restarts: int) -> list[Outcome]:
+    """Do a job in two processes, each started by a launcher of its own as on a machine of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = command([job], folder, processes=1, restarts=restarts)
+    shared = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-id={folder.name}"]
+    at = alone.index("--standalone")
+    both = [*alone[:at], *shared, *alone[at + 1 :]]
+    with ThreadPoolExecutor() as threads:
+        done = list(threads.map(run, [both, both]))
+    assert [one.returncode for one in done] == [0, 0], "\n".join(one.stderr[-3000:] for one in done)
+    return [Outcome(**json.loads((folder / f"rank_{rank}.json").read_text())[0]) for rank in range(2)]
 
 
 def run(command: Sequence[str], patience: float = PATIENCE) -> subprocess.CompletedProcess[str]:

@@ -132,6 +132,19 @@ def test_worker_killed_under_torchrun_is_replaced(tmp_path: Path, shards: Path) 
     assert_same_run(tmp_path / "patched", tmp_path / "whole", 6)
 
 
+@pytest.mark.slow
+def test_worker_of_one_of_two_launchers_is_replaced(tmp_path: Path, shards: Path) -> None:
+    """One launcher counts a restart, the other does not: their processes go on from one checkpoint all the same."""
+    config = tiny(shards, *SIX, "training.parallel=fsdp")
+    patched = Job.of(config, tmp_path / "patched", fault="kill_once", by_recipe=True)
+    whole = Job.of(config, tmp_path / "whole", by_recipe=True)
+    done = launched.outcomes_of_two_launchers(patched, tmp_path / "two", restarts=2)
+    no_errors([done, *outcomes([whole], tmp_path / "one", processes=2)])
+    assert sorted(rank.restarts for rank in done) == [0, 1]
+    assert [rank.optimizer_steps for rank in done] == [3, 3], "they went on from the checkpoint"
+    assert_same_run(tmp_path / "patched", tmp_path / "whole", 6)
+
+
 def test_run_that_is_told_to_stop(tmp_path: Path, shards: Path) -> None:
     """SIGTERM: status 75, a checkpoint of the step it was in, and a resume to the numbers of an undisturbed run."""
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
