@@ -247,8 +247,10 @@ def test_what_gives_other_samples_is_thrown_away(source: Path, tmp_path: Path, m
 
 def test_existing_folders_stay(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pipe").mkdir()
-    with pytest.raises(FileExistsError, match="exists already"):
+    (tmp_path / "pipe/notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"exists already, and holds notes\.txt"):
         export_diffusers(source, tmp_path / "pipe")
+    assert (tmp_path / "pipe/notes.txt").read_text() == "mine"
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         export_diffusers(source, tmp_path / "none/pipe")
     monkeypatch.setattr(module, "find_spec", lambda name: None)
