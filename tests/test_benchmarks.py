@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -25,6 +27,7 @@ def test_train_step_of_digits_beside_another_command() -> None:
     assert "released code, this run: ms_median 1000" in out
 
 
+@pytest.mark.slow
 def test_train_step_of_a_dit() -> None:
     options = ["--backbone", "dit_s_8", "--batch", "8", "--steps", "1", "--no-compile", "--device", "cpu"]
     out = run("benchmarks/train_step.py", "dit", *options)
