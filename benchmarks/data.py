@@ -33,7 +33,7 @@ from shortcutflow.data.images import encode_image, to_square
 from shortcutflow.data.manifest import LatentsInfo, Manifest
 from shortcutflow.data.prepare import prepare
 from shortcutflow.data.reader import ShardReader
-from shortcutflow.data.remote import ShardFolder
+from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.shards import StoredPack, shard_name, write_shard
 from shortcutflow.data.sources import open_source
 from shortcutflow.data.stream import ShardStream

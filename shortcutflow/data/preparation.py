@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from shortcutflow.data.manifest import MANIFEST, Manifest, ShardEntry
-from shortcutflow.data.remote import ShardFolder
+from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.shards import Skipped, WrittenShard, shard_name, written_shard
 from shortcutflow.data.sources.parquet import CACHE
 from shortcutflow.data.sources.readers import RawSource

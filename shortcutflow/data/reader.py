@@ -20,9 +20,10 @@ from typing import TypeVar
 import numpy as np
 
 from shortcutflow.data.images import Crop, read_image, to_square
-from shortcutflow.data.index import Index, read_index
-from shortcutflow.data.manifest import Manifest
-from shortcutflow.data.remote import FetchError, ShardFolder
+from shortcutflow.data.index import Index, file_version, read_index
+from shortcutflow.data.manifest import Manifest, ShardEntry
+from shortcutflow.data.remote import FetchError, is_url
+from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.shards import Sample
 
 OPEN_SHARDS = 64
@@ -114,7 +115,8 @@ class ShardReader:
     def _opened(self, shard: int) -> tuple[Index, int]:
         """A shard's index and file."""
         try:
-            return self._index(shard), self._file(shard)
+            index = self._index(shard)
+            return index, self._file(shard, index.version)
         except ValueError as error:
             entry = self.manifest.shards[shard]
             raise LostShardError(f"all {entry.samples} samples of {entry.name}: {error}") from error
@@ -175,13 +177,24 @@ class ShardReader:
             raise ValueError(index)
         return index
 
-    def _file(self, shard: int) -> int:
+    def _file(self, shard: int, version: str) -> int:
         if shard not in self._files:
             if len(self._files) >= OPEN_SHARDS:
                 os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = self.folder.open(self.manifest.shards[shard])
+            self._files[shard] = self._open(self.manifest.shards[shard], version)
         self._files.move_to_end(shard)
         return self._files[shard]
+
+    def _open(self, entry: ShardEntry, version: str) -> int:
+        place = self.folder.place_of(entry.name)
+        while is_url(place):
+            with suppress(FileNotFoundError):  # another process may just have deleted it to make room
+                return os.open(self.folder.path_of(entry), os.O_RDONLY)
+        file = os.open(place, os.O_RDONLY)
+        if version and file_version(file) != version:
+            os.close(file)
+            raise ValueError(f"{place} has changed since it was indexed: start again, which indexes it anew")
+        return file
 
 
 def _stored(file: int, index: Index, number: int, copy: int) -> bytes:

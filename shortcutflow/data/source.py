@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from shortcutflow.data.autoencoder import load_autoencoder
 from shortcutflow.data.manifest import MANIFEST, LatentsInfo, Manifest
-from shortcutflow.data.remote import ShardFolder, url_of
+from shortcutflow.data.remote import is_url
+from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.stream import BatchStream, ShardStream
 from shortcutflow.io.atomic import write_whole
 from shortcutflow.io.json import read_object
@@ -152,8 +153,8 @@ class DataSettings(BaseModel):
 
 def _state(shards: ShardFolder) -> int | None:
     """When a local folder's manifest was written; None if it is gone. One of a URL stays as it is."""
-    manifest = shards.path / MANIFEST
-    return manifest.stat().st_mtime_ns if shards.url is None and manifest.is_file() else None
+    manifest = Path(shards.place) / MANIFEST
+    return manifest.stat().st_mtime_ns if manifest.is_file() else None
 
 
 class ShardsData(DataSettings):
@@ -176,7 +177,7 @@ class ShardsData(DataSettings):
     @field_validator("folder")
     @classmethod
     def _path_unless_url(cls, value: Path | str) -> Path | str:
-        return url_of(value) or Path(value)
+        return str(value).rstrip("/") if is_url(value) else Path(value)
 
     def prepare(self) -> Path | str:
         """The folder, which must exist, with latents of the right autoencoder.

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from shortcutflow.data.ahead import OneAhead
 from shortcutflow.data.order import EpochOrder
 from shortcutflow.data.reader import DamagedSampleError, LostShardError, ShardReader
-from shortcutflow.data.remote import ShardFolder
+from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.shards import Sample
 from shortcutflow.data.variation import Variation
 from shortcutflow.distributed import cores_per_process
@@ -296,7 +296,7 @@ class RankBatches(Dataset[HostBatch]):
 
     def _fetch_ahead(self, position: int) -> None:
         """Of a remote folder: have the shards that come after the present ones fetched meanwhile."""
-        if self._reader.folder.url is None:
+        if not self._reader.folder.is_remote:
             return
         epoch, place = divmod(position, self._order.samples)
         after = self._order.block_after(epoch, self._order.block_at(epoch, place))

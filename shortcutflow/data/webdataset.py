@@ -14,7 +14,9 @@ import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
+from io import BufferedReader
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -22,13 +24,14 @@ from pydantic import Field
 from tqdm import tqdm
 
 from shortcutflow.data.images import Crop
-from shortcutflow.data.index import Index, IndexBuilder, read_index, write_index
+from shortcutflow.data.index import Index, IndexBuilder, file_version, read_index, write_index
 from shortcutflow.data.manifest import Manifest, ShardEntry
-from shortcutflow.data.remote import ShardFolder, download, version_of, with_retries
+from shortcutflow.data.remote import is_url, local_copy, version_of
+from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.source import DataInfo, DataSettings
-from shortcutflow.data.webdataset_files import Fields, expand, is_url, scan
+from shortcutflow.data.webdataset_files import Fields, expand, scan
 from shortcutflow.distributed import Rank
-from shortcutflow.io.atomic import locked, sync, unfinished_name, write_whole
+from shortcutflow.io.atomic import locked, write_whole
 
 SCAN_THREADS = 8
 SHOWN = 5
@@ -81,7 +84,7 @@ def _open(settings: WebdatasetData) -> WebdatasetShards:
     places = expand(only.urls)
     if missing := [place for place in places if not is_url(place) and not os.path.isfile(place)]:
         raise FileNotFoundError(f"data.urls names {missing[0]}, which is not there ({len(missing)} are missing)")
-    return _opened(only, tuple(places), tuple(_version(place) for place in places if not is_url(place)))
+    return _opened(only, tuple(places), tuple(file_version(place) for place in places if not is_url(place)))
 
 
 @lru_cache(maxsize=4)
@@ -108,10 +111,11 @@ class WebdatasetShards(ShardFolder):
     """
 
     def __init__(self, settings: WebdatasetData, places: tuple[str, ...]) -> None:
-        self.url = next((place for place in places if is_url(place)), None)
-        self.path, self.crop = settings.cache / "webdataset", settings.crop
-        self._name = settings.urls if isinstance(settings.urls, str) else ", ".join(settings.urls)
-        self._limit, self._ahead, self._pool = settings.cache_limit, {}, None
+        self.place = settings.urls if isinstance(settings.urls, str) else ", ".join(settings.urls)
+        self.crop, self._cache, self._limit = settings.crop, settings.cache, settings.cache_limit
+        self.is_remote = any(is_url(place) for place in places)
+        self._ahead, self._pool = {}, None
+        self.path = settings.cache / "webdataset"
         self._fields = Fields.of(settings.image, settings.label)
         self.path.mkdir(parents=True, exist_ok=True)
         found = self._indexed(places)
@@ -131,36 +135,17 @@ class WebdatasetShards(ShardFolder):
             preprocessing=f"webdataset shards; crop {settings.crop} when they are read", shards=entries,
         )  # fmt: skip
 
-    def __str__(self) -> str:
-        return self._name
-
     def place_of(self, name: str) -> str:
-        """The URL of a remote shard."""
+        """The path or URL of a shard."""
         return self._shards[name].place
 
-    def path_of(self, entry: ShardEntry) -> Path:
-        """The local file of a shard, fetched if it is not there yet."""
-        place = self._shards[entry.name].place
-        return super().path_of(entry) if is_url(place) else Path(place)
-
-    def open(self, entry: ShardEntry) -> int:
-        """A descriptor of a shard's file, which must still be the one that was indexed."""
-        shard = self._shards[entry.name]
-        if is_url(shard.place):
-            return super().open(entry)
-        file = os.open(shard.place, os.O_RDONLY)
-        if _version(file) != shard.version:
-            os.close(file)
-            raise ValueError(f"{shard.place} has changed since it was indexed: start again, which indexes it anew")
-        return file
+    def version_of(self, entry: ShardEntry) -> str:
+        """What its server said of a shard when it was indexed."""
+        return self._shards[entry.name].version
 
     def index_of(self, entry: ShardEntry) -> Path:
         """The local file of a shard's index."""
         return self._shards[entry.name].index_path
-
-    def fetch_ahead(self, entries: list[ShardEntry]) -> None:
-        """Begin to fetch those of them that are remote."""
-        super().fetch_ahead([entry for entry in entries if is_url(self._shards[entry.name].place)])
 
     def wrong_sizes(self) -> list[str]:
         """None: each shard has just been compared with its index."""
@@ -183,7 +168,7 @@ class WebdatasetShards(ShardFolder):
         return [found[i] for i in range(len(places))]
 
     def _with_index(self, place: str) -> _Shard:
-        version = version_of(place) if is_url(place) else _version(place)
+        version = version_of(place) if is_url(place) else file_version(place)
         where = place if is_url(place) else os.path.abspath(place)
         stem = _PLAIN.sub("_", Path(place).name.removesuffix(".tar")).lstrip(".-")[:100]
         name = f"{stem or 'shard'}-{hashlib.sha256(where.encode(errors='replace')).hexdigest()[:8]}.tar"
@@ -197,28 +182,21 @@ class WebdatasetShards(ShardFolder):
                 return shard
             if any(_is_index(path) for path in paths):
                 logger.warning("%s has changed since it was indexed; it is indexed anew", place)
-            if is_url(place):
-                return with_retries(lambda: self._fetch_and_index(place, name, paths, version), place)
-            builder, skipped = scan(Path(place), self._fields)
-            sha256 = hashlib.sha256(version.encode()).hexdigest()  # the file is not read through
+            with self._opened_copy(place, version) as file:
+                builder, skipped = scan(file, Path(place).name, self._fields)
+                size = file.seek(0, os.SEEK_END)
+                file.seek(0)
+                # A local file is not read through.
+                sha256 = hashlib.file_digest(file, "sha256") if is_url(place) else hashlib.sha256(version.encode())
             return _written(place, paths, version, builder, skipped, ShardEntry.model_construct(
-                name=name, samples=builder.samples, bytes=os.path.getsize(place), sha256=sha256, index_sha256="0" * 64
+                name=name, samples=builder.samples, bytes=size, sha256=sha256.hexdigest(), index_sha256="0" * 64
             ))  # fmt: skip
 
-    def _fetch_and_index(self, place: str, name: str, paths: list[Path], version: str) -> _Shard:
-        unfinished = unfinished_name(self.path / name)
-        try:
-            sha256, size = download(place, unfinished)
-            builder, skipped = scan(unfinished, self._fields)
-            sync(unfinished)
-            kept = self._kept_at(name, sha256)
-            unfinished.replace(kept)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        self._make_room(keep=kept)
-        return _written(place, paths, version, builder, skipped, ShardEntry.model_construct(
-            name=name, samples=builder.samples, bytes=size, sha256=sha256, index_sha256="0" * 64
-        ))  # fmt: skip
+    def _opened_copy(self, place: str, version: str) -> BufferedReader:
+        while is_url(place):
+            with suppress(FileNotFoundError):  # deleted by another process to make room
+                return local_copy(place, self._cache, version=version, limit=self._limit).open("rb")
+        return Path(place).open("rb")
 
     def _list_skipped(self, settings: WebdatasetData) -> None:
         """Print how many samples are left out and where they are listed."""
@@ -228,12 +206,6 @@ class WebdatasetShards(ShardFolder):
         write_whole(path, content)
         if Rank.from_environment().number == 0:
             print(f"{_left_out(self.skipped)}; all are listed in {path}", file=sys.stderr)
-
-
-def _version(file: str | int) -> str:
-    """What a local file is recognised by: its size and time of change."""
-    found = os.stat(file)
-    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def _left_out(skipped: Sequence[tuple[str, str]]) -> str:

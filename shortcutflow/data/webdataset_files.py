@@ -8,16 +8,15 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from shortcutflow.data.index import LARGEST_SAMPLE, Extent, IndexBuilder
-from shortcutflow.data.remote import COMMANDS
+from shortcutflow.data.remote import SCHEMES
 from shortcutflow.data.sources import braced
 from shortcutflow.data.sources.archives import Listed, compression_of, tar_members
 from shortcutflow.data.sources.labels import NoLabel, plain_label
 from shortcutflow.data.sources.webdataset import key_and_extension, label_value
 
-SCHEMES = (*COMMANDS, "hf")
 _META = re.compile(r"__[^/]*__($|/)")
 """Members that webdataset passes over."""
 
@@ -30,15 +29,15 @@ def expand(urls: str | tuple[str, ...]) -> list[str]:
     """
     places: list[str] = []
     for url in (urls,) if isinstance(urls, str) else urls:
-        if not is_url(url) and not url.endswith(".tar") and Path(url).is_file():
+        if "://" not in url and not url.endswith(".tar") and Path(url).is_file():
             lines = [line.strip() for line in Path(url).read_text(encoding="utf-8").splitlines()]
             found = [place for line in lines if line and not line.startswith("#") for place in braced(line)]
             # Relative to the list, so that both can be moved together.
-            places += [place if is_url(place) else str(Path(url).parent / place) for place in found]
+            places += [place if "://" in place else str(Path(url).parent / place) for place in found]
         else:
             places += braced(url)
     for place in places:
-        if (is_url(place) and place.partition("://")[0] not in SCHEMES) or re.match(r"[a-z]{2,}:(?!//)", place):
+        if ("://" in place and place.partition("://")[0] not in SCHEMES) or re.match(r"[a-z]{2,}:(?!//)", place):
             raise ValueError(
                 f"{place}: shards are local files or have a URL of {', '.join(SCHEMES)}; no command is run"
             )
@@ -47,11 +46,6 @@ def expand(urls: str | tuple[str, ...]) -> list[str]:
     if twice := [place for place, count in Counter(places).items() if count > 1]:
         raise ValueError(f"data.urls names {twice[0]} twice, and {len(twice) - 1} more")
     return places
-
-
-def is_url(place: str) -> bool:
-    """Whether a shard lies elsewhere."""
-    return "://" in place
 
 
 class Fields(NamedTuple):
@@ -78,7 +72,7 @@ class Fields(NamedTuple):
         return cls(extensions, kind.lower() or None, path, digest)
 
 
-def scan(path: Path, fields: Fields) -> tuple[IndexBuilder, list[tuple[str, str]]]:
+def scan(file: BinaryIO, name: str, fields: Fields) -> tuple[IndexBuilder, list[tuple[str, str]]]:
     """Read a shard's headers and labels: its samples in their order, and (name, reason) of what is none.
 
     Members with the same key are one sample, wherever in the shard they lie. What follows damage is left out.
@@ -89,29 +83,28 @@ def scan(path: Path, fields: Fields) -> tuple[IndexBuilder, list[tuple[str, str]
     samples: dict[str, dict[str, Listed]] = {}
     skipped: list[tuple[str, str]] = []
     builder = IndexBuilder()
-    with path.open("rb") as file:
-        if (compression := compression_of(file.read(8))) is not None:
-            raise ValueError(f"{path} is compressed by {compression}: decompress it to a plain .tar")
-        try:
-            for member in tar_members(file, 0, os.fstat(file.fileno()).st_size, path.name):
-                key, extension = key_and_extension(member.name)
-                if not extension or _META.match(member.name) or not member.isreg() or member.issparse():
-                    continue
-                members = samples.setdefault(key, {})
-                if extension in members:
-                    skipped.append((member.name, "a member of this name comes before it, which is used"))
-                else:
-                    members[extension] = Listed(member.name, (member.offset_data, member.size))
-        except ValueError as error:
-            skipped.append((path.name, f"{error}; {len(samples)} samples before that are used"))
-        for key, members in samples.items():
-            try:
-                image = _image(members, fields)
-                label = _label(file.fileno(), members, fields)
-            except ValueError as error:
-                skipped.append((key, str(error)))
+    if (compression := compression_of(file.read(8))) is not None:
+        raise ValueError(f"{name} is compressed by {compression}: decompress it to a plain .tar")
+    try:
+        for member in tar_members(file, 0, os.fstat(file.fileno()).st_size, name):
+            key, extension = key_and_extension(member.name)
+            if not extension or _META.match(member.name) or not member.isreg() or member.issparse():
+                continue
+            members = samples.setdefault(key, {})
+            if extension in members:
+                skipped.append((member.name, "a member of this name comes before it, which is used"))
             else:
-                builder.add([image], label, None, key)
+                members[extension] = Listed(member.name, (member.offset_data, member.size))
+    except ValueError as error:
+        skipped.append((name, f"{error}; {len(samples)} samples before that are used"))
+    for key, members in samples.items():
+        try:
+            image = _image(members, fields)
+            label = _label(file.fileno(), members, fields)
+        except ValueError as error:
+            skipped.append((key, str(error)))
+        else:
+            builder.add([image], label, None, key)
     return builder, skipped
 
 

@@ -17,7 +17,8 @@ from shortcutflow.data.digits import load_digits
 from shortcutflow.data.images import Crop, ImageError, read_image, to_square
 from shortcutflow.data.manifest import MANIFEST, Manifest
 from shortcutflow.data.reader import ShardReader
-from shortcutflow.data.remote import ShardFolder, url_of
+from shortcutflow.data.remote import is_url
+from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.sources import open_source
 from shortcutflow.data.sources.readers import FolderReader
 
@@ -156,7 +157,7 @@ def open_pictures(
     """
     if isinstance(source, ShardFolder):
         return ShardPictures(source)
-    prepared = str(source) == DIGITS or url_of(source) is not None or (Path(source) / MANIFEST).is_file()
+    prepared = str(source) == DIGITS or is_url(source) or (Path(source) / MANIFEST).is_file()
     if not prepared:
         return RawPictures(Path(source), size=size, crop=crop)
     if size is not None:

@@ -19,7 +19,7 @@ from shortcutflow.data import reader
 from shortcutflow.data.index import read_index
 from shortcutflow.data.manifest import MOST_SAMPLES, Manifest
 from shortcutflow.data.reader import DamagedSampleError, ShardReader
-from shortcutflow.data.remote import ShardFolder
+from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.shards import Sample, write_shards
 from shortcutflow.data.stream import ShardStream
 from tests.data.hostile import limited, mutated, peak_memory, rewritten_index, with_hostile_value

@@ -15,7 +15,7 @@ import pytest
 from shortcutflow.data.index import read_index
 from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.reader import DamagedSampleError, ShardReader
-from shortcutflow.data.remote import ShardFolder
+from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.shards import Stored, encode_array, write_shard
 from shortcutflow.data.stream import ShardStream
 from tests.data.hostile import hostile_npy, limited, mutated, peak_memory

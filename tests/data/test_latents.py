@@ -25,7 +25,7 @@ from shortcutflow.data.latents import prepare_latents
 from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.prepare import prepare
 from shortcutflow.data.reader import ShardReader
-from shortcutflow.data.remote import ShardFolder
+from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.shards import Sample
 from shortcutflow.data.sources import open_source
 from shortcutflow.data.sources.readers import RawSource

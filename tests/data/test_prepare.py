@@ -23,7 +23,7 @@ from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.preparation import cut, shuffled_order
 from shortcutflow.data.prepare import prepare
 from shortcutflow.data.reader import ShardReader
-from shortcutflow.data.remote import ShardFolder
+from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.sources import open_source
 from shortcutflow.data.sources.readers import Block, FolderReader, RawItem, RawSource
 from tests.data.pictures import CLASSES, files_of, picture, pictures, write_files, zip_of

@@ -20,7 +20,8 @@ import torch
 
 from shortcutflow.data import remote
 from shortcutflow.data.manifest import Manifest
-from shortcutflow.data.remote import FetchError, ShardFolder
+from shortcutflow.data.remote import FetchError, cached_path, local_copy
+from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.shards import Sample, write_shards
 from shortcutflow.data.source import ShardsData
 from shortcutflow.data.stream import ShardStream
@@ -148,7 +149,7 @@ def same_length_other_content(name: str, count: int, content: bytes) -> tuple[in
     [
         (lambda name, count, content: (500 if name.endswith(".tar") else 200, content), "500"),
         (lambda name, count, content: (200, cut(content) if name.endswith(".tar") else content), "closed|transfer"),
-        (same_length_other_content, "is not what the manifest says"),
+        (same_length_other_content, "do not have the expected checksum"),
     ],
     ids=["error 500", "cut off", "other content"],
 )
@@ -192,7 +193,7 @@ def test_more_than_the_manifest_says_is_not_kept(server: Server, folder: Path, t
     (folder / "shard-000000.tar").write_bytes(b"x" * 5_000_000)
     shards = ShardFolder(server.url, cache=tmp_path / "cache")
     entry = shards.manifest.shards[0]
-    with pytest.raises(FetchError, match=rf"bytes of {entry.bytes}\) is not what the manifest says"):
+    with pytest.raises(FetchError, match=rf"more than the {entry.bytes} bytes"):
         shards.path_of(entry)
     assert sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*") if file.is_file()) < 2**21
 
@@ -221,7 +222,7 @@ def test_what_was_not_used_for_longest_makes_room(server: Server, folder: Path, 
     shards = ShardFolder(server.url, cache=tmp_path / "cache", cache_limit=3 * size)
 
     def kept() -> list[int]:
-        return sorted(int(path.name.split("-")[1]) for path in shards.path.glob("*.tar"))
+        return sorted(int(path.name.split("-")[1]) for path in (tmp_path / "cache").rglob("*.tar"))
 
     def use(number: int) -> None:
         path = shards.path_of(shards.manifest.shards[number])
@@ -244,7 +245,7 @@ def test_what_was_not_used_for_longest_makes_room(server: Server, folder: Path, 
     unlimited = ShardFolder(server.url, cache=tmp_path / "all")
     for entry in unlimited.manifest.shards:
         unlimited.path_of(entry)
-    assert len(list(unlimited.path.glob("*.tar"))) == 6
+    assert len(list((tmp_path / "all").rglob("*.tar"))) == 6
 
 
 def test_a_cache_smaller_than_a_shard_still_works(server: Server, folder: Path, tmp_path: Path) -> None:
@@ -307,3 +308,20 @@ def test_passwords_stay_out_of_folder_names(server: Server, tmp_path: Path) -> N
     url = server.url.replace("127.0.0.1", "user:secret@127.0.0.1")
     next(open_remote(url, tmp_path / "cache"))
     assert not [path for path in (tmp_path / "cache").rglob("*") if "secret" in str(path)]
+
+
+def test_a_single_file_is_copied_once_and_anew_when_it_changes(server: Server, folder: Path, tmp_path: Path) -> None:
+    """What ``prepare URL`` uses: the copy keeps the file's suffix, and a query or a strange name is no trouble."""
+    content = (folder / "shard-000000.tar").read_bytes()
+    path = local_copy(f"{server.url}/shard-000000.tar", tmp_path / "cache")
+    assert path.suffix == ".tar"
+    assert path.read_bytes() == content
+    assert local_copy(f"{server.url}/shard-000000.tar", tmp_path / "cache") == path
+    assert server.requests["shard-000000.tar"] == 1
+    (folder / "shard-000000.tar").write_bytes(b"new")
+    server.versions["shard-000000.tar"] = "second"
+    assert local_copy(f"{server.url}/shard-000000.tar", tmp_path / "cache").read_bytes() == b"new"
+    assert cached_path("https://h/a/x y.zip?b=1", tmp_path, "") != cached_path("https://h/a/x_y.zip?b=1", tmp_path, "")
+    assert cached_path("https://h/a/..?b=1", tmp_path, "").resolve().is_relative_to(tmp_path.resolve())
+    with pytest.raises(FetchError, match=r"shard-000001\.tar could not be fetched in 5 tries: .*expected checksum"):
+        local_copy(f"{server.url}/shard-000001.tar", tmp_path / "cache", sha256="0" * 64)

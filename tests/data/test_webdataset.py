@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from shortcutflow.data.reader import ShardReader
-from shortcutflow.data.remote import ShardFolder
+from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.shards import Sample, write_shards
 from tests.data.test_order import write_moments
 

@@ -151,11 +151,11 @@ def test_shards_are_indexed_once(
     scanned: list[str] = []
     scan = ours.scan
 
-    def watched(path: Path, fields: Fields) -> Any:
+    def watched(file: Any, name: str, fields: Fields) -> Any:
         if len(scanned) == 2:
             raise KeyboardInterrupt
-        scanned.append(path.name)
-        return scan(path, fields)
+        scanned.append(name)
+        return scan(file, name, fields)
 
     before = {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir()}
     monkeypatch.setattr(ours, "SCAN_THREADS", 1)
@@ -163,7 +163,7 @@ def test_shards_are_indexed_once(
     with pytest.raises(KeyboardInterrupt):
         settings(urls).opened()
     assert scanned == ["train-000000.tar", "train-000001.tar"]
-    monkeypatch.setattr(ours, "scan", lambda path, fields: scanned.append(path.name) or scan(path, fields))
+    monkeypatch.setattr(ours, "scan", lambda file, name, fields: scanned.append(name) or scan(file, name, fields))
     expected = batches(settings(urls), 4)
     assert sorted(scanned) == sorted(before)
     after = {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir()}
@@ -190,7 +190,7 @@ def test_processes_share_the_indexing(tmp_path: Path, monkeypatch: pytest.Monkey
     urls = write(tmp_path / "s", imagenet(40), per_shard=2)
     scanned: list[str] = []
     scan = ours.scan
-    monkeypatch.setattr(ours, "scan", lambda path, fields: scanned.append(path.name) or scan(path, fields))
+    monkeypatch.setattr(ours, "scan", lambda file, name, fields: scanned.append(name) or scan(file, name, fields))
     monkeypatch.setattr(ours, "SCAN_THREADS", 1)
     places = tuple(expand(urls))
 
@@ -357,7 +357,7 @@ def test_a_bounded_cache_fetches_the_very_same_again(tmp_path: Path, server: Ser
         write(tmp_path / "other", imagenet(3))
     for path in (tmp_path / "data").rglob("*.tar"):
         path.unlink()
-    with pytest.raises(OSError, match="is not what"):
+    with pytest.raises(OSError, match="do not have the expected checksum"):
         batches(data, 4)
 
 
