@@ -64,7 +64,7 @@ def time_families(families: list[str], rounds: int) -> dict[str, dict[str, float
     generator = torch.Generator().manual_seed(0)
     data, y = torch.randn(64, 1, 8, 8, generator=generator), torch.arange(64) % 10
     t = d = torch.full((64,), 0.5)
-    options: dict[str, Any] = {"null_y": 10, "average": sf.AverageConfig(), "optimizer": OptimizerConfig()}
+    options: dict[str, Any] = {"null_y": 10, "average": sf.EMAConfig(), "optimizer": OptimizerConfig()}
     options |= {"compiled": False, "bfloat16": False}
     objective = sf.ShortcutObjective(condition_dropout=0.1)
     steps = {family: Step(build(family), objective, data, y, **options) for family in families}

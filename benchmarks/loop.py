@@ -34,7 +34,7 @@ from shortcutflow.config import RunConfig, TrainingConfig
 from shortcutflow.data.shards import Sample, write_shards
 from shortcutflow.data.source import ShardsData
 from shortcutflow.distributed import World
-from shortcutflow.ema import Average
+from shortcutflow.ema import EMA
 from shortcutflow.network import BackboneConfig
 from shortcutflow.objectives.shortcut import ShortcutObjective
 from shortcutflow.train import loop
@@ -144,7 +144,7 @@ class Watched:
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(Reporter, "start_step", start_step))
             objective = (type(config.objective), "__call__")
-            for owner, name in (objective, (Tensor, "backward"), (torch.optim.AdamW, "step"), (Average, "update")):
+            for owner, name in (objective, (Tensor, "backward"), (torch.optim.AdamW, "step"), (EMA, "update")):
                 stack.enter_context(mock.patch.object(owner, name, self._timed(getattr(owner, name))))
             # Sample grids cost what the sampler costs, as often as one likes.
             stack.enter_context(mock.patch.object(loop, "shows_grid", return_value=False))

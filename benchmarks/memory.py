@@ -134,7 +134,7 @@ def bytes_held(parts: Parts) -> dict[str, int]:
         "weights": weights,
         "gradients": [p.grad for p in weights if p.grad is not None],
         "AdamW": [value for state in parts.optimizer.state.values() for value in state.values()],
-        "average": [p for average in parts.averages.values() for p in average.network.parameters()],
+        "average": [p for average in parts.emas.values() for p in average.network.parameters()],
     }
     counted = {kind: _bytes_of(tensors) for kind, tensors in kinds.items()}
     # Of everything alive: a whole weight that sharding forgot to give back would be here.

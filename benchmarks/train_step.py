@@ -42,10 +42,10 @@ class Step:
 
     def __init__(
         self, net: nn.Module, objective: sf.Objective, data: torch.Tensor, y: torch.Tensor, *, null_y: int,
-        average: sf.AverageConfig, optimizer: OptimizerConfig, compiled: bool, bfloat16: bool,
+        average: sf.EMAConfig, optimizer: OptimizerConfig, compiled: bool, bfloat16: bool,
     ) -> None:  # fmt: skip
         self.net, self.objective, self.data, self.y, self.null_y = net, objective, data, y, null_y
-        self.average = sf.Average(net, average)
+        self.average = sf.EMA(net, average)
         self.optimizer = build_optimizer(net.parameters(), optimizer)
         self.call = torch.compile(net, dynamic=False) if compiled else net
         target = self.average.network
@@ -91,7 +91,7 @@ def digits_step(compiled: bool) -> Step:
     data = torch.rand(64, 1, 8, 8, generator=generator) * 2 - 1
     return Step(
         net, sf.ShortcutObjective.released(class_dropout_prob=1.0), data, torch.ones(64, dtype=torch.int64), null_y=1,
-        average=sf.AverageConfig(warm_up=False), optimizer=OptimizerConfig(lr=1e-3), compiled=compiled, bfloat16=False,
+        average=sf.EMAConfig(warm_up=False), optimizer=OptimizerConfig(lr=1e-3), compiled=compiled, bfloat16=False,
     )  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def _time_dit(objective: sf.Objective, data: torch.Tensor, y: torch.Tensor, args
     device = data.device
     net = backbones.create(args.backbone, shape=(4, 32, 32), num_classes=1000).to(device)
     options: dict[str, Any] = {
-        "null_y": 1000, "average": sf.AverageConfig(), "optimizer": OptimizerConfig(), "bfloat16": True
+        "null_y": 1000, "average": sf.EMAConfig(), "optimizer": OptimizerConfig(), "bfloat16": True
     }  # fmt: skip
     with FlopCounterMode(display=False) as counter:
         Step(net, objective, data, y, compiled=False, **options)()

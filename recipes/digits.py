@@ -12,7 +12,7 @@ digits reads as the label asked for.
 from shortcutflow.cli import launch
 from shortcutflow.config import PixelEvaluation, RunConfig, TrainingConfig
 from shortcutflow.data.digits import DigitsData
-from shortcutflow.ema import AverageConfig
+from shortcutflow.ema import EMAConfig
 from shortcutflow.network import BackboneConfig
 from shortcutflow.objectives.shortcut import ShortcutObjective
 from shortcutflow.train.optim import OptimizerConfig
@@ -26,7 +26,7 @@ def recipe() -> RunConfig:
         backbone=BackboneConfig(name="dit", options={"width": 64, "depth": 4, "heads": 4, "patch": 2}),
         objective=ShortcutObjective(finest_steps=128, bootstrap_fraction=0.25, condition_dropout=0.1),
         optimizer=OptimizerConfig(lr=4e-3, weight_decay=0.1, warm_up_steps=100, schedule="cosine"),
-        averages={"ema": AverageConfig(decay=0.95)},
+        emas={"ema": EMAConfig(decay=0.95)},
         training=TrainingConfig(steps=2500, global_batch_size=64, device="cpu", grid_every=1000),
         evaluation=PixelEvaluation(),
     )

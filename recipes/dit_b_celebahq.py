@@ -35,7 +35,7 @@ with 1/4, after 400,000 steps). By field:
     objective.sigma_min              0.0 -> 1e-05
     backbone.options.released        (false) -> true: attention divided by the head size, t not multiplied by 1000
     backbone.options.num_classes     (none) -> 1: a table of two labels, of which only the null one is ever read
-    averages.ema.warm_up             true -> false: targets start from a network that gives zero
+    emas.ema.warm_up             true -> false: targets start from a network that gives zero
     sample_weights                   ema -> current: use_ema is 0, so the command evaluates the raw weights
 
 The command's class_dropout_prob of 1 changes nothing: with cfg_scale 0 every label is the null label before any could
@@ -47,7 +47,7 @@ here its moments are stored and the latent is drawn anew, which is the same in d
 from shortcutflow.cli import launch
 from shortcutflow.config import RunConfig, TrainingConfig
 from shortcutflow.data.source import ShardsData
-from shortcutflow.ema import AverageConfig
+from shortcutflow.ema import EMAConfig
 from shortcutflow.network import BackboneConfig
 from shortcutflow.objectives.shortcut import ShortcutObjective
 from shortcutflow.train.optim import OptimizerConfig
@@ -61,7 +61,7 @@ def recipe() -> RunConfig:
         backbone=BackboneConfig(name="dit_b_2", smoke_options={"width": 32, "depth": 2, "heads": 2}),
         objective=ShortcutObjective(finest_steps=128, bootstrap_fraction=0.25),
         optimizer=OptimizerConfig(lr=1e-4, weight_decay=0.1),
-        averages={"ema": AverageConfig(decay=0.999)},
+        emas={"ema": EMAConfig(decay=0.999)},
         training=TrainingConfig(
             steps=400_000, global_batch_size=64, precision="bfloat16", compile=True, parallel="ddp",
             log_every=100, grid_every=10_000, checkpoint_every=5_000, keep_checkpoint_every=100_000, hang_timeout=900,
@@ -77,7 +77,7 @@ def released_recipe() -> RunConfig:
             "name": "dit_b_celebahq_released",
             "backbone": paper.backbone.model_copy(update={"options": {"released": True, "num_classes": 1}}),
             "objective": ShortcutObjective.released(class_dropout_prob=0.0),
-            "averages": {"ema": AverageConfig(decay=0.999, warm_up=False)},
+            "emas": {"ema": EMAConfig(decay=0.999, warm_up=False)},
             "sample_weights": "current",
             "training": paper.training.model_copy(update={"steps": 410_000}),
         }

@@ -35,7 +35,7 @@ Where the paper and the released command differ, ``recipe()`` follows the paper 
     objective.clip                   null -> 4.0
     objective.sigma_min              0.0 -> 1e-05
     backbone.options.released        (false) -> true: attention divided by the head size, t not multiplied by 1000
-    averages.ema.warm_up             true -> false: targets start from a network that gives zero
+    emas.ema.warm_up             true -> false: targets start from a network that gives zero
     sample_weights                   ema -> current: use_ema is 0, so the command evaluates the raw weights
 
 In both: guidance of 1.5 inside the targets of the smallest bootstrapped step, labels dropped with 0.1, targets by the
@@ -46,7 +46,7 @@ anew, which is the same in distribution.
 from shortcutflow.cli import launch
 from shortcutflow.config import RunConfig, TrainingConfig
 from shortcutflow.data.source import ShardsData
-from shortcutflow.ema import AverageConfig
+from shortcutflow.ema import EMAConfig
 from shortcutflow.network import BackboneConfig
 from shortcutflow.objectives.shortcut import ShortcutObjective
 from shortcutflow.train.optim import OptimizerConfig
@@ -62,7 +62,7 @@ def recipe() -> RunConfig:
             finest_steps=128, bootstrap_fraction=0.25, guidance_scale=1.5, condition_dropout=0.1
         ),
         optimizer=OptimizerConfig(lr=1e-4, weight_decay=0.1),
-        averages={"ema": AverageConfig(decay=0.999)},
+        emas={"ema": EMAConfig(decay=0.999)},
         training=TrainingConfig(
             steps=800_000, global_batch_size=256, precision="bfloat16", compile=True, parallel="ddp",
             log_every=100, grid_every=10_000, checkpoint_every=5_000, keep_checkpoint_every=100_000, hang_timeout=900,
@@ -78,7 +78,7 @@ def released_recipe() -> RunConfig:
             "name": "dit_b_imagenet_released",
             "backbone": paper.backbone.model_copy(update={"options": {"released": True}}),
             "objective": ShortcutObjective.released(cfg_scale=1.5, bootstrap_cfg=True, class_dropout_prob=0.1),
-            "averages": {"ema": AverageConfig(decay=0.999, warm_up=False)},
+            "emas": {"ema": EMAConfig(decay=0.999, warm_up=False)},
             "sample_weights": "current",
             "training": paper.training.model_copy(update={"steps": 810_000}),
         }

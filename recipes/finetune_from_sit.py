@@ -43,7 +43,7 @@ from pathlib import Path
 from shortcutflow.cli import launch
 from shortcutflow.config import RunConfig, TrainingConfig
 from shortcutflow.data.source import ShardsData
-from shortcutflow.ema import AverageConfig
+from shortcutflow.ema import EMAConfig
 from shortcutflow.network import BackboneConfig
 from shortcutflow.objectives.shortcut import ShortcutObjective
 from shortcutflow.train.optim import OptimizerConfig
@@ -66,7 +66,7 @@ def recipe() -> RunConfig:
             bootstrap_from=0.05, guidance_from=0.4, flow_of="teacher",
         ),
         optimizer=OptimizerConfig(lr=1e-4, weight_decay=0.01, warm_up_steps=1000),
-        averages={"ema": AverageConfig(decay=0.999)},
+        emas={"ema": EMAConfig(decay=0.999)},
         start=SIT,
         teacher=SIT,
         training=TrainingConfig(

@@ -16,7 +16,7 @@ reports 0.95 for a diffusion policy with 100 steps and 0.87 for one shortcut ste
 from shortcutflow.cli import launch
 from shortcutflow.config import PolicyEvaluation, RunConfig, TrainingConfig
 from shortcutflow.data.pusht import PushTData
-from shortcutflow.ema import AverageConfig
+from shortcutflow.ema import EMAConfig
 from shortcutflow.network import BackboneConfig
 from shortcutflow.objectives.shortcut import ShortcutObjective
 from shortcutflow.train.optim import OptimizerConfig
@@ -30,7 +30,7 @@ def recipe() -> RunConfig:
         backbone=BackboneConfig(name="unet1d_policy", options={"width": 32, "stages": 1}),
         objective=ShortcutObjective(finest_steps=128, bootstrap_fraction=0.25),
         optimizer=OptimizerConfig(lr=2e-3, weight_decay=1e-3, warm_up_steps=200, schedule="cosine"),
-        averages={"ema": AverageConfig(decay=0.99)},
+        emas={"ema": EMAConfig(decay=0.99)},
         training=TrainingConfig(steps=3500, global_batch_size=128, device="auto"),
         evaluation=PolicyEvaluation(),
     )

@@ -29,7 +29,7 @@ independent re-run in F2D2's repository (read there; EDM's U-Net, their protocol
 from shortcutflow.cli import launch
 from shortcutflow.config import RunConfig, TrainingConfig
 from shortcutflow.data.imagefolder import ImageFolderData
-from shortcutflow.ema import AverageConfig
+from shortcutflow.ema import EMAConfig
 from shortcutflow.network import BackboneConfig
 from shortcutflow.objectives.shortcut import ShortcutObjective
 from shortcutflow.train.optim import OptimizerConfig
@@ -49,7 +49,7 @@ def recipe() -> RunConfig:
         optimizer=OptimizerConfig(
             lr=2e-4, weight_decay=0.1, warm_up_steps=1000, schedule="cosine", max_grad_norm=1.0
         ),
-        averages={"target": AverageConfig(decay=0.95), "ema": AverageConfig(decay=0.9999)},
+        emas={"target": EMAConfig(decay=0.95), "ema": EMAConfig(decay=0.9999)},
         target_weights="target",
         sample_weights="ema",
         training=TrainingConfig(

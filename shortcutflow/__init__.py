@@ -1,20 +1,22 @@
 """shortcutflow: one network, one training run, any number of sampling steps."""
 
+import warnings
 from importlib import import_module
 from typing import Any
 
-from shortcutflow.ema import Average, AverageConfig
+from shortcutflow.ema import EMA, EMAConfig
 from shortcutflow.objectives.flow_matching import FlowMatchingObjective
 from shortcutflow.objectives.shortcut import ShortcutObjective
+from shortcutflow.old_names import PUBLIC
 from shortcutflow.sampling import Trajectory, draw_noise, sample, trajectory
 from shortcutflow.types import Batch, LossReport, Network, Objective, Targets
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Average",
-    "AverageConfig",
+    "EMA",
     "Batch",
+    "EMAConfig",
     "FlowMatchingObjective",
     "LossReport",
     "Network",
@@ -37,4 +39,7 @@ def __getattr__(name: str) -> Any:
     # Loaded when asked for: whoever only trains or samples needs no configs and no files of models.
     if name == "load":
         return import_module("shortcutflow.interop.model").load
+    if name in PUBLIC:
+        warnings.warn(f"shortcutflow.{name} is now shortcutflow.{PUBLIC[name]}", DeprecationWarning, stacklevel=2)
+        return globals()[PUBLIC[name]]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

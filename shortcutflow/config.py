@@ -15,17 +15,18 @@ from torch import nn
 
 from shortcutflow.data import DataConfig
 from shortcutflow.data.source import DataInfo
-from shortcutflow.ema import AnyAverageConfig, AverageConfig
+from shortcutflow.ema import AnyEMAConfig, EMAConfig
 from shortcutflow.io.atomic import write_whole
 from shortcutflow.io.json import read_object
 from shortcutflow.network import BackboneConfig, build_network
 from shortcutflow.objectives import ObjectiveConfig
+from shortcutflow.old_names import renamed, renamed_path
 from shortcutflow.train.optim import OptimizerConfig
 from shortcutflow.types import Share
 
 CONFIG_FILE = "config.json"
 CURRENT = "current"
-"""In place of an average's name: the weights themselves."""
+"""In place of an EMA's name: the weights themselves."""
 Place = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 """Of a run or a model: a folder or a hub id."""
 
@@ -145,8 +146,8 @@ class RunConfig(BaseModel):
         name: of the run's folder.
         seed: of everything random.
         data, backbone, objective, optimizer, training: what they say.
-        averages: averages of the weights, by name.
-        target_weights: what makes bootstrap targets: an average's name or "current".
+        emas: EMAs of the weights, by name.
+        target_weights: what makes bootstrap targets: an EMA's name or "current".
         sample_weights: what is sampled and evaluated: likewise.
         teacher: for objectives that learn from a trained network: the folder of its run or model, or its hub id.
         start: likewise, whose weights training begins with. If it knows the flow alone, step sizes change nothing
@@ -163,7 +164,7 @@ class RunConfig(BaseModel):
     backbone: BackboneConfig
     objective: ObjectiveConfig
     optimizer: OptimizerConfig = OptimizerConfig()
-    averages: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")], AnyAverageConfig] = {"ema": AverageConfig()}
+    emas: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")], AnyEMAConfig] = {"ema": EMAConfig()}
     target_weights: str = "ema"
     sample_weights: str = "ema"
     teacher: Place | None = None
@@ -171,12 +172,17 @@ class RunConfig(BaseModel):
     training: TrainingConfig
     evaluation: EvaluationConfig | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_versions(cls, values: Any) -> Any:
+        return renamed(values) if isinstance(values, dict) else values
+
     @model_validator(mode="after")
     def _parts_fit(self) -> RunConfig:
         for field in ("target_weights", "sample_weights"):
             chosen = getattr(self, field)
-            if chosen != CURRENT and chosen not in self.averages:
-                known = ", ".join([*self.averages, CURRENT])
+            if chosen != CURRENT and chosen not in self.emas:
+                known = ", ".join([*self.emas, CURRENT])
                 raise ValueError(f"{field} is {chosen!r}; known: {known}")
         if self.evaluation is not None and self.data.kind != MEASURED[self.evaluation.kind]:
             raise ValueError(
@@ -285,7 +291,7 @@ def with_overrides(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
         path, equals, text = override.partition("=")
         if not equals or not path:
             raise ValueError(f"an override has the form section.field=value, got {override!r}")
-        _set(values, path, text)
+        _set(values, renamed_path(path), text)
     return validated(values, where="config")
 
 
@@ -296,7 +302,7 @@ def _set(values: dict[str, Any], path: str, text: str) -> None:
         if not isinstance(here.get(section), dict):
             raise ValueError(_unknown(path, ".".join([*sections[:i], section]), here, sections[:i]))
         here = here[section]
-    free_form = bool(sections) and sections[-1] in ("options", "averages")
+    free_form = bool(sections) and sections[-1] in ("options", "emas")
     # A section that has changed its kind lacks the fields that have no default.
     kind = _kinds(sections[0]).get(here.get("kind")) if len(sections) == 1 else None  # type: ignore[arg-type]
     if field not in here and not free_form and field not in (kind.model_fields if kind is not None else ()):
@@ -305,8 +311,8 @@ def _set(values: dict[str, Any], path: str, text: str) -> None:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = text
-    is_average = sections[:1] == ["averages"] and len(sections) == 2
-    if field == "kind" and (len(sections) == 1 or is_average) and value != here.get("kind"):
+    is_ema = sections[:1] == ["emas"] and len(sections) == 2
+    if field == "kind" and (len(sections) == 1 or is_ema) and value != here.get("kind"):
         _change_kind(here, sections[0], ".".join(sections), value)
     else:
         here[field] = value
@@ -319,7 +325,7 @@ def _unknown(path: str, field: str, here: dict[str, Any], sections: list[str]) -
 
 
 def _change_kind(here: dict[str, Any], section: str, place: str, kind: str) -> None:
-    """Keep what the new kind of a section, or of one of its averages, also has."""
+    """Keep what the new kind of a section, or of one of its EMAs, also has."""
     kinds = _kinds(section)
     if kind not in kinds:
         raise ValueError(f"{place}.kind is {kind!r}; known: {', '.join(sorted(kinds))}")

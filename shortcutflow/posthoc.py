@@ -1,7 +1,7 @@
-"""Averages of the weights made after training, from snapshots of power-function averages.
+"""Post-hoc EMA: EMAs of any width made after training, from snapshots of power-function EMAs.
 
 Karras et al. 2024 (arXiv 2312.02696), section 3.2: a snapshot is the weights of all steps times a known profile. A
-combination of snapshots whose profiles add up to the wanted one is the average that would have been tracked.
+combination of snapshots whose profiles add up to the wanted one is the EMA that would have been tracked.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shortcutflow.ema import power_of
+from shortcutflow.ema import gamma_of
 from shortcutflow.io.atomic import atomic_file, remove_leftovers
 from shortcutflow.io.safetensors import opened
 from shortcutflow.sharded import is_sharded
 
-AVERAGES = "averages"
+SNAPSHOTS = "averages"
 """The folder of a run that holds its snapshots."""
 POOR_FIT = 0.1
 """A profile error (see ``profile_error``) above this is worth a warning."""
@@ -29,7 +29,7 @@ _REMEDY = "delete it, the others will do"
 
 
 class Snapshot(NamedTuple):
-    """One saved power-function average: file, name of the average, optimizer steps done and relative width."""
+    """One saved power-function EMA: file, name of the EMA, optimizer steps done and relative width."""
 
     path: Path
     name: str
@@ -39,7 +39,7 @@ class Snapshot(NamedTuple):
 
 def snapshot_file(folder: Path, name: str, step: int) -> Path:
     """Where a run's folder holds the snapshot of this average at this step."""
-    return folder / AVERAGES / name / f"{_PREFIX}{step:08d}.safetensors"
+    return folder / SNAPSHOTS / name / f"{_PREFIX}{step:08d}.safetensors"
 
 
 def write_snapshot(folder: Path, name: str, step: int, sigma_rel: float, tensors: Mapping[str, Tensor]) -> Snapshot:
@@ -47,15 +47,15 @@ def write_snapshot(folder: Path, name: str, step: int, sigma_rel: float, tensors
 
     Args:
         folder: the run's.
-        name: of the average.
-        step: optimizer steps done, so the ``step`` of the average's last update + 1.
-        sigma_rel: the average's relative width.
-        tensors: whole tensors by name, such as the state of the average's network.
+        name: of the EMA.
+        step: optimizer steps done, so the ``step`` of the EMA's last update + 1.
+        sigma_rel: the EMA's relative width.
+        tensors: whole tensors by name, such as the state of the EMA's network.
 
     Raises:
         ValueError: for a step below 1, an impossible width, or sharded tensors.
     """
-    power_of(sigma_rel)
+    gamma_of(sigma_rel)
     if step < 1:
         raise ValueError(f"step must be at least 1 (optimizer steps done), got {step}")
     sharded = [key for key, tensor in tensors.items() if is_sharded(tensor)]
@@ -91,7 +91,7 @@ def find_snapshots(folder: Path) -> list[Snapshot]:
         ValueError: for a file that is damaged or is no snapshot.
     """
     found = []
-    for path in (folder / AVERAGES).glob(f"*/{_PREFIX}*.safetensors"):
+    for path in (folder / SNAPSHOTS).glob(f"*/{_PREFIX}*.safetensors"):
         with opened(path, _REMEDY) as file:
             header = file.metadata() or {}
         try:
@@ -103,8 +103,8 @@ def find_snapshots(folder: Path) -> list[Snapshot]:
     return sorted(found, key=lambda snapshot: (snapshot.step, snapshot.name))
 
 
-def posthoc_average(snapshots: Sequence[Snapshot], *, sigma_rel: float, step: int) -> dict[str, Tensor]:
-    """The power-function average of this width at this step, as if it had been tracked.
+def posthoc_ema(snapshots: Sequence[Snapshot], *, sigma_rel: float, step: int) -> dict[str, Tensor]:
+    """The power-function EMA of this width at this step, as if it had been tracked.
 
     One snapshot is read at a time, and summed in float32. Tensors that are not floating point come from the snapshot
     nearest in step. Running statistics (batch norm) are summed as well: find them anew where they matter.
@@ -122,11 +122,11 @@ def posthoc_average(snapshots: Sequence[Snapshot], *, sigma_rel: float, step: in
         ValueError: for no snapshots, a step outside theirs, an impossible width, or snapshots of different networks.
 
     Warns:
-        UserWarning: if the snapshots cannot make up the wanted profile; the result is then another average.
+        UserWarning: if the snapshots cannot make up the wanted profile; the result is then another EMA.
     """
     if not snapshots:
         raise ValueError(
-            "there are no snapshots: train with an average of kind 'power' and snapshot_every above 0, better with "
+            "there are no snapshots: train with an EMA of kind 'power' and snapshot_every above 0, better with "
             "two of different sigma_rel"
         )
     steps, widths = [s.step for s in snapshots], [s.sigma_rel for s in snapshots]
@@ -191,12 +191,12 @@ def solve_weights(
     """The factors of the snapshots whose sum of profiles is nearest to the wanted one, in least squares.
 
     Algorithm 3 of the paper with one addition: the factors add up to 1. Without it a weight that hardly moves comes
-    out too large or small by what they lack, per cents of it where the fit is poor; with it, it is its own average.
+    out too large or small by what they lack, per cents of it where the fit is poor; with it, it is its own EMA.
 
     Args:
         steps: of the snapshots, optimizer steps done.
         sigma_rels: of the snapshots, each in (0, 12^-0.5).
-        target_step, target_sigma_rel: of the wanted average.
+        target_step, target_sigma_rel: of the wanted EMA.
 
     Returns:
         (snapshots,) float64.
@@ -239,7 +239,7 @@ def _inner_products(
         raise ValueError(f"steps are counted from 1, got {min(*steps, target_step)}")
     # In units of the target's step, so that the numbers are near 1 whatever the length of training.
     t = torch.tensor([*steps, target_step], dtype=torch.float64) / target_step
-    gamma = torch.tensor([power_of(s) for s in (*sigma_rels, target_sigma_rel)], dtype=torch.float64)
+    gamma = torch.tensor([gamma_of(s) for s in (*sigma_rels, target_sigma_rel)], dtype=torch.float64)
     products = _inner_product(t[:, None], gamma[:, None], t[None], gamma[None])
     return products[:-1, :-1], products[:-1, -1], products[-1, -1]
 
@@ -247,7 +247,7 @@ def _inner_products(
 def _inner_product(t_a: Tensor, gamma_a: Tensor, t_b: Tensor, gamma_b: Tensor) -> Tensor:
     """The integral of p_a p_b, where p(i) = (gamma + 1) i^gamma / t^(gamma + 1) up to t and 0 beyond.
 
-    Equal profiles are equal averages: a tracked one weighs step i by the integral of p over [i - 1, i].
+    Equal profiles are equal EMAs: a tracked one weighs step i by the integral of p over [i - 1, i].
     """
     earlier, later = torch.minimum(t_a, t_b), torch.maximum(t_a, t_b)
     gamma_later = torch.where(t_a < t_b, gamma_b, gamma_a)

@@ -4,7 +4,7 @@
 
     config.json                  the resolved config
     data.json                    shape and conditions of a sample, so that sampling needs no data
-    checkpoints/step_NNNNNNNN/   network, averages, optimizer and position
+    checkpoints/step_NNNNNNNN/   network, EMAs, optimizer and position
     weights.safetensors          the weights that the config samples with, as a finished run leaves them
 """
 
@@ -30,7 +30,7 @@ WEIGHTS_FILE = "weights.safetensors"
 
 
 class RunWeights(NamedTuple):
-    """Weights of a run: an average's name or "current", optimizer steps done if known, whole tensors by name."""
+    """Weights of a run: an EMA's name or "current", optimizer steps done if known, whole tensors by name."""
 
     name: str
     step: int | None
@@ -46,7 +46,7 @@ class Run:
         config: its resolved config.
         info: shape and conditions of its samples.
         step: optimizer steps done, or None if that is not known.
-        weights: the average's name, "current", or a file's name.
+        weights: the EMA's name, "current", or a file's name.
         network: in eval mode.
     """
 
@@ -100,18 +100,18 @@ def read_weights(folder: Path, config: RunConfig, weights: str | None = None) ->
     Args:
         folder: the run's.
         config: its config.
-        weights: an average's name or "current"; None takes what the config samples with.
+        weights: an EMA's name or "current"; None takes what the config samples with.
 
     Raises:
         FileNotFoundError: if the folder holds no such weights.
         ValueError: for unknown weights.
     """
     weights = weights or config.sample_weights
-    if weights != CURRENT and weights not in config.averages:
-        raise ValueError(f"{folder} has no weights {weights!r}; it has: {', '.join([*config.averages, CURRENT])}")
+    if weights != CURRENT and weights not in config.emas:
+        raise ValueError(f"{folder} has no weights {weights!r}; it has: {', '.join([*config.emas, CURRENT])}")
     newest = checkpoint.latest_in(folder / CHECKPOINTS)
     if newest is not None:
-        group = checkpoint.NETWORK if weights == CURRENT else checkpoint.average_group(weights)
+        group = checkpoint.NETWORK if weights == CURRENT else checkpoint.ema_group(weights)
         return RunWeights(weights, newest.step, newest.tensors(group))
     file = folder / WEIGHTS_FILE
     if file.is_file():
@@ -124,7 +124,7 @@ def read_weights(folder: Path, config: RunConfig, weights: str | None = None) ->
 def write_weights(folder: Path) -> Path:
     """Write the weights that a run samples with, from its newest checkpoint, as one file of whole tensors.
 
-    Config and data file beside it are all else that sampling needs. Its header says which average, step and version
+    Config and data file beside it are all else that sampling needs. Its header says which EMA, step and version
     it is.
     """
     read = read_weights(folder, RunConfig.load(folder))

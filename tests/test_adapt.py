@@ -140,7 +140,7 @@ def test_it_trains_as_a_shortcut_model(foreign: Foreign) -> None:
     """One step with an average as the target: every new parameter moves, and the average's hook is its own."""
     x_t, _, d, y = inputs(foreign)
     net = adapt(foreign.network, **foreign.options)
-    average = sf.Average(net)
+    average = sf.EMA(net)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
     objective = sf.ShortcutObjective(condition_dropout=0.0)
     for step in range(2):  # the embedding behind the zero weights learns from the second step on

@@ -189,7 +189,7 @@ def test_errors_of_other_code_keep_their_traceback(inside: Path, capsys: pytest.
     full = "import os, errno\n\n\ndef recipe():\n    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))\n"
     recipe_file.write_text(full)
     assert "No space left" in fail(capsys, "show-config", "wrong.py")
-    recipe_file.write_text("def recipe():\n    from shortcutflow.ema import AverageConfig as A; A(decay=7)\n")
+    recipe_file.write_text("def recipe():\n    from shortcutflow.ema import EMAConfig as A; A(decay=7)\n")
     assert "decay" in fail(capsys, "show-config", "wrong.py")
     with pytest.raises(FileNotFoundError, match="no run at"):
         main(["sample", "runs/nothing", "--traceback"])

@@ -23,7 +23,7 @@ def train_as_released(flags: dict, arch: dict, *, seed: int) -> dict[str, np.nda
     order = np.random.default_rng(seed).integers(0, len(images), (flags["max_steps"], flags["batch_size"]))
     torch.manual_seed(seed)
     net = build(arch, None)
-    average = sf.Average(net, sf.AverageConfig(decay=flags["target_update_rate"], warm_up=False))
+    average = sf.EMA(net, sf.EMAConfig(decay=flags["target_update_rate"], warm_up=False))
     objective = shortcut_objective(flags)
     optimizer = torch.optim.AdamW(
         [p for p in net.parameters() if p.requires_grad], lr=flags["lr"], weight_decay=flags["weight_decay"], fused=True
@@ -95,4 +95,4 @@ def test_recipe_reaches_its_promise(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_the_recipe_is_the_shortcut_model_it_says() -> None:
     config = recipe()
     assert config.objective.kind == "shortcut"
-    assert config.averages[config.target_weights].warm_up, "without a warm-up one-step samples are noise"
+    assert config.emas[config.target_weights].warm_up, "without a warm-up one-step samples are noise"

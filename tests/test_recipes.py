@@ -177,14 +177,14 @@ def test_released_is_what_the_command_says(name: str) -> None:
     assert n == config.training.global_batch_size // 8
     assert (config.target_weights, config.sample_weights) == ("ema", "current")
     assert config.objective.guidance_scale == (1.0 if "celeba" in name else 1.5)
-    assert [config.averages["ema"].decay_at(step) for step in (0, 10**6)] == [0.999, 0.999]
-    assert load_recipe(name).averages["ema"].decay_at(0) == 0.1
+    assert [config.emas["ema"].decay_at(step) for step in (0, 10**6)] == [0.999, 0.999]
+    assert load_recipe(name).emas["ema"].decay_at(0) == 0.1
 
 
 def test_twin_averages_of_cifar() -> None:
     config = load_recipe("unet_cifar10")
-    assert config.averages[config.target_weights].decay_at(10**6) == 0.95
-    assert config.averages[config.sample_weights].decay_at(10**6) == 0.9999
+    assert config.emas[config.target_weights].decay_at(10**6) == 0.95
+    assert config.emas[config.sample_weights].decay_at(10**6) == 0.9999
 
 
 # Fine-tuning begins with a model of another project

@@ -24,7 +24,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        power = 'averages.wide={"sigma_rel":0.05,"snapshot_every":2}'
+        power = 'emas.wide={"sigma_rel":0.05,"snapshot_every":2}'
         succeed("train", "digits", "--run-dir", "run", power, *SMALL)
         sf.load("run").save(Path("model"))
         for label in "ab":

@@ -36,7 +36,7 @@ def evaluate_command(
     batch_size: Annotated[int, typer.Option(help="Samples at once.")] = BATCH_SIZE,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0,
     weights: Annotated[
-        str | None, typer.Option(help="An average's name, 'current', or a .safetensors file. [default: the run's]")
+        str | None, typer.Option(help="An EMA's name, 'current', or a .safetensors file. [default: the run's]")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the noise; every budget starts from the same.")] = 0,
     precision: Annotated[str, typer.Option(help="Of the network: float32 or bfloat16.")] = "float32",

@@ -24,7 +24,7 @@ Labels = Annotated[list[int] | None, typer.Option(help="A label a sample. [defau
 Seed = Annotated[int, typer.Option(help="Of the noise: the samples are those of shortcutflow sample.")]
 GuidanceScale = Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")]
 Weights = Annotated[
-    str | None, typer.Option(help="An average's name, 'current', or a .safetensors file. [default: the run's]")
+    str | None, typer.Option(help="An EMA's name, 'current', or a .safetensors file. [default: the run's]")
 ]
 Data = Annotated[Path | None, typer.Option(help="Folder of prepared shards. [default: what the run was trained on]")]
 Device = Annotated[str | None, typer.Option(help="[default: a GPU if there is one]")]

@@ -39,7 +39,7 @@ def sample_command(
     seed: Annotated[int, typer.Option(help="Of the noise; every budget starts from the same.")] = 0,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0,
     weights: Annotated[
-        str | None, typer.Option(help="An average's name, 'current', or a .safetensors file. [default: the run's]")
+        str | None, typer.Option(help="An EMA's name, 'current', or a .safetensors file. [default: the run's]")
     ] = None,
     device: Annotated[str | None, typer.Option(help="[default: a GPU if there is one]")] = None,
 ) -> None:
@@ -60,14 +60,14 @@ def sample_command(
 
 def average_command(
     run: Annotated[Path, typer.Argument(help="A run's folder, or a folder of runs (the newest is taken).")],
-    sigma_rel: Annotated[float, typer.Option(help="Width of the average, as a share of training.")],
+    sigma_rel: Annotated[float, typer.Option(help="Width of the EMA, as a share of training.")],
     out: Annotated[Path, typer.Option(help="The file to write (.safetensors).")],
     step: Annotated[int | None, typer.Option(help="Up to this step. [default: the last snapshot]")] = None,
 ) -> None:
-    """Make an average of any width from the snapshots of a run's power-function averages; sample it with --weights."""
+    """Make an EMA of any width from the snapshots of a run's power-function EMAs; sample it with --weights."""
     from safetensors.torch import save_file
 
-    from shortcutflow.posthoc import find_snapshots, posthoc_average
+    from shortcutflow.posthoc import find_snapshots, posthoc_ema
     from shortcutflow.run_dir import find_run
 
     check_out(out, (".safetensors",))
@@ -75,10 +75,10 @@ def average_command(
     snapshots = find_snapshots(folder)
     if not snapshots:
         raise FileNotFoundError(
-            f'{folder} holds no snapshots: train with averages.NAME=\'{{"sigma_rel":0.05,"snapshot_every":1000}}\''
+            f'{folder} holds no snapshots: train with emas.NAME=\'{{"sigma_rel":0.05,"snapshot_every":1000}}\''
         )
     step = snapshots[-1].step if step is None else step
-    tensors = posthoc_average(snapshots, sigma_rel=sigma_rel, step=step)
+    tensors = posthoc_ema(snapshots, sigma_rel=sigma_rel, step=step)
     made_by = {"shortcutflow": shortcutflow.__version__}
     with atomic_file(out) as unfinished:
         save_file(tensors, unfinished, metadata={"sigma_rel": str(sigma_rel), "step": str(step)} | made_by)

@@ -137,7 +137,7 @@ def load(
 
     Args:
         path: a folder, or a hub id "owner/name" (needs ``pip install 'shortcutflow[hub]'``).
-        weights: which of the folder's weights, "current" or an average's name; None takes the config's.
+        weights: which of the folder's weights, "current" or an EMA's name; None takes the config's.
         device: of the network.
         image_size: side of the samples, if not the config's: a transformer's weights fit any that its patch divides.
 

@@ -4,7 +4,7 @@
 
     config.json                  the network, its samples' shape, its conditions, which weights there are
     weights.safetensors          the weights as training left them ("current")
-    weights_NAME.safetensors     an average of them, for example weights_ema.safetensors
+    weights_NAME.safetensors     an EMA of them, for example weights_ema.safetensors
 
 A run's folder is one too: its config says the same in more words, and its weights are those it is sampled with.
 """
@@ -44,7 +44,7 @@ class ModelConfig(BaseModel):
         finest_steps: M of the training.
         flow_only: the network was never told a step size.
         sampler: that the network is made for, see :func:`shortcutflow.sample`.
-        weights: the names of the weights in the folder; "current" and those of averages.
+        weights: the names of the weights in the folder; "current" and those of EMAs.
         default_weights: which of them are loaded if none are asked for.
         step: optimizer steps done, as the training counted them, if known.
         vae: hub id or folder of the autoencoder whose latents the samples are, or None.

@@ -97,7 +97,7 @@ class TrainingObjective(ObjectiveSettings, ABC):
             net: the network to train, called as net(x_t, t, d, y).
             data: x_1, (b, *shape), float; converted to the precision of a float32 network.
             y: labels (b,) as a tensor, array or list of whole numbers, any condition tensor (b, ...), or None.
-            target_net: makes targets where the network itself does: usually its average; None is net itself.
+            target_net: makes targets where the network itself does: usually its EMA; None is net itself.
             teacher: the trained network that two-phase methods learn from.
             progress: share of the training that is done, in [0, 1], for methods with a schedule.
             null_y: the condition that stands for "none": needed for condition_dropout and guidance.

@@ -272,7 +272,7 @@ class ShortcutObjective(TrainingObjective):
         """The rows of the regression, from a network that is asked for two half steps on the bootstrap rows.
 
         Args:
-            net: gives the bootstrap targets: the average of the weights, or the weights themselves.
+            net: gives the bootstrap targets: the EMA of the weights, or the weights themselves.
             data: x_1, (b, *shape).
             y: condition, (b, ...) or None.
             draw: what :meth:`draw` returned, or numbers of your own.

@@ -106,7 +106,7 @@ class Checkpoint(NamedTuple):
 
         for name, tensor in flat.items():
             if name not in known:
-                raise ValueError(f"{self.folder} holds no {name!r}: it belongs to another network or other averages")
+                raise ValueError(f"{self.folder} holds no {name!r}: it belongs to another network or other EMAs")
             if known[name].size != tensor.shape:
                 raise ValueError(f"{self.folder}: {name!r} is {tuple(known[name].size)}, here {tuple(tensor.shape)}")
         alone = alone or not _in_group()
@@ -139,8 +139,8 @@ class Checkpoint(NamedTuple):
         return found
 
 
-def average_group(name: str) -> str:
-    """The group that holds the average of this name."""
+def ema_group(name: str) -> str:
+    """The group that holds the EMA of this name."""
     return f"average_{name}"
 
 

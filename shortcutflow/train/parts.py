@@ -15,7 +15,7 @@ from shortcutflow.config import CURRENT, RunConfig, check_rows
 from shortcutflow.data.source import DataInfo
 from shortcutflow.data.stream import BatchStream
 from shortcutflow.distributed import World
-from shortcutflow.ema import Average, PowerAverageConfig, copy_weights
+from shortcutflow.ema import EMA, PowerFunctionEMAConfig, copy_weights
 from shortcutflow.posthoc import write_snapshot
 from shortcutflow.sharded import whole
 from shortcutflow.train.checkpoint import (
@@ -24,7 +24,7 @@ from shortcutflow.train.checkpoint import (
     TEACHER,
     Checkpoint,
     Saver,
-    average_group,
+    ema_group,
     optimizer_tensors,
 )
 from shortcutflow.train.optim import UpdateNorms, build_optimizer
@@ -42,7 +42,7 @@ class Parts(NamedTuple):
     """What training changes: everything a checkpoint has to hold.
 
     Attributes:
-        network, averages: as they are saved; sharded if the run is.
+        network, emas: as they are saved; sharded if the run is.
         optimizer: of the network.
         stream: this process's share of the data.
         teacher: what the second phase of two learns from, as it is saved; None without one.
@@ -54,7 +54,7 @@ class Parts(NamedTuple):
     """
 
     network: nn.Module
-    averages: dict[str, Average]
+    emas: dict[str, EMA]
     optimizer: torch.optim.AdamW
     stream: BatchStream
     teacher: nn.Module | None
@@ -66,12 +66,12 @@ class Parts(NamedTuple):
     forward_flops: int | None
 
     def weights(self, name: str) -> nn.Module:
-        """The network of an average, or the one that is trained."""
-        return self.network if name == CURRENT else self.averages[name].network
+        """The network of an EMA, or the one that is trained."""
+        return self.network if name == CURRENT else self.emas[name].network
 
 
 def build_parts(config: RunConfig, world: World, last: Checkpoint | None = None) -> Parts:
-    """Network, averages, optimizer and data stream: equal weights in every process, or their shards.
+    """Network, EMAs, optimizer and data stream: equal weights in every process, or their shards.
 
     Without a checkpoint they are those of step 0. With one they are filled from it, so that the folders of the start
     and the teacher are not needed any more; how far the run is then, :class:`Position` says.
@@ -113,15 +113,15 @@ def build_parts(config: RunConfig, world: World, last: Checkpoint | None = None)
     mesh = mesh_of(world, settings.shard_group) if sharded else None
     if teacher is not None:
         _place(teacher, config, world, mesh)
-    averages = {}
-    for name, of in config.averages.items():
+    emas = {}
+    for name, of in config.emas.items():
         # One after the other: host memory, which all processes of a machine share, holds a single copy at a time.
-        averages[name] = Average(network, of)
-        _place(averages[name].network, config, world, mesh)
+        emas[name] = EMA(network, of)
+        _place(emas[name].network, config, world, mesh)
     # Last, as a sharded network cannot be copied.
     _place(network, config, world, mesh)
     optimizer = build_optimizer(network.parameters(), config.optimizer)
-    target = network if config.target_weights == CURRENT else averages[config.target_weights].network
+    target = network if config.target_weights == CURRENT else emas[config.target_weights].network
     called: list[Any] = [network, target, teacher]
     if settings.compile and not sharded:
         # All are called with fixed batch shapes: no dynamic ones.
@@ -131,7 +131,7 @@ def build_parts(config: RunConfig, world: World, last: Checkpoint | None = None)
     if world.size > 1 and not sharded:
         net = replicate(net, world)
     parts = Parts(
-        network, averages, optimizer, stream, teacher, net, target_net, teacher_net, teacher_finest_steps, info, flops
+        network, emas, optimizer, stream, teacher, net, target_net, teacher_net, teacher_finest_steps, info, flops
     )
     if last is not None:
         last.restore(tensors_of(parts), optimizer, network)
@@ -179,7 +179,7 @@ def gradients(net: Network, *, added_up: bool) -> Iterator[None]:
 def tensors_of(parts: Parts) -> dict[str, dict[str, Tensor]]:
     """Every tensor that a checkpoint holds, by group and name; the very ones training works on."""
     groups = {NETWORK: parts.network.state_dict(), OPTIMIZER: optimizer_tensors(parts.optimizer, parts.network)}
-    groups |= {average_group(name): average.network.state_dict() for name, average in parts.averages.items()}
+    groups |= {ema_group(name): ema.network.state_dict() for name, ema in parts.emas.items()}
     if parts.teacher is not None:
         groups[TEACHER] = parts.teacher.state_dict()
     return groups
@@ -217,14 +217,14 @@ def save(config: RunConfig, parts: Parts, saver: Saver, position: Position, step
 
 
 def save_snapshots(config: RunConfig, parts: Parts, run_dir: Path, step: int, *, first: bool) -> None:
-    """Write those power-function averages whose time it is; every process must call it where they are sharded."""
-    for name, settings in config.averages.items():
-        if not isinstance(settings, PowerAverageConfig) or not settings.snapshot_every:
+    """Write those power-function EMAs whose time it is; every process must call it where they are sharded."""
+    for name, settings in config.emas.items():
+        if not isinstance(settings, PowerFunctionEMAConfig) or not settings.snapshot_every:
             continue
-        # Also at the end: no average can be made for a step after the last snapshot.
+        # Also at the end: no EMA can be made for a step after the last snapshot.
         if step % settings.snapshot_every == 0 or step == config.training.steps:
             tensors = {}
-            for key, tensor in parts.averages[name].network.state_dict().items():
+            for key, tensor in parts.emas[name].network.state_dict().items():
                 # One at a time, and only the process that writes keeps it, in the host's memory.
                 together = whole(tensor)
                 if first:

@@ -58,8 +58,8 @@ def agree(world: World, reports: list[LossReport], grad_norm: Tensor, stop_reque
 
 
 def update(parts: Parts, step: int, norms: UpdateNorms | None) -> dict[str, float]:
-    """Move the weights and their averages; gives the norms, if they are to be taken."""
+    """Move the weights and their EMAs; returns the norms, if they are to be taken."""
     parts.optimizer.step()
-    for average in parts.averages.values():
-        average.update(parts.network, step)
+    for ema in parts.emas.values():
+        ema.update(parts.network, step)
     return norms.take() if norms is not None else {}

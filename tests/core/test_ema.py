@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import shortcutflow as sf
-from shortcutflow.ema import AnyAverageConfig, Average, AverageConfig, PowerAverageConfig, power_of
+from shortcutflow.ema import EMA, AnyEMAConfig, EMAConfig, PowerFunctionEMAConfig, gamma_of
 
 
 def network(seed: int) -> nn.Sequential:
@@ -46,7 +46,7 @@ def weights(net: nn.Module) -> Tensor:
 def test_update(decay: float) -> None:
     """average <- decay average + (1 - decay) weights, over several steps."""
     net = network(0)
-    average = sf.Average(net, sf.AverageConfig(decay=decay, warm_up=False))
+    average = sf.EMA(net, sf.EMAConfig(decay=decay, warm_up=False))
     by_hand, exchanged = weights(net).double(), weights(net).double()
     for step in range(4):
         net = moved(net, step)
@@ -60,36 +60,36 @@ def test_update(decay: float) -> None:
 
 def test_warm_up_values() -> None:
     """(1 + i)/(10 + i) until that exceeds the decay: from 0.1 at the first update to 0.999 at the 8990th."""
-    config = sf.AverageConfig(decay=0.999)
+    config = sf.EMAConfig(decay=0.999)
     assert config.warm_up
     assert [config.decay_at(i) for i in (0, 1, 8, 90)] == pytest.approx([1 / 10, 2 / 11, 9 / 18, 91 / 100])
     values = [config.decay_at(i) for i in range(10_000)]
     assert values == sorted(values)
     assert values.index(0.999) == 8990
     assert values[-1] == 0.999
-    assert {sf.AverageConfig(decay=0.999, warm_up=False).decay_at(i) for i in (0, 1, 10_000)} == {0.999}
+    assert {sf.EMAConfig(decay=0.999, warm_up=False).decay_at(i) for i in (0, 1, 10_000)} == {0.999}
 
 
 @pytest.mark.parametrize(("step", "decay"), [(0, 0.1), (1, 2 / 11), (10**6, 0.999)])
 def test_update_uses_the_decay_of_its_step(step: int, decay: float) -> None:
     start = network(0)
-    average, net = sf.Average(start), moved(start, 1)
+    average, net = sf.EMA(start), moved(start, 1)
     average.update(net, step)
     expected = decay * weights(start) + (1 - decay) * weights(net)
     assert (weights(average.network) - expected).abs().max() < 1e-6
-    late = sf.Average(start)
+    late = sf.EMA(start)
     late.update(net, step + 5)
     assert ((weights(late.network) - expected).abs().max() > 1e-3) == (step < 10**6)
 
 
 @pytest.mark.parametrize(
     "config",
-    [None, sf.AverageConfig(decay=0.999, warm_up=False), sf.AverageConfig(decay=0.3), PowerAverageConfig()],
+    [None, sf.EMAConfig(decay=0.999, warm_up=False), sf.EMAConfig(decay=0.3), PowerFunctionEMAConfig()],
     ids=["default", "slow", "fast", "power"],
 )
-def test_a_network_that_stands_still_is_its_own_average(config: AnyAverageConfig | None) -> None:
+def test_a_network_that_stands_still_is_its_own_average(config: AnyEMAConfig | None) -> None:
     net = network(0)
-    average = sf.Average(net, config)
+    average = sf.EMA(net, config)
     for step in range(50):
         average.update(net, step)
     assert torch.equal(weights(average.network), weights(net))
@@ -99,7 +99,7 @@ def test_a_network_that_stands_still_is_its_own_average(config: AnyAverageConfig
 
 def test_buffers_are_copied() -> None:
     net = network(0)
-    average, net = sf.Average(net, sf.AverageConfig(decay=0.9, warm_up=False)), moved(net, 1)
+    average, net = sf.EMA(net, sf.EMAConfig(decay=0.9, warm_up=False)), moved(net, 1)
     before = {name: value.clone() for name, value in average.network.named_buffers()}
     average.update(net, 0)
     theirs = dict(net.named_buffers())
@@ -112,7 +112,7 @@ def test_buffers_are_copied() -> None:
 
 def test_average_is_free_of_gradients_and_evaluates() -> None:
     net = network(0).train()
-    average = sf.Average(net)
+    average = sf.EMA(net)
     assert not any(p.requires_grad for p in average.network.parameters())
     assert not any(module.training for module in average.network.modules())
     assert not average.network(torch.ones(3, 4)).requires_grad
@@ -123,7 +123,7 @@ def test_average_is_free_of_gradients_and_evaluates() -> None:
 def test_the_network_itself_is_left_alone() -> None:
     net = network(0).train()
     before = copy.deepcopy(net.state_dict())
-    average = sf.Average(net)
+    average = sf.EMA(net)
     average.update(moved(net, 1), 0)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert all(p.requires_grad for p in net.parameters())
@@ -134,7 +134,7 @@ def test_the_network_itself_is_left_alone() -> None:
 def test_averages_of_several_decays_side_by_side() -> None:
     """The faster one is nearer to where the network went."""
     net = network(0)
-    slow, fast = (sf.Average(net, sf.AverageConfig(decay=decay, warm_up=False)) for decay in (0.99, 0.5))
+    slow, fast = (sf.EMA(net, sf.EMAConfig(decay=decay, warm_up=False)) for decay in (0.99, 0.5))
     net = moved(net, 1)
     for average in (slow, fast):
         average.update(net, 0)
@@ -145,14 +145,14 @@ def test_averages_of_several_decays_side_by_side() -> None:
 @pytest.mark.parametrize("settings", [{"decay": 1.0}, {"decay": -0.1}, {"rate": 0.9}], ids=str)
 def test_settings_that_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(settings))):
-        sf.AverageConfig(**settings)
+        sf.EMAConfig(**settings)
 
 
-def average_of_walk(config: AnyAverageConfig, path: Tensor) -> Tensor:
+def average_of_walk(config: AnyEMAConfig, path: Tensor) -> Tensor:
     """The average after each of the path's weights (steps, 3) was reached in turn, from a start at 100."""
     net = nn.Linear(3, 1, bias=False, dtype=torch.float64)
     nn.init.constant_(net.weight, 100)
-    average = sf.Average(net, config)
+    average = sf.EMA(net, config)
     for step, value in enumerate(path):
         net.weight.data.copy_(value[None])
         average.update(net, step)
@@ -169,7 +169,7 @@ def test_exponential_average_in_closed_form(steps: int) -> None:
     """decay^n start + (1 - decay) sum of decay^(n - 1 - i) weights_i."""
     path, decay = walk(steps), 0.9
     factors = (1 - decay) * decay ** torch.arange(steps - 1, -1, -1, dtype=torch.float64)
-    found = average_of_walk(sf.AverageConfig(decay=decay, warm_up=False), path)
+    found = average_of_walk(sf.EMAConfig(decay=decay, warm_up=False), path)
     assert torch.allclose(found, decay**steps * 100 + factors @ path, rtol=1e-12)
 
 
@@ -177,9 +177,9 @@ def test_exponential_average_in_closed_form(steps: int) -> None:
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.28])
 def test_power_average_is_the_sum_with_power_weights(sigma_rel: float, steps: int) -> None:
     """Step i counts by the integral of the profile i^gamma over [i - 1, i]; the start at 100 not at all."""
-    path, n = walk(steps), power_of(sigma_rel) + 1
+    path, n = walk(steps), gamma_of(sigma_rel) + 1
     ends = torch.arange(steps + 1, dtype=torch.float64) / steps
-    found = average_of_walk(PowerAverageConfig(sigma_rel=sigma_rel), path)
+    found = average_of_walk(PowerFunctionEMAConfig(sigma_rel=sigma_rel), path)
     assert torch.allclose(found, (ends**n).diff() @ path, rtol=1e-9, atol=1e-9)
     if steps > 2:
         other = (ends ** (n + 1)).diff() @ path
@@ -190,14 +190,14 @@ def test_power_average_is_the_sum_with_power_weights(sigma_rel: float, steps: in
 def test_relative_width_is_the_standard_deviation(sigma_rel: float) -> None:
     """Of the density proportional to i^gamma on [0, 1], measured on a fine grid."""
     x = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
-    p = x ** power_of(sigma_rel)
+    p = x ** gamma_of(sigma_rel)
     mean = (p * x).sum() / p.sum()
     deviation = ((p * (x - mean) ** 2).sum() / p.sum()).sqrt()
     assert float(deviation) == pytest.approx(sigma_rel, rel=1e-4)
 
 
 def test_first_power_update_takes_the_weights() -> None:
-    config = PowerAverageConfig(sigma_rel=0.1)
+    config = PowerFunctionEMAConfig(sigma_rel=0.1)
     assert config.decay_at(0) == 0
     values = [config.decay_at(i) for i in range(1000)]
     assert values == sorted(values)
@@ -207,19 +207,19 @@ def test_first_power_update_takes_the_weights() -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, sf.AverageConfig()),
-        ({"decay": 0.9}, sf.AverageConfig(decay=0.9)),
-        ({"warm_up": False}, sf.AverageConfig(warm_up=False)),
-        ({"sigma_rel": 0.06}, PowerAverageConfig(sigma_rel=0.06)),
-        ({"snapshot_every": 100}, PowerAverageConfig(snapshot_every=100)),
-        ({"kind": "power"}, PowerAverageConfig()),
-        ({"kind": "exponential", "decay": 0.5}, sf.AverageConfig(decay=0.5)),
+        ({}, sf.EMAConfig()),
+        ({"decay": 0.9}, sf.EMAConfig(decay=0.9)),
+        ({"warm_up": False}, sf.EMAConfig(warm_up=False)),
+        ({"sigma_rel": 0.06}, PowerFunctionEMAConfig(sigma_rel=0.06)),
+        ({"snapshot_every": 100}, PowerFunctionEMAConfig(snapshot_every=100)),
+        ({"kind": "power"}, PowerFunctionEMAConfig()),
+        ({"kind": "exponential", "decay": 0.5}, sf.EMAConfig(decay=0.5)),
     ],
     ids=str,
 )
-def test_kinds_are_told_apart(given: dict[str, Any], expected: AnyAverageConfig) -> None:
+def test_kinds_are_told_apart(given: dict[str, Any], expected: AnyEMAConfig) -> None:
     """Also without their kind, as older configs are; and they survive JSON."""
-    adapter: TypeAdapter[AnyAverageConfig] = TypeAdapter(AnyAverageConfig)
+    adapter: TypeAdapter[AnyEMAConfig] = TypeAdapter(AnyEMAConfig)
     found = adapter.validate_python(given)
     assert found == expected
     assert type(found) is type(expected)
@@ -240,13 +240,13 @@ def test_kinds_are_told_apart(given: dict[str, Any], expected: AnyAverageConfig)
 )
 def test_mixtures_and_impossible_widths_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(reversed(given))):
-        TypeAdapter(AnyAverageConfig).validate_python(given)
+        TypeAdapter(AnyEMAConfig).validate_python(given)
 
 
 @pytest.mark.parametrize("sigma_rel", [0.0, -0.1, 0.29])
 def test_a_width_without_a_power_is_refused(sigma_rel: float) -> None:
     with pytest.raises(ValueError, match=r"between 0 and 0\.2887.*got " + str(sigma_rel)):
-        power_of(sigma_rel)
+        gamma_of(sigma_rel)
 
 
 def train_sharded(rank: int, port: int, folder: str) -> None:
@@ -257,8 +257,8 @@ def train_sharded(rank: int, port: int, folder: str) -> None:
     torch.manual_seed(0)
     whole = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3))
     net = copy.deepcopy(whole)
-    config = PowerAverageConfig(sigma_rel=0.15)
-    expected, average = sf.Average(whole, config), sf.Average(net, config)
+    config = PowerFunctionEMAConfig(sigma_rel=0.15)
+    expected, average = sf.EMA(whole, config), sf.EMA(net, config)
     for sharded in (net, average.network):
         fully_shard(sharded[0], mesh=init_device_mesh("cpu", (2,)))  # type: ignore[index]
         fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
@@ -299,11 +299,11 @@ def test_sharded_average_equals_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("config", [AverageConfig(decay=0.999, warm_up=False), PowerAverageConfig(sigma_rel=0.05)])
+@pytest.mark.parametrize("config", [EMAConfig(decay=0.999, warm_up=False), PowerFunctionEMAConfig(sigma_rel=0.05)])
 def test_averages_of_16_bits_move_as_far_as_those_of_32(config: Any, dtype: torch.dtype) -> None:
     """A thousandth of the way is less than 16 bits resolve: added there it would be rounded off each time."""
     net = nn.Linear(3, 3).to(dtype)
-    average, expected = Average(net, config), 1.0
+    average, expected = EMA(net, config), 1.0
     with torch.no_grad():
         average.network.weight.fill_(1.0)
         net.weight.fill_(2.0)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import shortcutflow as sf
 from shortcutflow import posthoc
-from shortcutflow.ema import PowerAverageConfig, power_of
+from shortcutflow.ema import PowerFunctionEMAConfig, gamma_of
 from shortcutflow.posthoc import (
     Snapshot,
     find_snapshots,
-    posthoc_average,
+    posthoc_ema,
     profile_error,
     snapshot_file,
     solve_weights,
@@ -43,7 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[float,
     folder = tmp_path_factory.mktemp("run")
     tracked: dict[float, dict[int, Tensor]] = {}
     net = nn.Linear(32, 1, bias=False)
-    averages = [sf.Average(net, PowerAverageConfig(sigma_rel=s)) for s in (0.04, 0.05, 0.06, 0.08, 0.1, 0.12)]
+    averages = [sf.EMA(net, PowerFunctionEMAConfig(sigma_rel=s)) for s in (0.04, 0.05, 0.06, 0.08, 0.1, 0.12)]
     for step, value in enumerate(path()):
         net.weight.data.copy_(value[None])
         for average in averages:
@@ -69,7 +69,7 @@ def test_equals_what_was_tracked(
     """To 0.1 %, and 0.3 % below the widths kept; the nearest snapshot, taken for it, is worse by five or more."""
     folder, tracked = trained
     snapshots, expected = find_snapshots(folder), tracked[sigma_rel][step]
-    found = posthoc_average(snapshots, sigma_rel=sigma_rel, step=step)["weight"][0]
+    found = posthoc_ema(snapshots, sigma_rel=sigma_rel, step=step)["weight"][0]
     error = distance(found, expected)
     assert error < (3e-3 if sigma_rel == 0.04 else 1e-3)
     nearest = min((tracked[s][done] for s in WIDTHS for done in tracked[s]), key=lambda w: distance(w, expected))
@@ -87,7 +87,7 @@ def test_a_snapshot_is_given_back(
     weights = solve_weights([s.step for s in snapshots], [s.sigma_rel for s in snapshots], step, sigma_rel)
     itself = [float(s.step == step and s.sigma_rel == sigma_rel) for s in snapshots]
     assert torch.allclose(weights, torch.tensor(itself, dtype=torch.float64), atol=1e-9)
-    found = posthoc_average(snapshots, sigma_rel=sigma_rel, step=step)["weight"][0]
+    found = posthoc_ema(snapshots, sigma_rel=sigma_rel, step=step)["weight"][0]
     assert torch.equal(found, tracked[sigma_rel][step].half().float())
 
 
@@ -97,7 +97,7 @@ def test_weights_minimise_the_distance_of_profiles() -> None:
     x = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100
 
     def profile(t: int, width: float) -> Tensor:
-        n = power_of(width) + 1
+        n = gamma_of(width) + 1
         return torch.where(x < t, n * (x / t) ** (n - 1) / t, torch.zeros_like(x))
 
     basis = torch.stack([profile(t, width) for t, width in zip(steps, widths, strict=True)])
@@ -137,7 +137,7 @@ def test_what_stands_still_stays(tmp_path: Path) -> None:
     for step in (100, 200):
         write_snapshot(tmp_path, "ema", step, 0.05, {"w": still, "count": torch.tensor(step)})
     with pytest.warns(UserWarning, match="all of one width"):
-        found = posthoc_average(find_snapshots(tmp_path), sigma_rel=0.2, step=200)
+        found = posthoc_ema(find_snapshots(tmp_path), sigma_rel=0.2, step=200)
     assert torch.allclose(found["w"], still, rtol=1e-6)
 
 
@@ -163,17 +163,17 @@ def test_poor_fits_are_told(
     if advice is None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            posthoc_average(snapshots, sigma_rel=sigma_rel, step=step)
+            posthoc_ema(snapshots, sigma_rel=sigma_rel, step=step)
     else:
         with pytest.warns(UserWarning, match=advice) as caught:
-            posthoc_average(snapshots, sigma_rel=sigma_rel, step=step)
+            posthoc_ema(snapshots, sigma_rel=sigma_rel, step=step)
         assert caught[0].filename == __file__, "the warning points at the caller"
 
 
 def test_whole_numbers_come_from_the_nearest_snapshot(tmp_path: Path) -> None:
     for step, width in ((100, 0.05), (200, 0.05), (200, 0.1), (300, 0.05)):
         write_snapshot(tmp_path, f"w{width}", step, width, {"w": torch.ones(2), "count": torch.tensor(step)})
-    found = posthoc_average(find_snapshots(tmp_path), sigma_rel=0.05, step=200)
+    found = posthoc_ema(find_snapshots(tmp_path), sigma_rel=0.05, step=200)
     assert found["count"].dtype == torch.int64
     assert int(found["count"]) == 200
     assert found["w"].dtype == torch.float32
@@ -196,7 +196,7 @@ def test_stored_in_half_only_where_that_loses_nothing(tmp_path: Path, values: li
     snapshot = write_snapshot(tmp_path, "ema", 1, 0.1, {"w": tensor})
     with posthoc.opened(snapshot.path, "") as file:
         assert file.get_tensor("w").dtype == stored
-    found = posthoc_average([snapshot], sigma_rel=0.1, step=1)["w"]
+    found = posthoc_ema([snapshot], sigma_rel=0.1, step=1)["w"]
     largest = float(tensor.abs().max()) if values else 0.0
     assert torch.allclose(
         found, tensor, rtol=0, atol=2**-11 * largest if stored == torch.float16 else 0, equal_nan=True
@@ -227,26 +227,24 @@ def test_a_half_written_snapshot_does_not_count(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(OSError, match="no space"):
             write_snapshot(tmp_path, "ema", step, 0.1, {"w": torch.zeros(2)})
     assert find_snapshots(tmp_path) == [first]
-    assert posthoc_average([first], sigma_rel=0.1, step=10)["w"].tolist() == [1, 1]
+    assert posthoc_ema([first], sigma_rel=0.1, step=10)["w"].tolist() == [1, 1]
 
 
 def test_tied_tensors_are_both_kept(tmp_path: Path) -> None:
     shared = torch.full((3,), 1e5)
-    found = posthoc_average(
-        [write_snapshot(tmp_path, "ema", 1, 0.1, {"a": shared, "b": shared})], sigma_rel=0.1, step=1
-    )
+    found = posthoc_ema([write_snapshot(tmp_path, "ema", 1, 0.1, {"a": shared, "b": shared})], sigma_rel=0.1, step=1)
     assert found["a"].tolist() == found["b"].tolist() == [1e5] * 3
 
 
 def test_wrong_requests_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no snapshots: train with .* 'power'"):
-        posthoc_average([], sigma_rel=0.1, step=10)
+        posthoc_ema([], sigma_rel=0.1, step=10)
     snapshots = [write_snapshot(tmp_path, "ema", step, 0.1, {"w": torch.ones(2)}) for step in (10, 20)]
     for step in (9, 21):
         with pytest.raises(ValueError, match=f"between the first and last snapshot, 10 and 20; got {step}"):
-            posthoc_average(snapshots, sigma_rel=0.1, step=step)
+            posthoc_ema(snapshots, sigma_rel=0.1, step=step)
     with pytest.raises(ValueError, match=r"between 0 and 0\.2887"):
-        posthoc_average(snapshots, sigma_rel=0.3, step=20)
+        posthoc_ema(snapshots, sigma_rel=0.3, step=20)
     with pytest.raises(ValueError, match="1 steps, 2 widths"):
         solve_weights([10], [0.05, 0.1], 10, 0.1)
     with pytest.raises(ValueError, match="counted from 1, got 0"):
@@ -269,7 +267,7 @@ def test_snapshots_of_different_networks_are_refused(tmp_path: Path, tensors: di
         write_snapshot(tmp_path, "b", 10, 0.05, tensors),
     ]
     with pytest.raises(ValueError, match=message):
-        posthoc_average(snapshots, sigma_rel=0.07, step=10)
+        posthoc_ema(snapshots, sigma_rel=0.07, step=10)
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def optimizer_of(net: DiT, flags: dict[str, Any]) -> torch.optim.Optimizer:
     )  # fmt: skip
 
 
-def loss_of(net: DiT, average: sf.Average, flags: dict[str, Any], step: Recording) -> LossReport:
+def loss_of(net: DiT, average: sf.EMA, flags: dict[str, Any], step: Recording) -> LossReport:
     """The recorded step's loss: the batch permuted, labels nulled if unconditional, the recorded draws."""
     order = step.tensor("draw/id_perm").long()
     images, labels = step.images("images")[order], step.tensor("labels").long()[order]
@@ -67,7 +67,7 @@ def assert_same_params(net: DiT, recorded: dict[str, np.ndarray], lr: float) -> 
         assert np.abs(value - recorded[name]).max() <= tolerance, name
 
 
-def check_step(net: DiT, average: sf.Average, flags: dict[str, Any], step: Recording) -> LossReport:
+def check_step(net: DiT, average: sf.EMA, flags: dict[str, Any], step: Recording) -> LossReport:
     report = loss_of(net, average, flags, step)
     net.zero_grad()
     report.loss.backward()
@@ -87,7 +87,7 @@ def test_three_steps(steps_file: Path) -> None:
     z = Recording.open(steps_file)
     flags = z.json("flags")
     net = build(z.json("config"), z.params())
-    average = sf.Average(build(z.json("config"), z.params("params_ema")), _released_average(flags))
+    average = sf.EMA(build(z.json("config"), z.params("params_ema")), _released_average(flags))
     optimizer = optimizer_of(net, flags)
     steps = sorted({name.split("/")[0] for name in z.arrays if name.startswith("step")})
     assert len(steps) >= 3
@@ -112,7 +112,7 @@ def test_variant(variant: tuple[Path, str]) -> None:
     flags = step.json("flags")
     ignore = name == "naive"
     net = build(z.json("config"), z.params(), ignore_step_size=ignore)
-    average = sf.Average(build(z.json("config"), z.params("params_ema")), _released_average(flags))
+    average = sf.EMA(build(z.json("config"), z.params("params_ema")), _released_average(flags))
     optimizer = optimizer_of(net, flags)
     check_step(net, average, flags, step)
     optimizer.step()
@@ -122,8 +122,8 @@ def test_variant(variant: tuple[Path, str]) -> None:
         assert_same_params(average.network, step.params("params_ema"), flags["lr"])  # type: ignore[arg-type]
 
 
-def _released_average(flags: dict[str, Any]) -> sf.AverageConfig:
-    return sf.AverageConfig(decay=flags["target_update_rate"], warm_up=False)
+def _released_average(flags: dict[str, Any]) -> sf.EMAConfig:
+    return sf.EMAConfig(decay=flags["target_update_rate"], warm_up=False)
 
 
 @pytest.mark.parametrize("wrong", [{"weight_decay": 0.0}, {"lr": 1.02e-4}, {"beta2": 0.99}], ids=str)
@@ -131,7 +131,7 @@ def test_negative_control_optimizer(wrong: dict[str, float]) -> None:
     z = Recording.open(GOLDEN / "train_steps_shortcut.npz")
     flags = z.json("flags")
     net = build(z.json("config"), z.params())
-    average = sf.Average(build(z.json("config"), z.params("params_ema")))
+    average = sf.EMA(build(z.json("config"), z.params("params_ema")))
     optimizer = optimizer_of(net, flags | wrong)
     for name in ("step1", "step2"):
         check = loss_of(net, average, flags, z.below(name))
@@ -146,7 +146,7 @@ def test_negative_control_average() -> None:
     """The warm-up of the average, sound as it is, is not what was released."""
     z = Recording.open(GOLDEN / "train_steps_shortcut.npz")
     net = build(z.json("config"), z.params())
-    average = sf.Average(build(z.json("config"), z.params("params_ema")), sf.AverageConfig(decay=0.999, warm_up=True))
+    average = sf.EMA(build(z.json("config"), z.params("params_ema")), sf.EMAConfig(decay=0.999, warm_up=True))
     average.update(net, 0)
     with pytest.raises(AssertionError):
         assert_same_params(average.network, z.below("step1").params("params_ema"), 1e-4)  # type: ignore[arg-type]

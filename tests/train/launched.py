@@ -47,7 +47,7 @@ TINY = (
     # eps would make a whole step of the last bit.
     "optimizer.eps=1e-4",
     # Half of the target network is new after each step: a stale one cannot hide.
-    'averages={"ema": {"decay": 0.5, "warm_up": false}, "slow": {"kind": "power", "sigma_rel": 0.1}}',
+    'emas={"ema": {"decay": 0.5, "warm_up": false}, "slow": {"kind": "power", "sigma_rel": 0.1}}',
 )  # fmt: skip
 TIMES = ("images_per_second", "data_waiting_share", "slowest_step_seconds", "slowest_step_rank", "memory_bytes")
 """What a log line says of the clock or the machine; all else must repeat."""
@@ -169,7 +169,7 @@ def tensors(run_dir: Path | str, step: int) -> dict[str, Tensor]:
     """All tensors of a checkpoint by group and name, read by one process."""
     saved = checkpoint.Checkpoint(Path(run_dir) / "checkpoints" / f"step_{step:08d}", step)
     config = RunConfig.load(Path(run_dir))
-    groups = ["network", "optimizer", *(checkpoint.average_group(name) for name in config.averages)]
+    groups = ["network", "optimizer", *(checkpoint.ema_group(name) for name in config.emas)]
     return {f"{group}/{name}": tensor for group in groups for name, tensor in saved.tensors(group).items()}
 
 
@@ -258,7 +258,7 @@ def stale_averages() -> Iterator[None]:
     def wrong(module: Any, *, reshard_after_forward: Any = None, **options: Any) -> Any:
         return right(module, **options)
 
-    with mock.patch.object(fsdp, "fully_shard", wrong), mock.patch("shortcutflow.ema._let_go"):
+    with mock.patch.object(fsdp, "fully_shard", wrong), mock.patch("shortcutflow.ema._reshard"):
         yield
 
 

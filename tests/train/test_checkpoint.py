@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultSavePlanner, HuggingFaceStorageWriter, SavePlan
 
-from shortcutflow.ema import PowerAverageConfig
+from shortcutflow.ema import PowerFunctionEMAConfig
 from shortcutflow.posthoc import find_snapshots
 from shortcutflow.train import checkpoint, parts
 from shortcutflow.train.checkpoint import Checkpoint, Saver, SavingError, latest_in
@@ -416,9 +416,9 @@ def test_a_snapshot_puts_one_tensor_together_at_a_time(
 
     monkeypatch.setattr(parts, "whole", Gathered)
     net = nn.Sequential(*(nn.Linear(2, 2) for _ in range(5)))
-    settings = PowerAverageConfig(sigma_rel=0.1, snapshot_every=2)
-    config: Any = SimpleNamespace(averages={"ema": settings}, training=SimpleNamespace(steps=10))
-    held: Any = SimpleNamespace(averages={"ema": SimpleNamespace(network=net)})
+    settings = PowerFunctionEMAConfig(sigma_rel=0.1, snapshot_every=2)
+    config: Any = SimpleNamespace(emas={"ema": settings}, training=SimpleNamespace(steps=10))
+    held: Any = SimpleNamespace(emas={"ema": SimpleNamespace(network=net)})
     parts.save_snapshots(config, held, tmp_path, 4, first=first)
     assert len(most) == 10
     assert max(most) == 1

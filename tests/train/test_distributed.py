@@ -13,7 +13,7 @@ from torch import nn
 from shortcutflow.config import with_overrides
 from shortcutflow.data.digits import write_digits
 from shortcutflow.distributed import World
-from shortcutflow.ema import Average
+from shortcutflow.ema import EMA
 from shortcutflow.train.loop import train
 from shortcutflow.train.metrics import read_metrics
 from shortcutflow.train.parts import build_parts
@@ -108,7 +108,7 @@ def test_two_processes_equal_one(tmp_path: Path, shards: Path) -> None:
     assert furthest_apart(guided, unguided) > 1e-4
     train(tiny(shards, "seed=1"), tmp_path / "seed")
     assert furthest_apart(tensors(tmp_path / "seed", 5), plain) > 1e-2
-    with mock.patch.object(Average, "update"):
+    with mock.patch.object(EMA, "update"):
         train(tiny(shards), tmp_path / "never updated")
     runs = (plain, tensors(tmp_path / "never updated", 5))
     network = [{name: run[name] for name in initial} for run in runs]
@@ -193,7 +193,7 @@ def test_the_device_holds_no_whole_network(shards: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("shortcutflow.train.parts.mesh_of", lambda *_: "a mesh")
     config = tiny(shards, "training.parallel=fsdp", "backbone.options.depth=4")
     parts = build_parts(config, World(0, 1, torch.device("meta")))
-    networks = [parts.network, *(average.network for average in parts.averages.values())]
+    networks = [parts.network, *(average.network for average in parts.emas.values())]
     assert len(networks) == 3
     each = [tensor.numel() for tensor in [*parts.network.parameters(), *parts.network.buffers()]]
     assert sum(seen) == 3 * sum(each), "all of each network came from host memory, through a unit"

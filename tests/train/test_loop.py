@@ -73,7 +73,7 @@ def test_what_a_run_leaves(tmp_path: Path, shards: Path) -> None:
     [
         ["objective.kind=flow_matching"],
         ["target_weights=current"],
-        ["averages.slow.decay=0.999", "averages.slow.warm_up=false", "sample_weights=slow"],
+        ["emas.slow.decay=0.999", "emas.slow.warm_up=false", "sample_weights=slow"],
         ["objective.guidance_scale=1.5"],
         ["optimizer.schedule=cosine", "optimizer.warm_up_steps=2", "optimizer.max_grad_norm=0.1"],
         ["backbone.options.released=true", "objective.rows=released", "objective.clip=4"],
@@ -81,8 +81,8 @@ def test_what_a_run_leaves(tmp_path: Path, shards: Path) -> None:
     ids=lambda o: o[0],
 )
 def test_configs_that_must_run(tmp_path: Path, shards: Path, overrides: list[str]) -> None:
-    if overrides[0].startswith("averages.slow"):
-        overrides = ['averages.slow={"decay": 0.999, "warm_up": false}', overrides[-1]]
+    if overrides[0].startswith("emas.slow"):
+        overrides = ['emas.slow={"decay": 0.999, "warm_up": false}', overrides[-1]]
     train(tiny(shards, "training.steps=2", "training.global_batch_size=16", *overrides), tmp_path)
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
 

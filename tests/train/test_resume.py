@@ -33,9 +33,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["backbone.options.depth=2"], "another network or other averages"),
-        (["averages.slow.decay=0.9"], "averages.slow"),
-        (['averages={"ema": {}, "slow": {}}'], "average_slow"),
+        (["backbone.options.depth=2"], "another network or other EMAs"),
+        (["emas.slow.decay=0.9"], "emas.slow"),
+        (['emas={"ema": {}, "slow": {}}'], "average_slow"),
         (["objective.finest_steps=7"], "power of two"),
         (["optimizer.betas=[2,3]"], "optimizer.betas.0: Input should be less than 1"),
         (["training.accumulation=8"], "1 bootstrap rows|2 bootstrap rows"),
@@ -160,7 +160,7 @@ def test_what_needs_labels_is_refused_without_them(finished: tuple[Path, Path]) 
 
 
 def test_an_average_gets_another_kind_as_a_section_does(finished: tuple[Path, Path]) -> None:
-    kept = tiny(finished[1], "averages.ema.kind=power", "averages.ema.sigma_rel=0.1").averages["ema"]
+    kept = tiny(finished[1], "emas.ema.kind=power", "emas.ema.sigma_rel=0.1").emas["ema"]
     assert (kept.kind, kept.sigma_rel) == ("power", 0.1)  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match=r"averages.ema.kind is 'powr'; known: exponential, power"):
-        tiny(finished[1], "averages.ema.kind=powr")
+    with pytest.raises(ValueError, match=r"emas.ema.kind is 'powr'; known: exponential, power"):
+        tiny(finished[1], "emas.ema.kind=powr")

@@ -64,7 +64,7 @@ def _of_model(folder: Path, config: Any) -> tuple[_Weights, _Weights, int, str]:
 
 
 def _of_run(folder: Path, config: Any) -> tuple[_Weights, _Weights, int, str]:
-    average = config.sample_weights if config.sample_weights != CURRENT else next(iter(config.averages), CURRENT)
+    average = config.sample_weights if config.sample_weights != CURRENT else next(iter(config.emas), CURRENT)
     read = [read_weights(folder, config, name) for name in (CURRENT, average)]
     said = f"params from {CURRENT!r}, params_ema from {average!r}"
     # A checkpoint counts updates done; the released code starts at 1.
