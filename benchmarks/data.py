@@ -34,7 +34,7 @@ from shortcutflow.data.manifest import LatentsInfo, Manifest
 from shortcutflow.data.prepare import prepare
 from shortcutflow.data.reader import ShardReader
 from shortcutflow.data.shard_folder import ShardFolder
-from shortcutflow.data.shards import StoredPack, shard_name, write_shard
+from shortcutflow.data.shards import EncodedBatch, shard_name, write_shard
 from shortcutflow.data.sources import open_source
 from shortcutflow.data.stream import ShardStream
 
@@ -262,11 +262,11 @@ def _made_latents(
     folder.mkdir()
     entries = []
 
-    def packs(begin: int, end: int) -> Iterator[StoredPack]:
+    def packs(begin: int, end: int) -> Iterator[EncodedBatch]:
         for start in range(begin, end, per_member):
             n = min(per_member, end - start)
             moments = rng.standard_normal((n, 2, 2 * channels, height, width), dtype=np.float32).astype("<f2")
-            yield StoredPack(f"{start:08d}", moments, (0,) * n, tuple(f"sample{start + i}" for i in range(n)))
+            yield EncodedBatch(f"{start:08d}", moments, (0,) * n, tuple(f"sample{start + i}" for i in range(n)))
 
     for number, begin in enumerate(range(0, count, samples_per_shard)):
         written = write_shard(folder / shard_name(number), packs(begin, min(count, begin + samples_per_shard)))

@@ -1,4 +1,4 @@
-"""A shard's index: where each sample's bytes lie, their checksum, its label and its name.
+"""A shard's index: the byte range and checksum of each sample, its label and its name.
 
 It is a safetensors file of int64 columns, n samples by c copies (a copy is a variant of a sample, such as its mirror
 image): ``offset``, ``size``, ``crc`` (n, c); ``label`` (n,) if there are labels; ``condition_offset``, ``..._size``,
@@ -22,65 +22,33 @@ from shortcutflow.io.atomic import write_whole
 
 LARGEST_INDEX = 2**30
 LARGEST_SAMPLE = 64 * 2**20
-"""Bytes that one stored sample may have; more is refused before it is read."""
+"""Bytes that one encoded sample may have; more is refused before it is read."""
 
 
-class Extent(NamedTuple):
-    """A run of bytes in a shard: where it begins, its length and CRC-32 (-1 if it is not known)."""
+class ByteRange(NamedTuple):
+    """Bytes of a shard: the offset of the first, how many, and their CRC-32 (-1 if it is not known)."""
 
     offset: int
     size: int
     crc: int
 
     @classmethod
-    def of(cls, content: bytes, offset: int) -> Extent:
-        """The extent of this content at this place."""
+    def of(cls, content: bytes, offset: int) -> ByteRange:
+        """The range of this content at this offset."""
         return cls(offset, len(content), zlib.crc32(content))
 
 
-def file_version(file: Path | str | int) -> str:
-    """What tells a local file's content from a later one without reading it: its size and time of change."""
-    found = os.stat(file)
-    return f"{found.st_size} {found.st_mtime_ns}"
+class IndexRow(NamedTuple):
+    """One sample: the bytes of each of its copies, its label, the bytes of its condition tensor, and its name."""
 
-
-class IndexBuilder:
-    """Collects the rows of an index while its shard is written."""
-
-    def __init__(self) -> None:
-        self._copies: list[list[Extent]] = []
-        self._labels: list[int | None] = []
-        self._conditions: list[Extent | None] = []
-        self._names: list[str] = []
-
-    @property
-    def samples(self) -> int:
-        """Rows so far."""
-        return len(self._copies)
-
-    def add(self, copies: list[Extent], label: int | None, condition: Extent | None, name: str) -> None:
-        """Append one sample."""
-        self._copies.append(copies)
-        self._labels.append(label)
-        self._conditions.append(condition)
-        self._names.append(" ".join(name.split()))
-
-    def columns(self) -> dict[str, np.ndarray]:
-        """The finished columns."""
-        extents = np.array(self._copies or np.empty((0, 1, 3)), dtype=np.int64)
-        columns = {name: np.ascontiguousarray(extents[..., i]) for i, name in enumerate(Extent._fields)}
-        if self.samples and self._labels[0] is not None:
-            columns["label"] = np.array(self._labels, dtype=np.int64)
-        if self.samples and self._conditions[0] is not None:
-            conditions = np.array(self._conditions, dtype=np.int64)
-            for i, name in enumerate(Extent._fields):
-                columns[f"condition_{name}"] = np.ascontiguousarray(conditions[:, i])
-        columns["names"] = np.frombuffer("\n".join(self._names).encode(errors="replace"), dtype=np.uint8)
-        return columns
+    copies: Sequence[ByteRange]
+    label: int | None
+    condition: ByteRange | None
+    name: str
 
 
 class Index(NamedTuple):
-    """What :func:`read_index` gives.
+    """What :func:`read_index` returns.
 
     Attributes:
         offset, size, crc: (n, copies) int64.
@@ -88,8 +56,8 @@ class Index(NamedTuple):
         condition: (n, 3) int64, offset, size and CRC-32 of each condition tensor, or None.
         names: of the samples.
         entry: of its shard, None for a shard without samples.
-        skipped: (name, reason) of source items that gave no sample.
-        version: of a shard that was not written here: what it was recognised by when it was indexed.
+        skipped: (name, reason) of source items that are no sample.
+        version: of a shard that was not written by this library: its version when it was indexed.
     """
 
     offset: np.ndarray
@@ -103,19 +71,57 @@ class Index(NamedTuple):
     version: str = ""
 
 
+def file_version(file: Path | str | int) -> str:
+    """What tells a local file's content from a later one without reading it: its size and time of change."""
+    found = os.stat(file)
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
 def write_index(
-    path: Path, builder: IndexBuilder, entry: ShardEntry | None, skipped: Sequence[tuple[str, ...]], version: str = ""
-) -> str:
-    """Write it, whole or not at all; gives its SHA-256."""
+    path: Path,
+    rows: Sequence[IndexRow],
+    *,
+    name: str,
+    size: int,
+    sha256: str,
+    skipped: Sequence[tuple[str, ...]] = (),
+    version: str = "",
+) -> ShardEntry | None:
+    """Write the index of a shard, complete or not at all.
+
+    Args:
+        path: of the index.
+        rows: one for each sample.
+        name, size, sha256: of the shard: file name, bytes and checksum.
+        skipped: (name, reason) of source items that are no sample.
+        version: see :class:`Index`.
+
+    Returns:
+        The shard's entry for the manifest; None without samples.
+    """
     from safetensors.numpy import save
 
-    shard = entry.model_dump_json(exclude={"index_sha256"}) if entry is not None else "null"
+    shard = {"name": name, "samples": len(rows), "bytes": size, "sha256": sha256} if rows else None
     # One entry: safetensors keeps several in no fixed order.
-    described = {"entry": json.loads(shard), "skipped": skipped} | ({"version": version} if version else {})
-    metadata = {"shard": json.dumps(described)}
-    content = save(builder.columns(), metadata)
+    described = {"entry": shard, "skipped": skipped} | ({"version": version} if version else {})
+    content = save(_columns(rows), {"shard": json.dumps(described)})
+    entry = ShardEntry(**shard, index_sha256=hashlib.sha256(content).hexdigest()) if shard else None
     write_whole(path, content)
-    return hashlib.sha256(content).hexdigest()
+    return entry
+
+
+def _columns(rows: Sequence[IndexRow]) -> dict[str, np.ndarray]:
+    ranges = np.array([row.copies for row in rows] or np.empty((0, 1, 3)), dtype=np.int64)
+    columns = {name: np.ascontiguousarray(ranges[..., i]) for i, name in enumerate(ByteRange._fields)}
+    if rows and rows[0].label is not None:
+        columns["label"] = np.array([row.label for row in rows], dtype=np.int64)
+    if rows and rows[0].condition is not None:
+        conditions = np.array([row.condition for row in rows], dtype=np.int64)
+        for i, name in enumerate(ByteRange._fields):
+            columns[f"condition_{name}"] = np.ascontiguousarray(conditions[:, i])
+    names = "\n".join(" ".join(row.name.split()) for row in rows)
+    columns["names"] = np.frombuffer(names.encode(errors="replace"), dtype=np.uint8)
+    return columns
 
 
 def read_index(path: Path, expected: ShardEntry | None = None) -> Index:
@@ -159,16 +165,9 @@ def _parse(content: bytes, digest: str) -> Index:
     if described["entry"] is not None:
         entry = ShardEntry.model_validate(described["entry"] | {"index_sha256": digest})
     n = entry.samples if entry is not None else 0
-    extents = [columns[name] for name in Extent._fields]
-    copies = extents[0].shape[1] if extents[0].ndim == 2 else 1
-    _check_columns(extents, (n, copies))
-    _check_places(extents[0], extents[1], entry)
-    condition = None
-    if "condition_offset" in columns:
-        parts = [columns[f"condition_{name}"] for name in Extent._fields]
-        _check_columns(parts, (n,))
-        _check_places(parts[0], parts[1], entry)
-        condition = np.stack(parts, axis=1)
+    copies = columns["offset"].shape[1] if columns["offset"].ndim == 2 else 1
+    offset, size, crc = _ranges(columns, "", (n, copies), entry)
+    condition = np.stack(_ranges(columns, "condition_", (n,), entry), axis=1) if "condition_offset" in columns else None
     label = columns.get("label")
     _check_columns([label] if label is not None else [], (n,))
     lines = columns["names"].tobytes()
@@ -176,22 +175,25 @@ def _parse(content: bytes, digest: str) -> Index:
         raise ValueError(f"{found} names for {n} samples")
     names = tuple(lines.decode(errors="replace").split("\n"))
     skipped = tuple((str(name), str(reason)) for name, reason in described["skipped"])
-    offset, size, crc = extents
     return Index(offset, size, crc, label, condition, names, entry, skipped, str(described.get("version", "")))
+
+
+def _ranges(
+    columns: dict[str, np.ndarray], prefix: str, shape: tuple[int, ...], entry: ShardEntry | None
+) -> list[np.ndarray]:
+    """Offsets, sizes and checksums; every byte range lies inside its shard and is not too large."""
+    ranges = [columns[prefix + name] for name in ByteRange._fields]
+    _check_columns(ranges, shape)
+    offset, size, _ = ranges
+    if entry is not None:
+        if offset.min() < 0 or size.min() < 0 or size.max() > LARGEST_SAMPLE:
+            raise ValueError(f"a sample's offset or size is impossible (at most {LARGEST_SAMPLE} bytes are read)")
+        if (offset > entry.bytes - size).any():  # not their sum, which could overflow
+            raise ValueError("a sample lies outside its shard")
+    return ranges
 
 
 def _check_columns(columns: list[np.ndarray], shape: tuple[int, ...]) -> None:
     for column in columns:
         if column.dtype != np.int64 or column.shape != shape:
-            raise ValueError(f"a column is {column.dtype} {column.shape}, int64 {shape} is due")
-
-
-def _check_places(offset: np.ndarray, size: np.ndarray, entry: ShardEntry | None) -> None:
-    """Every extent lies inside its shard and is not too large."""
-    if entry is None:
-        return
-    if offset.min() < 0 or size.min() < 0 or size.max() > LARGEST_SAMPLE:
-        raise ValueError(f"a sample's place or size is impossible (at most {LARGEST_SAMPLE} bytes are read)")
-    # Not their sum, which could overflow.
-    if (offset > entry.bytes - size).any():
-        raise ValueError("a sample lies outside its shard")
+            raise ValueError(f"a column is {column.dtype} {column.shape}, expected int64 {shape}")

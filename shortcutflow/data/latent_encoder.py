@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from shortcutflow.data.autoencoder import Autoencoder
 from shortcutflow.data.images import Crop, ImageError, read_image, to_square
-from shortcutflow.data.shards import Skipped, StoredPack
+from shortcutflow.data.shards import EncodedBatch, Skipped
 from shortcutflow.data.sources.labels import LabelChoice
 from shortcutflow.data.sources.readers import RawItem, RawSource
 
@@ -149,7 +149,7 @@ def refuse(skipped: Sequence[Skipped]) -> None:
         raise ValueError(f"{name}: {reason}")
 
 
-def packs(encoded: Iterable[Row | Skipped], shard: int, samples_per_member: int) -> Iterator[StoredPack | Skipped]:
+def packs(encoded: Iterable[Row | Skipped], shard: int, samples_per_member: int) -> Iterator[EncodedBatch | Skipped]:
     """Rows gathered into members."""
     waiting: list[Row] = []
     members = 0
@@ -165,7 +165,7 @@ def packs(encoded: Iterable[Row | Skipped], shard: int, samples_per_member: int)
         yield _pack(waiting, f"{shard:06d}-{members:04d}")
 
 
-def _pack(samples: list[Row], key: str) -> StoredPack:
+def _pack(samples: list[Row], key: str) -> EncodedBatch:
     labels = tuple(sample.label for sample in samples if sample.label is not None)
     moments = np.stack([sample.moments for sample in samples])
-    return StoredPack(key, moments, labels or None, tuple(sample.name for sample in samples))
+    return EncodedBatch(key, moments, labels or None, tuple(sample.name for sample in samples))

@@ -67,7 +67,8 @@ class Manifest(BaseModel):
 
     Attributes:
         version: of this format.
-        shape: of one sample as training sees it, (channels, height, width) or (length, channels).
+        shape: of one sample as training sees it: (channels, height, width), (length, channels), or of any number of
+            dimensions.
         values: "uint8" for images, "float32" for anything else stored as it is, "moments" for float16 means and
             log-variances (2 channels, height, width) of latents.
         format: how a sample's values are stored.
@@ -83,7 +84,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int = VERSION
-    shape: tuple[int, ...] = Field(min_length=2, max_length=3)
+    shape: tuple[int, ...] = Field(min_length=1)
     values: Literal["uint8", "float32", "moments"] = "uint8"
     format: Literal["png", "jpg", "webp", "npy"] = "png"
     latents: LatentsInfo | None = None

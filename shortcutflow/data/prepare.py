@@ -29,7 +29,7 @@ from shortcutflow.data.preparation import (
     versions_of,
 )
 from shortcutflow.data.shard_workers import ShardTask, write_tasks
-from shortcutflow.data.shards import Skipped, Stored, WrittenShard, shard_name
+from shortcutflow.data.shards import EncodedSample, Skipped, WrittenShard, shard_name
 from shortcutflow.data.sources import open_source
 from shortcutflow.data.sources.labels import LabelChoice
 from shortcutflow.data.sources.readers import RawItem, RawSource, Reader
@@ -75,7 +75,7 @@ class EncodePictures:
     options: PrepareOptions
     strict: bool
 
-    def __call__(self, work: Sequence[Numbered]) -> Iterator[Stored | Skipped]:
+    def __call__(self, work: Sequence[Numbered]) -> Iterator[EncodedSample | Skipped]:
         for number, item in work:
             try:
                 content = self._encoded(item)
@@ -85,7 +85,7 @@ class EncodePictures:
                 yield Skipped(item.name, str(error))
                 continue
             label = item.label if self.options.labels else None
-            yield Stored(key_of(number, item.name), content, self.options.format, label, name=item.name)
+            yield EncodedSample(key_of(number, item.name), content, self.options.format, label, name=item.name)
 
     def _encoded(self, item: RawItem) -> bytes:
         image = to_square(read_image(self.reader.read(item)), self.options.size, self.options.crop)

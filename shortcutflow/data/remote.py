@@ -45,8 +45,8 @@ Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 
-class FetchError(OSError):
-    """A file of a URL that could not be fetched, naming it and the number of tries."""
+class ReadError(OSError):
+    """A file that the system could not read, or not fetch from its URL, naming it and the number of tries."""
 
 
 def is_url(place: str | Path) -> bool:
@@ -83,7 +83,7 @@ def local_copy(
         tries: before it is an error, with pauses of 1, 2, 4, ... seconds.
 
     Raises:
-        FetchError: naming the URL and the last failure.
+        ReadError: naming the URL and the last failure.
     """
     path = cached_path(url, cache, version_of(url) if version is None else version)
     with suppress(FileNotFoundError):
@@ -92,7 +92,7 @@ def local_copy(
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_name(f".{path.name}.lock")):
         if not path.exists():
-            with_retries(lambda: _fetch(url, path, sha256, at_most), url, tries)
+            with_retries(lambda: _fetch(url, path, sha256, at_most), f"{url} could not be fetched", tries=tries)
             if limit is not None:
                 _make_room(cache, limit, keep=path)
     return path
@@ -112,7 +112,7 @@ def read_url(url: str, at_most: int) -> bytes:
     """The content of a small file, with as many tries as :func:`local_copy`.
 
     Raises:
-        FetchError: naming the URL; also for an empty or longer file.
+        ReadError: naming the URL; also for an empty or longer file.
     """
 
     def read() -> bytes:
@@ -122,7 +122,7 @@ def read_url(url: str, at_most: int) -> bytes:
             raise OSError(f"it has {len(content)} bytes or more, from 1 to {at_most} are read")
         return content
 
-    return with_retries(read, url)
+    return with_retries(read, f"{url} could not be fetched")
 
 
 def version_of(url: str) -> str:
@@ -142,22 +142,37 @@ def version_of(url: str) -> str:
     return hashlib.sha256(text).hexdigest()[:32] if text else ""
 
 
-def with_retries(action: Callable[[], Result], url: str, tries: int = TRIES) -> Result:
-    """Call it; after a failure again, with pauses of 1, 2, 4, ... seconds.
+def with_retries(
+    action: Callable[[], Result],
+    failure: str,
+    *,
+    tries: int = TRIES,
+    remedy: str = "",
+    between: Callable[[], object] = lambda: None,
+) -> Result:
+    """Call it; after an error of the disk or network again, with pauses of 1, 2, 4, ... seconds.
+
+    Args:
+        action: to call.
+        failure: what it means that all tries fail, for the message.
+        tries: how many.
+        remedy: what to do about that, for the message.
+        between: called before each further try.
 
     Raises:
-        FetchError: naming the URL, when the last try failed too.
+        ReadError: when the last try failed too.
     """
     for attempt in range(1, tries + 1):
         try:
             return action()
-        except FetchError:
+        except ReadError:  # which was tried several times already
             raise
         except OSError as error:
             if attempt == tries:
-                raise FetchError(f"{url} could not be fetched in {tries} tries: {error}") from error
-            logger.warning("%s: try %d of %d failed (%s)", url, attempt, tries, error)
+                raise ReadError(f"{failure} in {tries} tries: {error}{remedy}") from error
+            logger.warning("%s in try %d of %d (%s)", failure, attempt, tries, error)
             time.sleep(FIRST_PAUSE * 2 ** (attempt - 1))
+            between()
     raise AssertionError("unreachable")
 
 
@@ -181,7 +196,7 @@ def _output(url: str, commands: Mapping[str, tuple[str, ...]]) -> Iterator[Binar
     """What the command for this kind of URL writes.
 
     Raises:
-        FetchError: if the command is not installed.
+        ReadError: if the command is not installed.
         OSError: with what the command wrote to its standard error, if it fails.
     """
     scheme = url.partition("://")[0]
@@ -191,7 +206,7 @@ def _output(url: str, commands: Mapping[str, tuple[str, ...]]) -> Iterator[Binar
         return
     command = [part.format(url) for part in commands[scheme]]
     if shutil.which(command[0]) is None:
-        raise FetchError(f"{url} is fetched by the command {command[0]!r}, which is not installed")
+        raise ReadError(f"{url} is fetched by the command {command[0]!r}, which is not installed")
     with (
         tempfile.TemporaryFile() as errors,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as process,

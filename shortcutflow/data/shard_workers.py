@@ -16,10 +16,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from shortcutflow.data.shards import Skipped, Stored, StoredPack, WrittenShard, write_shard
+from shortcutflow.data.shards import EncodedBatch, EncodedSample, Skipped, WrittenShard, write_shard
 
 Work = TypeVar("Work")
-Encoded = Stored | StoredPack | Skipped
+Encoded = EncodedSample | EncodedBatch | Skipped
 Encode = Callable[[Work], Iterable[Encoded]]
 POLL_SECONDS = 0.2
 
@@ -78,7 +78,7 @@ def write_tasks(
 def _counted(samples: Iterable[Encoded], count: Callable[[int], object]) -> Iterator[Encoded]:
     for sample in samples:
         yield sample
-        count(len(sample.names) if isinstance(sample, StoredPack) else 1)
+        count(len(sample.names) if isinstance(sample, EncodedBatch) else 1)
 
 
 def _in_processes(

@@ -1,23 +1,27 @@
-"""Writing webdataset shards, each with an index that says where in it every sample lies.
+"""The format of shards: samples encoded into tar files that webdataset reads, each with an index, and decoded again.
 
-A shard is a plain tar that webdataset reads: ``KEY.jpg`` and ``KEY.cls`` for an image and its class, ``KEY.npy`` for
+A shard is a plain tar: ``KEY.jpg`` and ``KEY.cls`` for an image and its class, ``KEY.npy`` for
 an array, ``KEY.y.npy`` for the tensor it is conditioned on. Moments of latents lie many to a member, which costs less
-for whoever reads the tar. The index makes each sample readable by itself (:mod:`shortcutflow.data.reader`).
+where a tar is read through. The index makes each sample readable by itself (:mod:`shortcutflow.data.reader`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import math
+import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from shortcutflow.data.index import Extent, IndexBuilder, read_index, write_index
+from shortcutflow.data.images import Crop, read_image, to_square
+from shortcutflow.data.index import ByteRange, IndexRow, read_index, write_index
 from shortcutflow.data.manifest import Manifest, ShardEntry
 from shortcutflow.io.atomic import atomic_file
 
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
-class Stored(NamedTuple):
+class EncodedSample(NamedTuple):
     """One encoded sample.
 
     Attributes:
@@ -47,7 +51,7 @@ class Stored(NamedTuple):
     name: str = ""
 
 
-class StoredPack(NamedTuple):
+class EncodedBatch(NamedTuple):
     """Samples that lie in one member.
 
     Attributes:
@@ -64,7 +68,7 @@ class StoredPack(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """A source item that gave no sample, and why."""
+    """A source item that is no sample, and why."""
 
     name: str
     reason: str
@@ -102,7 +106,8 @@ def write_shards(
     folder.mkdir(parents=True, exist_ok=True)
     entries: list[ShardEntry] = []
     first: Sample | None = None
-    for i, chunk in enumerate(_chunks(samples, samples_per_shard)):
+    remaining = iter(samples)
+    for i, chunk in enumerate(iter(lambda: list(islice(remaining, samples_per_shard)), [])):
         first = first or chunk[0]
         written = write_shard(folder / shard_name(i), (_encode(sample) for sample in chunk))
         assert written.entry is not None
@@ -124,21 +129,11 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-def _chunks(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
-    chunk: list[Sample] = []
-    for sample in samples:
-        chunk.append(sample)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+def write_shard(path: Path, samples: Iterable[EncodedSample | EncodedBatch | Skipped]) -> WrittenShard:
+    """Write one shard and its index; the same samples make the same bytes.
 
-
-def write_shard(path: Path, samples: Iterable[Stored | StoredPack | Skipped]) -> WrittenShard:
-    """Write one shard and its index; the same samples give the same bytes.
-
-    The tar is renamed into place when it is whole and on the disk, then the index: a shard with an index is complete.
+    The tar is renamed into place when it is complete and on the disk, then the index: a shard with an index is
+    complete. Without samples there is only an index.
 
     Raises:
         ValueError: for a key that could not be a member's name, naming it.
@@ -146,28 +141,30 @@ def write_shard(path: Path, samples: Iterable[Stored | StoredPack | Skipped]) ->
     from webdataset import TarWriter
 
     skipped: list[Skipped] = []
-    index = IndexBuilder()
-    with atomic_file(path) as unfinished, unfinished.open("wb") as file:
-        shard = _HashedFile(file)
-        # Time 0, and no name of an owner: the same samples give the same bytes.
-        with TarWriter(shard, encoder=False, mtime=0, user="", group="", mode=0o644) as tar:
-            for sample in samples:
-                if isinstance(sample, Skipped):
-                    skipped.append(sample)
-                elif isinstance(sample, StoredPack):
-                    _add_pack(tar, index, sample)
-                else:
-                    _add_sample(tar, index, sample)
-    entry = None
-    if index.samples:
-        entry = ShardEntry(
-            name=path.name, samples=index.samples, bytes=shard.size, sha256=shard.digest(), index_sha256="0" * 64
-        )
-    else:
-        path.unlink()  # an empty tar
-    digest = write_index(path.with_suffix(".index"), index, entry, [tuple(item) for item in skipped])
-    if entry is not None:
-        entry = entry.model_copy(update={"index_sha256": digest})
+    rows: list[IndexRow] = []
+    size, sha256 = 0, ""
+
+    def usable() -> Iterator[EncodedSample | EncodedBatch]:
+        for sample in samples:
+            if isinstance(sample, Skipped):
+                skipped.append(sample)
+            else:
+                yield sample
+
+    remaining = usable()
+    if (first := next(remaining, None)) is not None:
+        with atomic_file(path) as unfinished, unfinished.open("w+b") as file:
+            # Time 0, and no name of an owner: the same samples make the same bytes.
+            with TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as tar:
+                for sample in chain((first,), remaining):
+                    rows += _add_batch(tar, sample) if isinstance(sample, EncodedBatch) else [_add_sample(tar, sample)]
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    entry = write_index(
+        path.with_suffix(".index"), rows, name=path.name, size=size, sha256=sha256,
+        skipped=[tuple(item) for item in skipped],
+    )  # fmt: skip
     return WrittenShard(entry, tuple(skipped))
 
 
@@ -177,76 +174,50 @@ def written_shard(path: Path) -> WrittenShard | None:
     if not index_path.is_file():
         return None
     index = read_index(index_path)
-    skipped = tuple(Skipped(name, reason) for name, reason in index.skipped)
-    if index.entry is None:
-        return WrittenShard(None, skipped)
-    if not path.is_file() or path.stat().st_size != index.entry.bytes:
+    if index.entry is not None and (not path.is_file() or path.stat().st_size != index.entry.bytes):
         return None
-    return WrittenShard(index.entry, skipped)
-
-
-class _HashedFile:
-    """A file to write to that knows the SHA-256 and size of what was written."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._hash, self.size = file, hashlib.sha256(), 0
-
-    def write(self, content: bytes) -> int:
-        self._hash.update(content)
-        self.size += len(content)
-        return self._file.write(content)
-
-    def digest(self) -> str:
-        return self._hash.hexdigest()
+    return WrittenShard(index.entry, tuple(Skipped(*item) for item in index.skipped))
 
 
 def _add_member(tar: TarWriter, key: str, extension: str, content: bytes) -> int:
-    """Append a member; gives the place of its content in the shard."""
+    """Append a member; returns the offset of its content in the shard."""
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"a sample's key must be 1 to 80 letters, digits, '_' or '-', got {key!r}")
     tar.write({"__key__": key, extension: content})
     return tar.tarstream.offset - -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
-def _add_sample(tar: TarWriter, index: IndexBuilder, sample: Stored) -> None:
-    key = _checked_key(sample.key)
-    place = _add_member(tar, key, sample.extension, sample.content)
+def _add_sample(tar: TarWriter, sample: EncodedSample) -> IndexRow:
+    content = ByteRange.of(sample.content, _add_member(tar, sample.key, sample.extension, sample.content))
     condition = None
     if sample.label is not None:
-        _add_member(tar, key, "cls", str(sample.label).encode())
+        _add_member(tar, sample.key, "cls", str(sample.label).encode())
     if sample.condition is not None:
-        content = encode_array(sample.condition)
-        condition = Extent.of(content, _add_member(tar, key, "y.npy", content))
-    index.add([Extent.of(sample.content, place)], sample.label, condition, sample.name or key)
+        array = encode_array(sample.condition)
+        condition = ByteRange.of(array, _add_member(tar, sample.key, "y.npy", array))
+    return IndexRow([content], sample.label, condition, sample.name or sample.key)
 
 
-def _add_pack(tar: TarWriter, index: IndexBuilder, pack: StoredPack) -> None:
-    key = _checked_key(pack.key)
-    content = encode_array(pack.arrays, "<f2")
-    place = _add_member(tar, key, "npy", content)
-    if pack.labels is not None:
-        _add_member(tar, key, "cls.npy", encode_array(np.array(pack.labels), "<i8"))
-    size = pack.arrays[0, 0].size * 2
-    # Rows follow the header one after the other; each copy is an extent of its own.
-    start = len(content) - pack.arrays.size * 2
-    for i, name in enumerate(pack.names):
-        extents = []
-        for copy in range(pack.arrays.shape[1]):
-            begin = start + (i * pack.arrays.shape[1] + copy) * size
-            extents.append(Extent.of(content[begin : begin + size], place + begin))
-        index.add(extents, pack.labels[i] if pack.labels is not None else None, None, name)
+def _add_batch(tar: TarWriter, batch: EncodedBatch) -> Iterator[IndexRow]:
+    content = encode_array(batch.arrays, "<f2")
+    offset = _add_member(tar, batch.key, "npy", content)
+    if batch.labels is not None:
+        _add_member(tar, batch.key, "cls.npy", encode_array(np.array(batch.labels), "<i8"))
+    copies, size = batch.arrays.shape[1], 2 * batch.arrays[0, 0].size
+    # Rows follow the header one after the other; each copy has a byte range of its own.
+    begins = range(len(content) - 2 * batch.arrays.size, len(content), size)
+    ranges = [ByteRange.of(content[begin : begin + size], offset + begin) for begin in begins]
+    for i, name in enumerate(batch.names):
+        label = batch.labels[i] if batch.labels is not None else None
+        yield IndexRow(ranges[i * copies : (i + 1) * copies], label, None, name)
 
 
-def _checked_key(key: str) -> str:
-    if not _KEY.fullmatch(key):
-        raise ValueError(f"a sample's key must be 1 to 80 letters, digits, '_' or '-', got {key!r}")
-    return key
-
-
-def _encode(sample: Sample) -> Stored:
+def _encode(sample: Sample) -> EncodedSample:
     condition = sample.y if isinstance(sample.y, np.ndarray) else None
     label = None if condition is not None or sample.y is None else int(sample.y)
     if sample.data.dtype == np.uint8:
-        return Stored(sample.key, _encode_png(sample.data), "png", label, condition)
-    return Stored(sample.key, encode_array(sample.data), "npy", label, condition)
+        return EncodedSample(sample.key, _encode_png(sample.data), "png", label, condition)
+    return EncodedSample(sample.key, encode_array(sample.data), "npy", label, condition)
 
 
 def encode_array(array: np.ndarray, dtype: Literal["<f4", "<f2", "<i8"] = "<f4") -> bytes:
@@ -263,3 +234,69 @@ def _encode_png(pixels: np.ndarray) -> bytes:
     image = pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1)
     Image.fromarray(image).save(out, "png")
     return out.getvalue()
+
+
+def decode(content: bytes, manifest: Manifest, crop: Crop | None = None) -> np.ndarray:
+    """A sample's values: pixels (channels, height, width) uint8, float32, or float16 moments (2 channels, h, w).
+
+    Args:
+        content: the encoded sample.
+        manifest: says what it is.
+        crop: of an image of any format and size: how it becomes the size in the manifest. None: it must have that.
+
+    Raises:
+        ValueError: if it is not what the manifest says.
+    """
+    if manifest.values == "moments":
+        channels, *size = manifest.shape
+        shape = (2 * channels, *size)
+        if len(content) != 2 * math.prod(shape):
+            raise ValueError(f"it has {len(content)} bytes, expected {2 * math.prod(shape)}")
+        return np.frombuffer(content, dtype="<f2").reshape(shape)
+    if manifest.values == "float32":
+        return decode_array(content, manifest.shape, np.dtype("<f4"))
+    if crop is not None:
+        return np.moveaxis(np.asarray(to_square(read_image(content), manifest.shape[-1], crop)), -1, 0)
+    return _decode_image(content, manifest.shape, manifest.format)
+
+
+def decode_array(content: bytes, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """The array of a ``.npy`` file.
+
+    Raises:
+        ValueError: if it has another shape or type; what its header promises is not trusted with memory.
+    """
+    file = io.BytesIO(content)
+    try:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("its format is not version 1.0")
+        found, fortran, found_dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception as error:
+        # A hostile header is parsed as Python literals, which fails in many ways.
+        raise ValueError(f"it is not a readable NumPy array: {error}") from error
+    if found != shape or found_dtype != dtype or fortran:
+        raise ValueError(f"it is an array of {found_dtype} {found}, the manifest says {dtype} {shape}")
+    values = content[file.tell() :]
+    if len(values) != dtype.itemsize * math.prod(shape):
+        raise ValueError(f"it has {len(values)} bytes of numbers, expected {dtype.itemsize * math.prod(shape)}")
+    return np.frombuffer(values, dtype).reshape(shape)
+
+
+def _decode_image(content: bytes, shape: tuple[int, ...], extension: str) -> np.ndarray:
+    from PIL import Image
+
+    channels, height, width = shape
+    name = {"jpg": "JPEG"}.get(extension, extension.upper())
+    try:
+        with Image.open(io.BytesIO(content), formats=[name]) as image:
+            # The size stands in the header; it is compared before any pixel is decompressed.
+            if image.size != (width, height):
+                raise ValueError(f"it is {image.size[0]}x{image.size[1]} pixels, the manifest says {width}x{height}")
+            mode = "L" if channels == 1 else "RGB"
+            pixels = np.asarray(image if image.mode == mode else image.convert(mode))
+    except ValueError:
+        raise
+    except Exception as error:
+        # Whatever a decoder makes of hostile bytes; some errors of Pillow's derive from Exception alone.
+        raise ValueError(f"it is not a readable {name}: {error}") from error
+    return pixels[None] if channels == 1 else np.moveaxis(pixels, -1, 0)

@@ -12,7 +12,7 @@ from shortcutflow.data.digits import DigitsData
 from shortcutflow.data.imagefolder import ImageFolderData
 from shortcutflow.data.manifest import MANIFEST, LatentsInfo, Manifest
 from shortcutflow.data.pusht import PushTData
-from shortcutflow.data.shards import Sample, StoredPack, shard_name, write_shard, write_shards
+from shortcutflow.data.shards import EncodedBatch, Sample, shard_name, write_shard, write_shards
 from shortcutflow.data.source import DataSettings, ShardsData
 from shortcutflow.data.webdataset import WebdatasetData
 from shortcutflow.io.atomic import build_once
@@ -88,7 +88,7 @@ def write_latents(folder: Path, num_classes: int | None) -> Manifest:
         moments = np.concatenate([means, np.full_like(means, -5)], axis=2)
         names = tuple(f"random-{number}-{i}" for i in range(SAMPLES_PER_SHARD))
         labels = tuple(random.integers(num_classes, size=SAMPLES_PER_SHARD).tolist()) if num_classes else None
-        pack = StoredPack("random", np.concatenate([moments, moments[..., ::-1]], axis=1), labels, names)
+        pack = EncodedBatch("random", np.concatenate([moments, moments[..., ::-1]], axis=1), labels, names)
         entry = write_shard(folder / shard_name(number), [pack]).entry
         assert entry is not None
         entries.append(entry)

@@ -8,6 +8,7 @@ go on with another number of processes, or of workers, and see the very same glo
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from shortcutflow.data.ahead import OneAhead
 from shortcutflow.data.order import EpochOrder
-from shortcutflow.data.reader import DamagedSampleError, LostShardError, ShardReader
+from shortcutflow.data.reader import DamagedSampleError, ShardReader, UnreadableShardError
 from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.shards import Sample
 from shortcutflow.data.variation import Variation
@@ -78,7 +79,7 @@ class ShardStream:
     Raises:
         FileNotFoundError, ValueError: if the folder is not complete or does not fit the other arguments.
         DamagedSampleError: at a batch with a sample that cannot be read, if that is an error or none can be read.
-        FetchError, ReadError: at a batch with a shard that cannot be fetched or read, after several tries.
+        ReadError, ReadError: at a batch with a shard that cannot be fetched or read, after several tries.
     """
 
     def __init__(
@@ -174,10 +175,10 @@ class ShardStream:
     def _read_ahead(self) -> Iterator[HostBatch]:
         loader = DataLoader(
             self.batches,
-            sampler=_Positions(self._samples_seen, self._batch_size),
+            sampler=itertools.count(self._samples_seen, self._batch_size),  # where global batches begin
             batch_size=None,
             num_workers=self._workers,
-            collate_fn=_as_it_is,  # it is a batch already
+            collate_fn=_unchanged,  # it is a batch already
             prefetch_factor=4 if self._workers else None,
             pin_memory=self._device.type == "cuda",
             # Not used for anything; without one the loader would draw from the global generator.
@@ -200,21 +201,8 @@ class HostBatch(NamedTuple):
     damaged: tuple[str, ...]
 
 
-def _as_it_is(batch: Any) -> HostBatch:
+def _unchanged(batch: Any) -> HostBatch:
     return batch
-
-
-class _Positions:
-    """The first positions of the global batches, without end."""
-
-    def __init__(self, start: int, step: int) -> None:
-        self._start, self._step = start, step
-
-    def __iter__(self) -> Iterator[int]:
-        position = self._start
-        while True:
-            yield position
-            position += self._step
 
 
 class RankBatches(Dataset[HostBatch]):
@@ -232,6 +220,7 @@ class RankBatches(Dataset[HostBatch]):
         cached: bool,
     ) -> None:
         self._reader, self._order, self._variation, self._skip = reader, order, variation, skip
+        self._is_remote = reader.folder.is_remote
         self._batch_size, self._share = batch_size, share
         self._cache: dict[tuple[int, int, int], Sample] | None = {} if cached else None
         self._sizes = [shard.samples for shard in reader.manifest.shards]
@@ -270,7 +259,7 @@ class RankBatches(Dataset[HostBatch]):
             except DamagedSampleError as error:
                 if not self._skip:
                     raise
-                if isinstance(error, LostShardError):
+                if isinstance(error, UnreadableShardError):
                     self._lost.add(place[0])
                 else:
                     self._damaged.add((*place, copy))
@@ -296,7 +285,7 @@ class RankBatches(Dataset[HostBatch]):
 
     def _fetch_ahead(self, position: int) -> None:
         """Of a remote folder: have the shards that come after the present ones fetched meanwhile."""
-        if not self._reader.folder.is_remote:
+        if not self._is_remote:
             return
         epoch, place = divmod(position, self._order.samples)
         after = self._order.block_after(epoch, self._order.block_at(epoch, place))

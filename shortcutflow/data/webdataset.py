@@ -1,35 +1,40 @@
-"""Anybody's webdataset shards as a run's data, read where they lie.
+"""Webdataset shards of any origin as a run's data, read where they lie.
 
 Each shard's headers are read once, into an index of the kind that prepared shards have; then the same reader and stream
-take both, so the order, the equal batches and the resume by one number are the same. Members go together by
+take both, so the order, the equal batches and the resume by one number are the same. Members form samples by
 webdataset's own rule. Its decoders are not used: some of them run code that a shard brings along.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from io import BufferedReader
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 from pydantic import Field
 from tqdm import tqdm
 
 from shortcutflow.data.images import Crop
-from shortcutflow.data.index import Index, IndexBuilder, file_version, read_index, write_index
+from shortcutflow.data.index import LARGEST_SAMPLE, ByteRange, IndexRow, file_version, read_index, write_index
 from shortcutflow.data.manifest import Manifest, ShardEntry
-from shortcutflow.data.remote import is_url, local_copy, version_of
-from shortcutflow.data.shard_folder import ShardFolder
+from shortcutflow.data.remote import SCHEMES, is_url, local_copy, version_of
+from shortcutflow.data.shard_folder import ShardFile, ShardFolder
 from shortcutflow.data.source import DataInfo, DataSettings
-from shortcutflow.data.webdataset_files import Fields, expand, scan
+from shortcutflow.data.sources import braced
+from shortcutflow.data.sources.archives import Listed, compression_of, tar_members
+from shortcutflow.data.sources.labels import NoLabel, plain_label
+from shortcutflow.data.sources.webdataset import key_and_extension, label_value
 from shortcutflow.distributed import Rank
 from shortcutflow.io.atomic import locked, write_whole
 
@@ -37,7 +42,9 @@ SCAN_THREADS = 8
 SHOWN = 5
 """Left-out samples that are printed; the list has all."""
 logger = logging.getLogger(__name__)
-_PLAIN = re.compile(r"[^A-Za-z0-9_.-]+")
+_NOT_PLAIN = re.compile(r"[^A-Za-z0-9_.-]+")
+_META = re.compile(r"__[^/]*__($|/)")
+"""Members that webdataset passes over."""
 
 
 class WebdatasetData(DataSettings):
@@ -92,19 +99,132 @@ def _opened(settings: WebdatasetData, places: tuple[str, ...], versions: tuple[s
     return WebdatasetShards(settings, places)
 
 
+def expand(urls: str | tuple[str, ...]) -> list[str]:
+    """The shards that URLs with braces, or list files, stand for.
+
+    Raises:
+        ValueError: for URLs of another kind, and if there are none, or one comes twice.
+    """
+    places: list[str] = []
+    for url in (urls,) if isinstance(urls, str) else urls:
+        if "://" not in url and not url.endswith(".tar") and Path(url).is_file():
+            lines = [line.strip() for line in Path(url).read_text(encoding="utf-8").splitlines()]
+            found = [place for line in lines if line and not line.startswith("#") for place in braced(line)]
+            # Relative to the list, so that both can be moved together.
+            places += [place if "://" in place else str(Path(url).parent / place) for place in found]
+        else:
+            places += braced(url)
+    for place in places:
+        if ("://" in place and place.partition("://")[0] not in SCHEMES) or re.match(r"[a-z]{2,}:(?!//)", place):
+            raise ValueError(
+                f"{place}: shards are local files or have a URL of {', '.join(SCHEMES)}; no command is run"
+            )
+    if not places:
+        raise ValueError(f"data.urls={urls!r} names no shard")
+    if twice := [place for place, count in Counter(places).items() if count > 1]:
+        raise ValueError(f"data.urls names {twice[0]} twice, and {len(twice) - 1} more")
+    return places
+
+
+class Fields(NamedTuple):
+    """Which members of a sample are its image and its label.
+
+    Attributes:
+        image: extensions, the first that there is counts.
+        label: extension, or None.
+        path: keys with dots between that lead to the label in a JSON member; empty for a member that holds a number.
+    """
+
+    image: tuple[str, ...]
+    label: str | None
+    path: str
+
+    @classmethod
+    def of(cls, image: str, label: str | None) -> Fields:
+        """From ``jpg;png`` and ``cls``, ``json:path.to.label`` or None."""
+        kind, _, path = (label or "").partition(":")
+        return cls(tuple(image.lower().split(";")), kind.lower() or None, path)
+
+    @property
+    def digest(self) -> str:
+        """Of these, for the names of indexes."""
+        return hashlib.sha256(json.dumps([1, self.image, self.label or "", self.path]).encode()).hexdigest()[:8]
+
+
+def scan(file: BinaryIO, name: str, fields: Fields) -> tuple[list[IndexRow], list[tuple[str, str]]]:
+    """Read a shard's headers and labels: its samples in their order, and (name, reason) of what is none.
+
+    Members with the same key are one sample, wherever in the shard they lie. What follows damage is left out.
+
+    Raises:
+        ValueError: if it is compressed, so that samples cannot be read in any order.
+    """
+    samples: dict[str, dict[str, Listed]] = {}
+    skipped: list[tuple[str, str]] = []
+    if (compression := compression_of(file.read(8))) is not None:
+        raise ValueError(f"{name} is compressed by {compression}: decompress it to a plain .tar")
+    try:
+        for member in tar_members(file, 0, os.fstat(file.fileno()).st_size, name):
+            key, extension = key_and_extension(member.name)
+            if not extension or _META.match(member.name) or not member.isreg() or member.issparse():
+                continue
+            members = samples.setdefault(key, {})
+            if extension in members:
+                skipped.append((member.name, "a member of this name comes before it, which is used"))
+            else:
+                members[extension] = Listed(member.name, (member.offset_data, member.size))
+    except ValueError as error:
+        skipped.append((name, f"{error}; {len(samples)} samples before that are used"))
+    rows = []
+    for key, members in samples.items():
+        try:
+            rows.append(IndexRow([_image(members, fields)], _label(file.fileno(), members, fields), None, key))
+        except ValueError as error:
+            skipped.append((key, str(error)))
+    return rows, skipped
+
+
+def _image(members: dict[str, Listed], fields: Fields) -> ByteRange:
+    extension = next((extension for extension in fields.image if extension in members), None)
+    if extension is None:
+        raise ValueError(f"no image ({';'.join(fields.image)}) among its members: {', '.join(members)}"[:200])
+    offset, size = (int(value) for value in members[extension].place)
+    if size > LARGEST_SAMPLE:
+        raise ValueError(f"its image has {size} bytes, at most {LARGEST_SAMPLE} are read")
+    return ByteRange(offset, size, -1)
+
+
+def _label(file: int, members: dict[str, Listed], fields: Fields) -> int | None:
+    if fields.label is None:
+        return None
+
+    def read(member: Listed) -> bytes:
+        offset, size = (int(value) for value in member.place)
+        return os.pread(file, size, offset)
+
+    value = label_value(members, fields.label, fields.path, read)
+    if value is None:
+        where = f"{fields.label}:{fields.path}".rstrip(":")
+        raise ValueError(f"no label ({where}) among its members: {', '.join(members)}"[:200])
+    label = plain_label(value)
+    if isinstance(label, str):
+        raise ValueError(f"its label is {label[:40]!r}, not a number")
+    if isinstance(label, NoLabel):
+        raise ValueError(label.reason)
+    return label
+
+
 class _Shard(NamedTuple):
     """What is kept of a shard's index; the rest is read again where it is needed."""
 
-    place: str
-    index_path: Path
-    version: str
+    file: ShardFile
     entry: ShardEntry | None
     largest_label: int
     skipped: tuple[tuple[str, str], ...]
 
 
 class WebdatasetShards(ShardFolder):
-    """Shards that were not written here, indexed: what a reader needs of them.
+    """Shards without a manifest: it is made from their indexes, which the cache keeps.
 
     Attributes:
         skipped: (name, reason) of what is no usable sample.
@@ -112,44 +232,25 @@ class WebdatasetShards(ShardFolder):
 
     def __init__(self, settings: WebdatasetData, places: tuple[str, ...]) -> None:
         self.place = settings.urls if isinstance(settings.urls, str) else ", ".join(settings.urls)
-        self.crop, self._cache, self._limit = settings.crop, settings.cache, settings.cache_limit
-        self.is_remote = any(is_url(place) for place in places)
-        self._ahead, self._pool = {}, None
-        self.path = settings.cache / "webdataset"
+        self.crop, self._cache, self._limit, self._ahead = settings.crop, settings.cache, settings.cache_limit, {}
         self._fields = Fields.of(settings.image, settings.label)
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._folder = settings.cache / "webdataset"
+        self._folder.mkdir(parents=True, exist_ok=True)
         found = self._indexed(places)
         self.skipped = tuple(item for shard in found for item in shard.skipped)
-        usable = [shard for shard in found if shard.entry is not None]
         if self.skipped:
             self._list_skipped(settings)
-        if not usable:
+        entries = tuple(shard.entry for shard in found if shard.entry is not None)
+        if not entries:
             raise ValueError(
                 f"data.urls={settings.urls!r}: no sample can be used. {_left_out(self.skipped)}. data.image and "
                 "data.label name the members (json:path.to.label reads JSON), data.label=null trains without labels"
             )
-        entries = tuple(shard.entry for shard in usable if shard.entry is not None)
-        self._shards = {entry.name: shard for entry, shard in zip(entries, usable, strict=True)}
+        self._files = {shard.entry.name: shard.file for shard in found if shard.entry is not None}
         self.manifest = Manifest(
-            shape=(3, settings.size, settings.size), format="jpg", num_classes=_classes(settings, usable),
+            shape=(3, settings.size, settings.size), format="jpg", num_classes=_classes(settings, found),
             preprocessing=f"webdataset shards; crop {settings.crop} when they are read", shards=entries,
         )  # fmt: skip
-
-    def place_of(self, name: str) -> str:
-        """The path or URL of a shard."""
-        return self._shards[name].place
-
-    def version_of(self, entry: ShardEntry) -> str:
-        """What its server said of a shard when it was indexed."""
-        return self._shards[entry.name].version
-
-    def index_of(self, entry: ShardEntry) -> Path:
-        """The local file of a shard's index."""
-        return self._shards[entry.name].index_path
-
-    def wrong_sizes(self) -> list[str]:
-        """None: each shard has just been compared with its index."""
-        return []
 
     def _indexed(self, places: tuple[str, ...]) -> list[_Shard]:
         """Every shard with its index, which is written where it is missing or not of this version of the shard."""
@@ -170,27 +271,28 @@ class WebdatasetShards(ShardFolder):
     def _with_index(self, place: str) -> _Shard:
         version = version_of(place) if is_url(place) else file_version(place)
         where = place if is_url(place) else os.path.abspath(place)
-        stem = _PLAIN.sub("_", Path(place).name.removesuffix(".tar")).lstrip(".-")[:100]
+        stem = _NOT_PLAIN.sub("_", Path(place).name.removesuffix(".tar")).lstrip(".-")[:100]
         name = f"{stem or 'shard'}-{hashlib.sha256(where.encode(errors='replace')).hexdigest()[:8]}.tar"
-        paths = [self.path / f"{name}.{self._fields.digest}.index"]
-        if not is_url(place):
-            paths.insert(0, Path(f"{place}.shortcutflow-{self._fields.digest}.index"))
-        if (shard := _found(place, paths, version)) is not None:
+        path = self._folder / f"{name}.{self._fields.digest}.index"
+        if (shard := _read(place, path, version)) is not None:
             return shard
-        with locked(self.path / f".{paths[-1].name}.lock"):
-            if (shard := _found(place, paths, version)) is not None:  # another process has written it meanwhile
+        with locked(path.with_name(f".{path.name}.lock")):
+            if (shard := _read(place, path, version)) is not None:  # another process has written it meanwhile
                 return shard
-            if any(_is_index(path) for path in paths):
+            if path.exists():
                 logger.warning("%s has changed since it was indexed; it is indexed anew", place)
             with self._opened_copy(place, version) as file:
-                builder, skipped = scan(file, Path(place).name, self._fields)
+                rows, skipped = scan(file, Path(place).name, self._fields)
                 size = file.seek(0, os.SEEK_END)
                 file.seek(0)
                 # A local file is not read through.
                 sha256 = hashlib.file_digest(file, "sha256") if is_url(place) else hashlib.sha256(version.encode())
-            return _written(place, paths, version, builder, skipped, ShardEntry.model_construct(
-                name=name, samples=builder.samples, bytes=size, sha256=sha256.hexdigest(), index_sha256="0" * 64
-            ))  # fmt: skip
+            write_index(
+                path, rows, name=name, size=size, sha256=sha256.hexdigest(), skipped=skipped, version=version
+            )  # fmt: skip
+        shard = _read(place, path, version)
+        assert shard is not None
+        return shard
 
     def _opened_copy(self, place: str, version: str) -> BufferedReader:
         while is_url(place):
@@ -202,15 +304,22 @@ class WebdatasetShards(ShardFolder):
         """Print how many samples are left out and where they are listed."""
         content = "".join(f"{' '.join(name.split())}\t{reason}\n" for name, reason in self.skipped)
         digest = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:8]
-        path = self.path / f"left-out-{digest}.txt"
+        path = self._folder / f"left-out-{digest}.txt"
         write_whole(path, content)
         if Rank.from_environment().number == 0:
             print(f"{_left_out(self.skipped)}; all are listed in {path}", file=sys.stderr)
 
 
-def _left_out(skipped: Sequence[tuple[str, str]]) -> str:
-    shown = "; ".join(f"{name} ({reason})" for name, reason in skipped[:SHOWN])
-    return f"{len(skipped)} samples are left out, such as {shown}" if skipped else "They hold none"
+def _read(place: str, path: Path, version: str) -> _Shard | None:
+    """A shard by its index, if there is one of this version."""
+    try:
+        index = read_index(path)
+    except (FileNotFoundError, ValueError):
+        return None
+    if index.version != version and not (is_url(place) and "" in (version, index.version)):
+        return None
+    largest = int(index.label.max()) if index.label is not None and len(index.label) else -1
+    return _Shard(ShardFile(place, str(path), index.version), index.entry, largest, index.skipped)
 
 
 def _classes(settings: WebdatasetData, shards: Sequence[_Shard]) -> int | None:
@@ -220,50 +329,12 @@ def _classes(settings: WebdatasetData, shards: Sequence[_Shard]) -> int | None:
     last = max(shards, key=lambda shard: shard.largest_label)
     if settings.num_classes is not None and last.largest_label >= settings.num_classes:
         raise ValueError(
-            f"{last.place} holds the label {last.largest_label}, data.num_classes={settings.num_classes} takes labels "
-            f"up to {settings.num_classes - 1}"
+            f"{last.file.place} holds the label {last.largest_label}, data.num_classes={settings.num_classes} takes "
+            f"labels up to {settings.num_classes - 1}"
         )
     return settings.num_classes or last.largest_label + 1
 
 
-def _found(place: str, paths: Sequence[Path], version: str) -> _Shard | None:
-    """A shard with its index, if there is one of this version."""
-    for path in paths:
-        try:
-            index = read_index(path)
-        except (FileNotFoundError, ValueError):
-            continue
-        if index.version == version or (is_url(place) and "" in (version, index.version)):
-            return _shard(place, path, index)
-    return None
-
-
-def _shard(place: str, path: Path, index: Index) -> _Shard:
-    largest = int(index.label.max()) if index.label is not None and len(index.label) else -1
-    return _Shard(place, path, index.version, index.entry, largest, index.skipped)
-
-
-def _written(
-    place: str, paths: Sequence[Path], version: str, builder: IndexBuilder, skipped: list[tuple[str, str]],
-    entry: ShardEntry,
-) -> _Shard:  # fmt: skip
-    """Write an index beside its shard, or else into the cache: where that cannot be, or another file has its name."""
-    checked = ShardEntry.model_validate(entry.model_dump()) if builder.samples else None
-    for path in paths:
-        if path is not paths[-1] and path.exists() and not _is_index(path):
-            continue
-        try:
-            write_index(path, builder, checked, skipped, version)
-        except OSError:
-            if path is paths[-1]:
-                raise
-        else:
-            return _shard(place, path, read_index(path))
-    raise AssertionError("unreachable")
-
-
-def _is_index(path: Path) -> bool:
-    try:
-        return bool(read_index(path).version)
-    except (OSError, ValueError):
-        return False
+def _left_out(skipped: Sequence[tuple[str, str]]) -> str:
+    shown = "; ".join(f"{name} ({reason})" for name, reason in skipped[:SHOWN])
+    return f"{len(skipped)} samples are left out, such as {shown}" if skipped else "They hold none"

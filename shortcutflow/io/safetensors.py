@@ -52,7 +52,7 @@ def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, 
         return {name: file.get_tensor(name) for name in list(file.keys())}, file.metadata() or {}
 
 
-class Announced(NamedTuple):
+class TensorSpec(NamedTuple):
     """A tensor's shape and type."""
 
     shape: tuple[int, ...]
@@ -66,7 +66,7 @@ class Announced(NamedTuple):
 
 def write_tensors(
     path: Path,
-    announced: Mapping[str, Announced],
+    announced: Mapping[str, TensorSpec],
     tensors: Iterable[tuple[str, Tensor]],
     *,
     metadata: Mapping[str, str],
@@ -95,7 +95,7 @@ def write_tensors(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, numbers in tensors:
-            if (name, Announced(tuple(numbers.shape), numbers.dtype)) != next(due, None):
+            if (name, TensorSpec(tuple(numbers.shape), numbers.dtype)) != next(due, None):
                 raise ValueError(f"{path}: tensor {name!r} of shape {tuple(numbers.shape)} comes out of turn")
             # Its bytes where they are; writing them lets other threads run.
             file.write(numbers.detach().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from shortcutflow.io.safetensors import Announced, write_tensors
+from shortcutflow.io.safetensors import TensorSpec, write_tensors
 
 PLACES = "DCP_SHARDING_INFO"
 """Where PyTorch's reader looks, in a file's header, for the place of each part in its tensor."""
@@ -52,7 +52,7 @@ class ShardWriter(HuggingFaceStorageWriter):
         if parts:
             write_tensors(
                 self._folder / f"shard-{plan.storage_data:05d}.safetensors",
-                {name: Announced(tuple(part.shape), part.dtype) for name, part in parts.items()},
+                {name: TensorSpec(tuple(part.shape), part.dtype) for name, part in parts.items()},
                 parts.items(),
                 metadata={PLACES: json.dumps(places)},
             )

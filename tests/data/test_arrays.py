@@ -13,7 +13,7 @@ import torch
 from shortcutflow.data.index import read_index
 from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.reader import DamagedSampleError
-from shortcutflow.data.shards import Sample, Stored, write_shards
+from shortcutflow.data.shards import EncodedSample, Sample, write_shards
 from shortcutflow.data.source import ShardsData
 from shortcutflow.data.stream import ShardStream
 from tests.data.test_damage import flip_byte, rewrite
@@ -70,8 +70,8 @@ def header_of(shape: tuple[int, ...]) -> bytes:
     [
         (b"", "not a readable NumPy array"),
         (GOOD[:50], "not a readable NumPy array"),
-        (GOOD[:-4], "it has 44 bytes of numbers, 48 are due"),
-        (GOOD + b"more", "it has 52 bytes of numbers, 48 are due"),
+        (GOOD[:-4], "it has 44 bytes of numbers, expected 48"),
+        (GOOD + b"more", "it has 52 bytes of numbers, expected 48"),
         (header_of((10**9, 10**9)), r"the manifest says float32 \(6, 2\)"),
         (npy(np.zeros(SHAPE)), r"an array of float64 \(6, 2\), the manifest says float32"),
         (npy(np.asfortranarray(np.zeros(SHAPE, np.float32))), "an array of float32"),
@@ -89,7 +89,7 @@ def header_of(shape: tuple[int, ...]) -> bytes:
 def test_damaged_arrays(tmp_path: Path, content: bytes, message: str) -> None:
     """Refused by their header, before memory is taken; an object array is never unpickled."""
     write_arrays(tmp_path)
-    rewrite(tmp_path, [Stored("a", content, "npy", condition=np.zeros(CONDITION, np.float32))])
+    rewrite(tmp_path, [EncodedSample("a", content, "npy", condition=np.zeros(CONDITION, np.float32))])
     with pytest.raises(DamagedSampleError, match=rf"a \(shard-000000\.tar, 0\): .*{message}"):
         next(ShardStream(tmp_path, batch_size=14, seed=0, on_error="raise"))
     stream = ShardStream(tmp_path, batch_size=14, seed=0)
@@ -104,7 +104,7 @@ def test_damaged_arrays(tmp_path: Path, content: bytes, message: str) -> None:
 )
 def test_damaged_conditions(tmp_path: Path, condition: np.ndarray | None, message: str) -> None:
     write_arrays(tmp_path)
-    rewrite(tmp_path, [Stored("a", GOOD, "npy", condition=condition)])
+    rewrite(tmp_path, [EncodedSample("a", GOOD, "npy", condition=condition)])
     with pytest.raises(DamagedSampleError, match=message):
         next(ShardStream(tmp_path, batch_size=14, seed=0, on_error="raise"))
 
@@ -121,6 +121,6 @@ def test_flipped_byte_in_a_condition(tmp_path: Path) -> None:
 
 def test_control_the_good_sample_is_read(tmp_path: Path) -> None:
     write_arrays(tmp_path)
-    rewrite(tmp_path, [Stored("a", GOOD, "npy", condition=np.zeros(CONDITION, np.float32))])
+    rewrite(tmp_path, [EncodedSample("a", GOOD, "npy", condition=np.zeros(CONDITION, np.float32))])
     samples = Manifest.read(tmp_path).samples
     assert "a" in next(ShardStream(tmp_path, batch_size=samples, seed=0, on_error="raise")).keys

@@ -16,7 +16,7 @@ from shortcutflow.data.index import read_index
 from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.reader import DamagedSampleError, ShardReader
 from shortcutflow.data.shard_folder import ShardFolder
-from shortcutflow.data.shards import Stored, encode_array, write_shard
+from shortcutflow.data.shards import EncodedSample, encode_array, write_shard
 from shortcutflow.data.stream import ShardStream
 from tests.data.hostile import hostile_npy, limited, mutated, peak_memory
 from tests.data.test_arrays import header_of
@@ -63,7 +63,7 @@ def formats() -> list[Format]:
 def write_stored(folder: Path, form: Format, contents: list[bytes]) -> Path:
     """A shard of these contents, with the right checksums."""
     folder.mkdir()
-    stored = [Stored(f"n{i:03d}", content, form.manifest["format"]) for i, content in enumerate(contents)]
+    stored = [EncodedSample(f"n{i:03d}", content, form.manifest["format"]) for i, content in enumerate(contents)]
     entry = write_shard(folder / "shard-000000.tar", stored).entry
     assert entry is not None
     Manifest(preprocessing="none", shards=(entry,), **form.manifest).write(folder)

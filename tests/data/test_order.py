@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from shortcutflow.data.manifest import LatentsInfo, Manifest
 from shortcutflow.data.order import EpochOrder
-from shortcutflow.data.shards import StoredPack, shard_name, write_shard
+from shortcutflow.data.shards import EncodedBatch, shard_name, write_shard
 from shortcutflow.data.stream import ShardStream
 from shortcutflow.data.variation import Draws, Variation
 from shortcutflow.types import Batch, Share
@@ -215,7 +215,7 @@ def write_moments(folder: Path, sizes: list[int], *, mirrored: bool = True, log_
             arrays[:, 1, 0] = -numbers - 1
         names = tuple(f"m{number:03d}" for number in range(first, first + size))
         labels = tuple(number % 4 for number in range(first, first + size))
-        entry = write_shard(folder / shard_name(i), [StoredPack(f"pack{i}", arrays, labels, names)]).entry
+        entry = write_shard(folder / shard_name(i), [EncodedBatch(f"pack{i}", arrays, labels, names)]).entry
         assert entry is not None
         entries.append(entry)
         first += size

@@ -16,7 +16,7 @@ import pytest
 from shortcutflow.data.preparation import only_one
 from shortcutflow.data.prepare import prepare
 from shortcutflow.data.shard_workers import ShardTask, WorkerDiedError, write_tasks
-from shortcutflow.data.shards import Stored
+from shortcutflow.data.shards import EncodedSample
 from shortcutflow.distributed import cores
 from tests.data.pictures import CLASSES, files_of, picture, pictures, write_files
 
@@ -147,10 +147,10 @@ def test_two_at_once_wait_for_each_other(tmp_path: Path) -> None:
 class Dies:
     """Ends its process without a word."""
 
-    def __call__(self, work: int) -> Iterator[Stored]:
+    def __call__(self, work: int) -> Iterator[EncodedSample]:
         if work == 1:
             os._exit(9)
-        yield Stored("a", b"1", "png")
+        yield EncodedSample("a", b"1", "png")
 
 
 def test_a_worker_that_dies_is_reported(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 
 from shortcutflow.data import remote
 from shortcutflow.data.manifest import Manifest
-from shortcutflow.data.remote import FetchError, cached_path, local_copy
+from shortcutflow.data.remote import ReadError, cached_path, local_copy
 from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.shards import Sample, write_shards
 from shortcutflow.data.source import ShardsData
@@ -170,7 +170,7 @@ def test_lasting_failures_stop_the_run(
 
 def test_no_manifest_there(server: Server, tmp_path: Path) -> None:
     server.answer = lambda name, count, content: (404, b"")
-    with pytest.raises(FetchError, match=rf"{server.url}/manifest\.json could not be fetched in 5 tries: .*404"):
+    with pytest.raises(ReadError, match=rf"{server.url}/manifest\.json could not be fetched in 5 tries: .*404"):
         open_remote(server.url, tmp_path / "cache")
     assert server.requests["manifest.json"] == 5
 
@@ -184,7 +184,7 @@ def test_no_server(server: Server, tmp_path: Path) -> None:
 def test_worker_processes_name_the_url_too(server: Server, tmp_path: Path) -> None:
     server.answer = lambda name, count, content: (500 if name.endswith(".tar") else 200, content)
     stream = ShardStream(server.url, batch_size=8, seed=0, shard_cache=tmp_path / "cache", workers=1)
-    with pytest.raises(FetchError, match=r"http://127.*shard-\d+\.tar could not be fetched in 5 tries"):
+    with pytest.raises(ReadError, match=r"http://127.*shard-\d+\.tar could not be fetched in 5 tries"):
         next(stream)
 
 
@@ -193,7 +193,7 @@ def test_more_than_the_manifest_says_is_not_kept(server: Server, folder: Path, t
     (folder / "shard-000000.tar").write_bytes(b"x" * 5_000_000)
     shards = ShardFolder(server.url, cache=tmp_path / "cache")
     entry = shards.manifest.shards[0]
-    with pytest.raises(FetchError, match=rf"more than the {entry.bytes} bytes"):
+    with pytest.raises(ReadError, match=rf"more than the {entry.bytes} bytes"):
         shards.path_of(entry)
     assert sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*") if file.is_file()) < 2**21
 
@@ -323,5 +323,5 @@ def test_a_single_file_is_copied_once_and_anew_when_it_changes(server: Server, f
     assert local_copy(f"{server.url}/shard-000000.tar", tmp_path / "cache").read_bytes() == b"new"
     assert cached_path("https://h/a/x y.zip?b=1", tmp_path, "") != cached_path("https://h/a/x_y.zip?b=1", tmp_path, "")
     assert cached_path("https://h/a/..?b=1", tmp_path, "").resolve().is_relative_to(tmp_path.resolve())
-    with pytest.raises(FetchError, match=r"shard-000001\.tar could not be fetched in 5 tries: .*expected checksum"):
+    with pytest.raises(ReadError, match=r"shard-000001\.tar could not be fetched in 5 tries: .*expected checksum"):
         local_copy(f"{server.url}/shard-000001.tar", tmp_path / "cache", sha256="0" * 64)

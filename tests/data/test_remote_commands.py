@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shortcutflow.data import remote
-from shortcutflow.data.remote import FetchError, is_url
+from shortcutflow.data.remote import ReadError, is_url
 from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.source import ShardsData
 from shortcutflow.data.stream import ShardStream
@@ -97,13 +97,11 @@ def test_a_url_is_never_a_command(
 
 def test_a_missing_command_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(FetchError, match="by the command 'aws', which is not installed"):
+    with pytest.raises(ReadError, match="by the command 'aws', which is not installed"):
         open_remote("s3://bucket/x", tmp_path / "cache")
 
 
 def test_a_failing_command_says_why(commands: Path, tmp_path: Path) -> None:
     fake_command(commands, "aws", "echo 'access denied' >&2; exit 3")
-    with pytest.raises(
-        FetchError, match=r"s3://bucket/x/manifest\.json could not be fetched in 5 tries: access denied"
-    ):
+    with pytest.raises(ReadError, match=r"s3://bucket/x/manifest\.json could not be fetched in 5 tries: access denied"):
         open_remote("s3://bucket/x", tmp_path / "cache")

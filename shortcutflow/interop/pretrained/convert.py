@@ -23,7 +23,7 @@ from shortcutflow.interop.pretrained.foreign import Foreign
 from shortcutflow.interop.pretrained.torch_file import is_torch_file, read_tensors
 from shortcutflow.interop.released.convert import AVERAGE, Converted
 from shortcutflow.io.atomic import atomic_dir, require_absent
-from shortcutflow.io.safetensors import Announced, write_tensors
+from shortcutflow.io.safetensors import TensorSpec, write_tensors
 from shortcutflow.network import build_network
 from shortcutflow.schedule import levels_of
 from shortcutflow.seeds import seed_for
@@ -144,7 +144,7 @@ def _write_weights(
     shapes = {ours: tuple(t.shape) for ours, t in _network(config).state_dict().items()}
     metadata = {"weights": name, "step": "", "shortcutflow": __version__}
     write_tensors(
-        path, {ours: Announced(shape) for ours, shape in shapes.items()}, _converted(shapes, foreign, tensors, source),
+        path, {ours: TensorSpec(shape) for ours, shape in shapes.items()}, _converted(shapes, foreign, tensors, source),
         metadata=metadata,
     )  # fmt: skip
 

@@ -23,7 +23,7 @@ from shortcutflow.interop.released.sizes import (
     usual_image_size,
 )  # fmt: skip
 from shortcutflow.io.atomic import atomic_dir, require_absent
-from shortcutflow.io.safetensors import Announced, write_tensors
+from shortcutflow.io.safetensors import TensorSpec, write_tensors
 from shortcutflow.network import BackboneConfig, build_network
 from shortcutflow.schedule import levels_of
 
@@ -141,7 +141,7 @@ def _write_weights(path: Path, arrays: Arrays, released: ReleasedCheckpoint, nam
 
     depth = released.sizes.depth
     write_tensors(
-        path, {ours: Announced(shape) for ours, shape in _shapes(arrays, depth).items()}, _converted(depth, finite),
+        path, {ours: TensorSpec(shape) for ours, shape in _shapes(arrays, depth).items()}, _converted(depth, finite),
         metadata={"weights": name, "step": str(released.step), "shortcutflow": __version__},
     )  # fmt: skip
 
