@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: a 
 from benchmarks.record import device_name, print_rows, put_into_readme, write_result
 from recipes.digits import recipe
 from shortcutflow.evaluation.distances.statistics import Statistics, save_statistics
-from shortcutflow.evaluation.evaluate import Asked, evaluate
+from shortcutflow.evaluation.evaluate import evaluate
 from shortcutflow.evaluation.features.extractors import extractor_of_module
 from shortcutflow.evaluation.features.protocols import EvaluationProtocol, open_protocol
 from shortcutflow.evaluation.samples import Sampler
@@ -69,7 +69,7 @@ def measured(name: str, protocol: EvaluationProtocol, samples: int, batch: int, 
         save_statistics(reference, Statistics(np.zeros(width), np.eye(width)))
         sampler.samples(1, range(batch))  # the first call is slower
         start = time.perf_counter()
-        report = evaluate(sampler, protocol, Asked(steps=(1,), samples=samples, reference=reference), out)
+        report = evaluate(sampler, protocol, out, steps=(1,), samples=samples, reference=reference)
         seconds = time.perf_counter() - start
     assert report is not None
     phases = report["rows"][0]["seconds"]

@@ -92,8 +92,8 @@ def train(family: str, seed: int, folder: Path, threads: int) -> dict[str, Any]:
         f"training.steps={steps_of(family)}", f"evaluation.steps={list(BUDGETS)}",
     ]  # fmt: skip
     trained = run_recipe("digits", folder / f"{family}-{seed}", overrides, threads=threads)
-    quality = {str(row["steps"]): row for row in trained.report["rows"]}
-    told = ", ".join(f"{n} steps: {row['frechet']:.2f}" for n, row in quality.items())
+    quality = {str(row["steps"]): row for row in trained.rows}
+    told = ", ".join(f"{n} steps: {row['fid']:.2f}" for n, row in quality.items())
     print(f"{family}, seed {seed}: {told}", flush=True)
     return {"seed": seed, "training_seconds": trained.seconds, "quality": quality}
 
@@ -110,7 +110,7 @@ def markdown_table(result: dict[str, Any]) -> str:
         ]  # fmt: skip
         for budget in BUDGETS:
             of_runs = [run["quality"][str(budget)] for run in row["runs"]]
-            distances, shares = ([quality[key] for quality in of_runs] for key in ("frechet", "read_correctly"))
+            distances, shares = ([quality[key] for quality in of_runs] for key in ("fid", "label_accuracy"))
             cells.append(f"{statistics.mean(distances):.2f} ({min(distances):.2f} to {max(distances):.2f})")
             cells.append(f"{statistics.mean(shares):.1%}")
         lines.append("| " + " | ".join(cells) + " |")

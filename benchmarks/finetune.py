@@ -54,8 +54,8 @@ def measure(way: str, length: int, seed: int, folder: Path, threads: int) -> dic
     overrides = overrides_of(way, length, seed, folder / f"flow-{seed}")
     name = f"{way.replace(' ', '-').replace(',', '')}-{length}-{seed}"
     trained = run_recipe("digits", folder / name, overrides, threads=threads)
-    quality = {str(row["steps"]): row for row in trained.report["rows"]}
-    print(f"{way}, {length} steps' compute, seed {seed}: one step {quality['1']['frechet']:.2f}", flush=True)
+    quality = {str(row["steps"]): row for row in trained.rows}
+    print(f"{way}, {length} steps' compute, seed {seed}: one step {quality['1']['fid']:.2f}", flush=True)
     steps = int(overrides[-1].partition("=")[2])
     return {"seed": seed, "steps": steps, "training_seconds": trained.seconds, "quality": quality}
 
@@ -73,9 +73,9 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
         seconds = statistics.mean(run["training_seconds"] for run in row["runs"])
         cells = [row["way"], f"{row['length']:,} steps", f"{seconds:.0f}"]
         for budget in BUDGETS:
-            distances = [run["quality"][str(budget)]["frechet"] for run in row["runs"]]
+            distances = [run["quality"][str(budget)]["fid"] for run in row["runs"]]
             cells.append(f"{statistics.mean(distances):.2f} ({min(distances):.2f} to {max(distances):.2f})")
-        cells.append(f"{statistics.mean(run['quality']['1']['read_correctly'] for run in row['runs']):.1%}")
+        cells.append(f"{statistics.mean(run['quality']['1']['label_accuracy'] for run in row['runs']):.1%}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

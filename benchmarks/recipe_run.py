@@ -19,12 +19,12 @@ class Trained(NamedTuple):
     Attributes:
         folder: of the run.
         seconds: of training.
-        report: its evaluation, or {} if the recipe has none.
+        rows: of its evaluation, "steps", "seconds" and the metrics; none if the recipe has no evaluation.
     """
 
     folder: Path
     seconds: float
-    report: dict[str, Any]
+    rows: list[dict[str, Any]]
 
 
 def run_recipe(recipe: str, run_dir: Path, overrides: Sequence[str], *, threads: int | None = None) -> Trained:
@@ -43,6 +43,9 @@ def run_recipe(recipe: str, run_dir: Path, overrides: Sequence[str], *, threads:
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr[-3000:]}")
         finished.write_text(json.dumps({"seconds": float(done.stdout.split("trained in ")[1].split()[0])}))
-    report = run_dir / "evaluation.json"
-    seconds = json.loads(finished.read_text())["seconds"]
-    return Trained(run_dir, seconds, json.loads(report.read_text()) if report.exists() else {})
+    rows = [
+        {"steps": row["steps"], **row["values"], "seconds": sum(row["seconds"].values())}
+        for report in run_dir.glob("evaluation-*.json")
+        for row in json.loads(report.read_text())["rows"]
+    ]
+    return Trained(run_dir, json.loads(finished.read_text())["seconds"], rows)

@@ -50,8 +50,7 @@ def digits_dataset() -> Dataset:
     """Handwritten digits, measured by the recipe itself when it ends."""
 
     def quality(trained: Trained) -> Quality:
-        rows = trained.report["rows"]
-        return {str(row["steps"]): {"distance": row["frechet"], "read": row["read_correctly"]} for row in rows}
+        return {str(row["steps"]): {"distance": row["fid"], "read": row["label_accuracy"]} for row in trained.rows}
 
     return Dataset(
         title="Digits: equal training compute, three seeds",

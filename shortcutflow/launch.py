@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shortcutflow.config import RunConfig, check_rows, with_overrides
-from shortcutflow.evaluation.runs import PICTURE_FILE
 from shortcutflow.run_dir import CHECKPOINTS, find_run, load_run
 from shortcutflow.train import checkpoint
 
@@ -102,37 +101,41 @@ def _train_and_evaluate(config: RunConfig, folder: Path, *, resume: bool) -> Non
         goes_on = f"--resume --run-dir {folder} goes on from step {last.step}" if last else "nothing was saved yet"
         print(f"\nstopped; {goes_on}")
         raise
-    if not _is_first():
-        return
-    print(f"trained in {time.perf_counter() - start:.0f} s")
-    if config.evaluation is not None:
-        print(f"\n{config.objective.kind}, weights: {config.sample_weights}\n{_evaluate(config, folder)}\n", flush=True)
-        if (folder / PICTURE_FILE).exists():
-            print(f"picture: {folder / PICTURE_FILE}")
+    if _is_first():
+        print(f"trained in {time.perf_counter() - start:.0f} s")
+    if config.evaluation is not None and (table := _evaluate(config, folder)):
+        print(f"\n{config.objective.kind}, weights: {config.sample_weights}\n{table}\n", flush=True)
 
 
 def _check_evaluation(config: RunConfig) -> None:
-    """Raise ImportError, before there is a run folder, if the evaluation at the end lacks a package."""
-    from shortcutflow.data.digits import load_digits
-    from shortcutflow.data.pusht_expert import make_env
+    """Refuse, before there is a run folder, an evaluation at the end that cannot be made or lacks a package."""
+    if config.evaluation is None:
+        return
+    if config.evaluation.kind == "policy":
+        from shortcutflow.data.pusht_expert import make_env
 
-    needed = {"pixels": load_digits, "policy": make_env}
-    if config.evaluation is not None:
-        needed[config.evaluation.kind]()
+        make_env()
+    else:
+        from shortcutflow.evaluation.evaluate import check_run
+
+        check_run(config)
 
 
 def _evaluate(config: RunConfig, folder: Path) -> str:
-    """Measure as the config says, on the device that the run was trained on; gives the table."""
-    from shortcutflow.distributed import Rank
-
-    device = Rank.from_environment().device(config.training.device)
+    """Measure as the config says, with all processes; returns the table on rank 0, else nothing."""
     if config.evaluation is not None and config.evaluation.kind == "policy":
+        from shortcutflow.distributed import Rank
         from shortcutflow.evaluation import policy
 
+        if not _is_first():
+            return ""
+        device = Rank.from_environment().device(config.training.device)
         return policy.table(policy.evaluate_policy(load_run(folder, device=device)))
-    from shortcutflow.evaluation import pixels
+    from shortcutflow.evaluation.evaluate import evaluate_run
+    from shortcutflow.evaluation.report import table_of
 
-    return pixels.table(pixels.evaluate_pixels(load_run(folder, device=device)))
+    report = evaluate_run(folder)
+    return table_of(report) if report is not None else ""
 
 
 def smoke(config: RunConfig) -> RunConfig:

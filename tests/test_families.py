@@ -37,9 +37,9 @@ def test_one_step_after_most_of_the_training(family: str, tmp_path: Path, monkey
     ]  # fmt: skip
     with pytest.raises(SystemExit, match="0"):
         main(["train", "digits", "--run-dir", "run", *options])
-    (row,) = json.loads((tmp_path / "run" / "evaluation.json").read_text())["rows"]
-    assert row["frechet"] <= 3.0, row
-    assert row["read_correctly"] >= 0.85, row
+    (row,) = json.loads((tmp_path / "run" / "evaluation-digits.json").read_text())["rows"]
+    assert row["values"]["fid"] <= 3.0, row
+    assert row["values"]["label_accuracy"] >= 0.85, row
 
 
 @pytest.mark.parametrize("family", DIGITS_SIZED)
@@ -52,7 +52,7 @@ def test_a_smoke_run_of_each(family: str, tmp_path: Path, monkeypatch: pytest.Mo
     ]  # fmt: skip
     folder = run_recipe(recipe(), options, Options(run_dir=tmp_path / "run", smoke=True))
     assert folder is not None
-    assert len(json.loads((folder / "evaluation.json").read_text())["rows"]) == 1
+    assert len(json.loads((folder / "evaluation-digits.json").read_text())["rows"]) == 1
 
 
 def test_gradient_checkpointing_is_refused_where_it_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,9 +94,10 @@ def test_printed_in_the_papers_form(tmp_path: Path) -> None:
 
 def test_a_finished_run_is_read_and_not_repeated(tmp_path: Path) -> None:
     (tmp_path / "finished.json").write_text(json.dumps({"seconds": 3.5}))
-    (tmp_path / "evaluation.json").write_text(json.dumps({"rows": [1]}))
+    row = {"steps": 4, "values": {"fid": 1.5}, "seconds": {"sampling": 2.0, "distances": 1.0}}
+    (tmp_path / "evaluation-digits.json").write_text(json.dumps({"rows": [row]}))
     trained = run_recipe("no_such_recipe", tmp_path, [])
-    assert (trained.seconds, trained.report) == (3.5, {"rows": [1]})
+    assert (trained.seconds, trained.rows) == (3.5, [{"steps": 4, "fid": 1.5, "seconds": 3.0}])
 
 
 def test_a_failed_run_says_why(tmp_path: Path) -> None:

@@ -16,10 +16,12 @@ def evaluate_command(
     model: Annotated[
         str | None, typer.Argument(help="A run's or model's folder, a folder of runs (the newest), or a hub id.")
     ] = None,
-    steps: Annotated[list[int] | None, typer.Option(help="Sampling budgets. [default: 1 2 4 128]")] = None,
+    steps: Annotated[list[int] | None, typer.Option(help="Numbers of steps. [default: 1 2 4 128]")] = None,
     metrics: Annotated[
         list[str] | None,
-        typer.Option(help="Of fid, kid, is, precision, recall, density, coverage, by spaces or commas. [default: fid]"),
+        typer.Option(
+            help="fid, kid, is, precision, recall, density, coverage, label_accuracy; spaces or commas. [default: fid]"
+        ),
     ] = None,
     protocol: Annotated[
         str,
@@ -29,16 +31,16 @@ def evaluate_command(
     reference: Annotated[
         str | None,
         typer.Option(
-            help="Statistics (.npz), pictures, or clean-fid:DATASET-SPLIT. [default: what the run was trained on]"
+            help="Statistics (.npz), images, or clean-fid:DATASET-SPLIT. [default: what the run was trained on]"
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Samples a budget.")] = SAMPLES,
+    samples: Annotated[int, typer.Option(help="Samples for each number of steps.")] = SAMPLES,
     batch_size: Annotated[int, typer.Option(help="Samples at once.")] = BATCH_SIZE,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0,
     weights: Annotated[
         str | None, typer.Option(help="An EMA's name, 'current', or a .safetensors file. [default: the run's]")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the noise; every budget starts from the same.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the noise; the same for every number of steps.")] = 0,
     precision: Annotated[str, typer.Option(help="Of the network: float32 or bfloat16.")] = "float32",
     vae: Annotated[str | None, typer.Option(help="Autoencoder of latents. [default: the one they came from]")] = None,
     device: Annotated[str | None, typer.Option(help="[default: a GPU if there is one]")] = None,
@@ -49,64 +51,59 @@ def evaluate_command(
     ] = None,
     make_stats: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help="Make statistics of these pictures instead."),
+        typer.Option(metavar="SOURCE", help="Make statistics of these images instead."),
     ] = None,
     with_features: Annotated[
         bool, typer.Option("--with-features", help="With --make-stats: for all metrics, not fid alone.")
     ] = False,
-    size: Annotated[int | None, typer.Option(help="With --make-stats: side to crop raw pictures to.")] = None,
+    size: Annotated[int | None, typer.Option(help="With --make-stats: side to crop raw images to.")] = None,
     crop: Annotated[str, typer.Option(help="With --make-stats: released, adm or stretch.")] = "released",
 ) -> None:
-    """Measure samples by named protocols, at several budgets, into one report; or make statistics to compare with."""
+    """Measure samples by a named protocol at several numbers of steps; or make statistics to compare with."""
     from shortcutflow.evaluation.features.protocols import check_protocol
 
     check_protocol(protocol)
     by: dict[str, Any] = {"name": protocol, "weights": extractor_weights}
     if make_stats is not None:
         if model is not None or reference is not None:
-            raise ValueError("--make-stats looks at pictures only: leave the model and --reference out")
+            raise ValueError("--make-stats reads images only: leave the model and --reference out")
         _make_stats(make_stats, by, out, device, batch_size, with_features, {"size": size, "crop": crop})
         return
     if model is None:
-        raise ValueError("name a run's or a model's folder, or pictures with --make-stats SOURCE")
+        raise ValueError("name a run's or a model's folder, or images with --make-stats SOURCE")
     if with_features or size is not None:
         raise ValueError("--with-features and --size go with --make-stats")
-    from shortcutflow.evaluation.evaluate import Asked
+    from shortcutflow.evaluation.evaluate import check_request
 
-    named = tuple(name for words in metrics or METRICS for name in words.split(",") if name)
-    asked = Asked(
-        tuple(steps or STEPS), named, samples, reference, images=save_images,
-        keep_features=keep_features,
-    )  # fmt: skip
-    asked.check()
+    names = tuple(name for words in metrics or METRICS for name in words.split(",") if name)
+    request: dict[str, Any] = {"steps": tuple(steps or STEPS), "metrics": names, "samples": samples}
+    check_request(**request)
+    request |= {"reference": reference, "images": save_images, "keep_features": keep_features}
     sampling: dict[str, Any] = {
         "seed": seed, "guidance_scale": guidance_scale, "batch_size": batch_size, "precision": precision, "vae": vae,
     }  # fmt: skip
-    _evaluate(model, weights, by, asked, sampling, out, device)
+    _evaluate(model, weights, by, request, sampling, out, device)
 
 
 def _evaluate(
-    place: str, weights: str | None, by: dict[str, Any], asked: Any, sampling: dict[str, Any], out: Path | None,
-    device: str | None,
+    place: str, weights: str | None, by: dict[str, Any], request: dict[str, Any], sampling: dict[str, Any],
+    out: Path | None, device: str | None,
 ) -> None:  # fmt: skip
-    from shortcutflow.distributed import Rank
+    from shortcutflow.distributed import joined
     from shortcutflow.evaluation.evaluate import evaluate
     from shortcutflow.evaluation.features.protocols import open_protocol
     from shortcutflow.evaluation.report import report_path, table_of
     from shortcutflow.evaluation.samples import Sampler
-    from shortcutflow.evaluation.together import meeting
 
-    rank = Rank.from_environment()
-    where = rank.device(device)
-    subject = open_subject(place, weights, where)
-    sampler = Sampler(subject, **sampling)
-    protocol = open_protocol(**by, device=where)
-    if out is None:
-        if subject.folder is None:
-            raise ValueError(f"{place} is no folder here: say with --out where the report goes")
-        out = report_path(subject.folder, protocol.name)
-    with meeting(rank) as team:
-        report = evaluate(sampler, protocol, asked, out, team=team)
+    with joined(device or "auto") as world:
+        subject = open_subject(place, weights, world.device)
+        sampler = Sampler(subject, **sampling)
+        protocol = open_protocol(**by, device=world.device)
+        if out is None:
+            if subject.folder is None:
+                raise ValueError(f"{place} is no folder here: name the report with --out")
+            out = report_path(subject.folder, protocol.name)
+        report = evaluate(sampler, protocol, out, world=world, **request)
     if report is not None:
         print(f"{table_of(report)}\n{out}")
 
@@ -115,24 +112,18 @@ def _make_stats(
     source: str, by: dict[str, Any], out: Path | None, device: str | None, batch_size: int, with_features: bool,
     raw: dict[str, Any],
 ) -> None:  # fmt: skip
-    from shortcutflow.distributed import Rank
+    from shortcutflow.distributed import joined
     from shortcutflow.evaluation.features.protocols import open_protocol
-    from shortcutflow.evaluation.parts_on_disk import WORK
-    from shortcutflow.evaluation.pictures import open_pictures
+    from shortcutflow.evaluation.real_images import open_images
     from shortcutflow.evaluation.reference import make_reference
-    from shortcutflow.evaluation.together import meeting
 
     if out is None or out.suffix != ".npz":
         raise ValueError(f"--make-stats needs --out FILE.npz, got {out}")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
-    rank = Rank.from_environment()
-    pictures = open_pictures(source, **raw)
-    protocol = open_protocol(**by, device=rank.device(device))
-    with meeting(rank) as team:
-        make_reference(
-            pictures, protocol, out, with_features=with_features, work=out.parent / WORK, team=team,
-            batch_size=batch_size,
-        )  # fmt: skip
-    if team.leads:
-        print(f"{out}: {pictures.count} pictures of {pictures.name}, protocol {protocol.name}")
+    with joined(device or "auto") as world:
+        images = open_images(source, **raw)
+        protocol = open_protocol(**by, device=world.device)
+        make_reference(images, protocol, out, with_features=with_features, world=world, batch_size=batch_size)
+    if world.is_first:
+        print(f"{out}: {images.count} images of {images.name}, protocol {protocol.name}")

@@ -1,126 +1,147 @@
-"""The quality of a network's samples by named protocols: from weights to one report of all budgets.
+"""The quality of a network's samples by named protocols: from weights to one report of all numbers of steps.
 
-Several processes (``torchrun``) share the parts; they meet in a folder beside the report, where finished parts outlive
-a kill. The first of them puts the parts together in their order, so the numbers depend neither on the number of
-processes nor on who made which part.
+Several processes (``torchrun``) share the samples; their features' moments are all-reduced, and what single features
+are needed for is gathered. Sample i depends on (seed, i), so the numbers do not depend on the number of processes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+import numpy as np
 
 import shortcutflow
-from shortcutflow.evaluation.clock import Clock
+from shortcutflow.config import ProtocolEvaluation, RunConfig
+from shortcutflow.distributed import World, joined
 from shortcutflow.evaluation.distances.inception_score import require_scores
-from shortcutflow.evaluation.features.protocols import EvaluationProtocol
-from shortcutflow.evaluation.measures import check_metrics, measured, needs_features, needs_reference
-from shortcutflow.evaluation.parts_on_disk import WORK, PartsFolder, cut, file_name, hash_of, held_by, merged, share_of
-from shortcutflow.evaluation.pictures import DIGITS, Pictures, open_pictures
-from shortcutflow.evaluation.probe import Probe, probe_picture
-from shortcutflow.evaluation.published import CLEAN_FID, clean_fid_statistics
-from shortcutflow.evaluation.reference import Reference, load_reference, make_reference, remove_reference
-from shortcutflow.evaluation.report import BudgetRow, report_of, write_report
-from shortcutflow.evaluation.samples import Sampler, images_are_there
-from shortcutflow.evaluation.together import ALONE, Team
+from shortcutflow.evaluation.drawing.grids import save_picture
+from shortcutflow.evaluation.drawing.sheet import sample_sheet
+from shortcutflow.evaluation.feature_set import WORK, checkpoint_file, extract_all, remove_checkpoint, timed
+from shortcutflow.evaluation.features.protocols import EvaluationProtocol, open_protocol
+from shortcutflow.evaluation.metrics import WITH_FEATURES, WITH_REFERENCE, check_metrics, compute_metrics
+from shortcutflow.evaluation.real_images import DIGITS, RealImages, open_images
+from shortcutflow.evaluation.reference import (
+    CLEAN_FID,
+    Reference,
+    clean_fid_reference,
+    load_reference,
+    reference_of,
+)
+from shortcutflow.evaluation.report import report_of, report_path, write_report
+from shortcutflow.evaluation.samples import Sampler
+from shortcutflow.evaluation.subject import subject_of_run
 from shortcutflow.io.atomic import claim, require_ours
+from shortcutflow.run_dir import load_run
 from shortcutflow.schedule import step_sizes
 
-
-@dataclass(frozen=True)
-class Asked:
-    """What to measure.
-
-    Attributes:
-        steps: the sampling budgets.
-        metrics: names, see :data:`shortcutflow.evaluation.measures.METRICS`.
-        samples: how many a budget.
-        reference: an .npz file of statistics, pictures (shards, a folder, an archive, "digits"), or clean-fid's own
-            statistics as "clean-fid:cifar10-train"; None takes the pictures that the subject was trained on.
-        images: a folder to save the samples in, a folder a budget below it, or None.
-        keep_features: leave the parts for further metrics of the same samples.
-    """
-
-    steps: tuple[int, ...] = (1, 2, 4, 128)
-    metrics: tuple[str, ...] = ("fid",)
-    samples: int = 50_000
-    reference: str | Path | None = None
-    images: Path | None = None
-    keep_features: bool = False
-
-    def check(self) -> None:
-        """Refuse what cannot be measured.
-
-        Raises:
-            ValueError: saying what is wrong.
-        """
-        if self.samples < 2:
-            raise ValueError(f"samples must be at least 2, got {self.samples}")
-        check_metrics(self.metrics, self.samples)
-        if not self.steps:
-            raise ValueError("no sampling budget is asked for: give steps, such as 1 4 128")
-        for steps in self.steps:
-            step_sizes(steps)
-        if len(set(self.steps)) < len(self.steps):
-            raise ValueError(f"a budget is asked for twice: {', '.join(map(str, self.steps))}")
+SAMPLES_FILE = "samples.png"
+COLUMNS = 20
+"""Samples in it for each number of steps."""
+_OF_LATENTS = (
+    "{name} was trained on latents, and a reference is made of images: name those that they were made from, or their "
+    "statistics, with --reference or evaluation.reference"
+)
 
 
 def evaluate(
-    sampler: Sampler, protocol: EvaluationProtocol, asked: Asked, out: Path, *, team: Team = ALONE
+    sampler: Sampler,
+    protocol: EvaluationProtocol,
+    out: Path,
+    *,
+    steps: Sequence[int],
+    metrics: Sequence[str] = ("fid",),
+    samples: int = 50_000,
+    reference: str | Path | None = None,
+    images: Path | None = None,
+    keep_features: bool = False,
+    world: World | None = None,
 ) -> dict[str, Any] | None:
-    """Measure samples at every budget and write the report; all processes of a team call this together.
+    """Measure samples at every number of steps and write the report; every rank must call this.
 
-    The same call goes on after a stop, with the parts that are finished.
+    The same call with the same number of processes resumes a stopped one.
 
     Args:
         sampler: of what is evaluated.
         protocol: by which.
-        asked: what to measure.
         out: the report's file.
-        team: the processes that share the work.
+        steps: numbers of steps.
+        metrics: names, see :data:`shortcutflow.evaluation.metrics.METRICS`.
+        samples: how many for each number of steps.
+        reference: an .npz file of statistics, images (shards, a folder, an archive, "digits"), or clean-fid's own
+            statistics as "clean-fid:cifar10-train"; None takes the images that the network was trained on.
+        images: a folder to save the samples in, a folder for each number of steps below it, or None.
+        keep_features: leave the features for further metrics of the same samples.
+        world: the processes that share the work; None is this one.
 
     Returns:
-        The report, in the process that leads; None in the others.
+        The report, on rank 0; None on the others.
 
     Raises:
         ValueError, OSError, ImportError: for anything that is wrong or missing, before any sample is made, and for
             samples that are not finite.
     """
-    asked.check()
+    world = world or World(0, 1, sampler.subject.device)
+    check_request(steps, metrics, samples)
     _check_place(out)
-    clock = Clock()
-    probe, width = _probe(sampler, protocol, asked.metrics)
-    with clock.phase("reference"):
-        reference = _reference(sampler, protocol, asked, out, team, probe)
-    if reference is not None and len(reference.real.statistics.mu) != width:
-        raise ValueError(
-            f"the reference {reference.record.pictures} has {len(reference.real.statistics.mu)} features, protocol "
-            f"{protocol.name} has {width}: it was made by another protocol"
-        )
-    folders = {steps: parts_folder(sampler, protocol, steps, out, probe) for steps in asked.steps}
-    parts = cut(asked.samples)
-    with held_by(team, folders.values()):
-        with clock.phase("parts"):
-            _make_parts(sampler, protocol, folders, share_of(team.rank, parts), asked.images, team)
-        with clock.phase("waiting"):
-            team.wait()
-        if not team.leads:
-            return None
-        rows = [_row(sampler, asked, steps, folder, parts, reference, clock) for steps, folder in folders.items()]
-        whole = clock.whole()
-        seconds = {"whole": whole, **clock.seconds, "own": whole - sum(clock.seconds.values())}
-        report = report_of(
-            sampler, protocol, reference, rows, samples=asked.samples, processes=team.rank.world_size, seconds=seconds
-        )
+    width = _check_extractor(sampler.side, sampler.subject.info.num_classes, protocol, metrics)
+    seconds: dict[str, float] = {}
+    with timed(seconds, "whole"):
+        with timed(seconds, "reference"):
+            real = _reference(sampler, protocol, reference, metrics, out.parent, world)
+        if real is not None and len(real.statistics.mu) != width:
+            raise ValueError(
+                f"the reference {real.record['source']} has {len(real.statistics.mu)} features, protocol "
+                f"{protocol.name} has {width}: it was made by another protocol"
+            )
+        folders = _image_folders(images, steps)
+        files, rows = [], []
+        for count in steps:
+            key = sampler.key(count) | {
+                "protocol": protocol.name, "extractor": protocol.extractor.name, "version": shortcutflow.__version__,
+            }  # fmt: skip
+            files.append(checkpoint_file(out.parent / WORK, f"steps-{count}", key, world))
+            folder = folders[count]
+            found = extract_all(
+                partial(sampler.extract, count, protocol, folder),
+                samples, batch_size=sampler.batch_size, file=files[-1], world=world,
+                keep=samples if keep_features or any(name in WITH_FEATURES for name in metrics) else 0,
+                keep_logits=keep_features or "is" in metrics,
+                folder=folder,
+            )  # fmt: skip
+            if world.is_first:
+                with timed(found.seconds, "distances"):
+                    real_statistics, real_features = (real.statistics, real.features) if real else (None, None)
+                    device = sampler.subject.device
+                    values = compute_metrics(metrics, found, real_statistics, real_features, device)
+                rows.append({"steps": count, "values": values, "seconds": found.seconds})
+    report = None
+    if world.is_first:
+        report = report_of(sampler, protocol, real, rows, samples=samples, processes=world.size, seconds=seconds)
         write_report(report, out)
-        if not asked.keep_features:
-            for folder in folders.values():
-                folder.remove()
+    world.wait_for_all()
+    for file in [] if keep_features else files:
+        remove_checkpoint(file)
     return report
+
+
+def check_request(steps: Sequence[int], metrics: Sequence[str], samples: int) -> None:
+    """Refuse what cannot be measured; arguments are those of :func:`evaluate`.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
+    if samples < 2:
+        raise ValueError(f"samples must be at least 2, got {samples}")
+    check_metrics(metrics, samples)
+    if not steps:
+        raise ValueError("no number of steps is given: give some, such as 1 4 128")
+    for count in steps:
+        step_sizes(count)
+    if len(set(steps)) < len(steps):
+        raise ValueError(f"a number of steps is given twice: {', '.join(map(str, steps))}")
 
 
 def _check_place(out: Path) -> None:
@@ -131,129 +152,147 @@ def _check_place(out: Path) -> None:
     require_ours(out)
 
 
-def _probe(sampler: Sampler, protocol: EvaluationProtocol, metrics: Sequence[str]) -> tuple[Probe, int]:
-    """What the extractor sees in one picture of the samples' size, once an evaluation; and its number of features.
+def _check_extractor(
+    side: tuple[int, int], num_classes: int | None, protocol: EvaluationProtocol, metrics: Sequence[str]
+) -> int:
+    """Number of features that the extractor finds in one image of noise of the samples' size.
 
     Raises:
-        ValueError: if a metric needs logits and the extractor gives none, or probabilities, or it does not take such
-            pictures.
+        ValueError: if a metric needs logits or a classifier and the protocol has none, or the extractor does not take
+            such images.
     """
-    seen = protocol.extractor(probe_picture(sampler.side))
+    noise = np.random.default_rng(0).integers(0, 256, (1, *side, 3), dtype=np.uint8)
+    seen = protocol.extractor(noise)
     if "is" in metrics:
         if seen.logits is None:
             raise ValueError(f"metric 'is' needs class scores, which protocol {protocol.name} does not give")
         require_scores(seen.logits)
-    return Probe.seen(seen, sampler.side), seen.features.shape[1]
+    if "label_accuracy" in metrics and (protocol.classifier is None or num_classes is None):
+        lacking = (
+            f"a classifier, which protocol {protocol.name} does not have" if num_classes else "samples with labels"
+        )
+        raise ValueError(f"metric 'label_accuracy' needs {lacking}")
+    return seen.features.shape[1]
 
 
-def parts_folder(sampler: Sampler, protocol: EvaluationProtocol, steps: int, out: Path, probe: Probe) -> PartsFolder:
-    """Where the parts of a budget lie: another one for other samples, another extractor or another version."""
-    key = sampler.key(steps) | {
-        "protocol": protocol.name, "extractor": protocol.extractor.name, "version": shortcutflow.__version__,
-    }  # fmt: skip
-    return PartsFolder(out.parent / WORK, f"steps-{steps}", key, probe)
-
-
-def _make_parts(
-    sampler: Sampler,
-    protocol: EvaluationProtocol,
-    folders: dict[int, PartsFolder],
-    share: list[range],
-    images: Path | None,
-    team: Team,
-) -> None:
-    """Make those of this process's parts that are not there, budget by budget."""
-    places = {steps: images / f"steps-{steps}" if images is not None else None for steps in folders}
-    if images is not None:
-        claim(images)
-    for place in places.values():
-        if place is not None:
-            place.mkdir(exist_ok=True)
-
-    def is_done(steps: int, part: range) -> bool:
-        place = places[steps]
-        return folders[steps].holds(part) and (place is None or images_are_there(place, part))
-
-    missing = [(steps, part) for steps in folders for part in share if not is_done(steps, part)]
-    total, to_do = len(folders) * sum(map(len, share)), sum(len(part) for _, part in missing)
-    with tqdm(total=total, initial=total - to_do, unit="sample", disable=not team.leads, mininterval=1) as bar:
-        for steps, part in missing:
-            bar.set_description(f"{steps} step{'s' * (steps > 1)}")
-            folders[steps].make(part, sampler.part(steps, part, protocol.extractor, bar.update, places[steps]))
-
-
-def _row(
-    sampler: Sampler,
-    asked: Asked,
-    steps: int,
-    folder: PartsFolder,
-    parts: list[range],
-    reference: Reference | None,
-    clock: Clock,
-) -> BudgetRow:
-    own = Clock()
-    with own.phase("merging"), clock.phase("merging"):
-        keep = asked.samples if needs_features(asked.metrics) else 0
-        made = merged(folder, parts, keep=keep, logits="is" in asked.metrics)
-    with own.phase("distances"), clock.phase("distances"):
-        real = reference.real if reference is not None else None
-        values = measured(asked.metrics, made, real, sampler.subject.device)
-    return BudgetRow(steps, values, made.seconds | own.seconds)
+def _image_folders(images: Path | None, steps: Sequence[int]) -> dict[int, Path | None]:
+    if images is None:
+        return dict.fromkeys(steps)
+    claim(images)
+    folders: dict[int, Path | None] = {count: images / f"steps-{count}" for count in steps}
+    for folder in folders.values():
+        if folder is not None:
+            folder.mkdir(exist_ok=True)
+    return folders
 
 
 def _reference(
-    sampler: Sampler, protocol: EvaluationProtocol, asked: Asked, out: Path, team: Team, probe: Probe
+    sampler: Sampler,
+    protocol: EvaluationProtocol,
+    source: str | Path | None,
+    metrics: Sequence[str],
+    folder: Path,
+    world: World,
 ) -> Reference | None:
-    """What to compare with; made of pictures first if need be, and kept beside the report."""
-    if not needs_reference(asked.metrics):
+    """What to compare with; made of images if need be, and kept beside the report."""
+    if not any(name in WITH_REFERENCE for name in metrics):
         return None
-    source, with_features = asked.reference, needs_features(asked.metrics)
     if source is None:
-        pictures = pictures_of(sampler)
-    elif str(source).startswith(CLEAN_FID):
-        path = clean_fid_statistics(str(source).removeprefix(CLEAN_FID), protocol.name)
-        return load_reference(path, protocol, with_features=with_features, name=str(source), probe=probe)
-    elif Path(source).suffix == ".npz":
-        return load_reference(Path(source), protocol, with_features=with_features, probe=probe)
+        found: Reference | RealImages = training_images(sampler)
     else:
-        pictures = open_pictures(source)
-    key = {"pictures": pictures.fingerprint(), "extractor": protocol.extractor.name}
-    path = out.parent / f"reference-{file_name(protocol.name)}-{hash_of(key)}.npz"
-    if team.leads:
-        # One that is damaged, without features, or of an extractor that has changed since is made again. The leader
-        # alone decides: processes that disagreed would wait for each other in different places.
-        try:
-            load_reference(path, protocol, with_features=with_features, probe=probe)
-        except (OSError, ValueError):
-            remove_reference(path)
-    team.wait()
-    kept = path.is_file()
-    if not kept:
-        make_reference(
-            pictures, protocol, path, with_features=with_features, work=out.parent / WORK, team=team, side=sampler.side,
-            probe=probe,
-        )  # fmt: skip
-    return replace(load_reference(path, protocol, with_features=with_features, probe=probe), kept=kept)
+        found = _open_reference(source, protocol, metrics, sampler.side)
+    if isinstance(found, Reference):
+        return found
+    with_features = any(name in WITH_FEATURES for name in metrics)
+    return reference_of(found, protocol, folder, with_features=with_features, world=world, side=sampler.side)
 
 
-def pictures_of(sampler: Sampler) -> Pictures:
-    """The pictures that a subject was trained on.
+def _open_reference(
+    source: str | Path, protocol: EvaluationProtocol, metrics: Sequence[str], side: tuple[int, int] | None
+) -> Reference | RealImages:
+    """Statistics, or the images to make them of; side is that of the samples, if it is known."""
+    with_features = any(name in WITH_FEATURES for name in metrics)
+    if str(source).startswith(CLEAN_FID):
+        if with_features:
+            raise ValueError(f"{source} has mean and covariance alone, with which 'fid' is the only metric")
+        return clean_fid_reference(str(source).removeprefix(CLEAN_FID), protocol, side)
+    if Path(source).suffix == ".npz":
+        return load_reference(Path(source), protocol, with_features=with_features)
+    return open_images(source)
+
+
+def training_images(sampler: Sampler) -> RealImages:
+    """The images that a network was trained on.
 
     Raises:
         ValueError: if they are not known, or were never kept, as with latents.
     """
     data, name = sampler.subject.data, sampler.subject.name
     if data is None:
-        raise ValueError(f"nothing says what {name} was trained on: name pictures or their statistics with --reference")
+        raise ValueError(f"nothing says what {name} was trained on: name images or their statistics with --reference")
     if sampler.autoencoder is not None:
-        raise ValueError(
-            f"{name} was trained on latents, and a reference is made of pictures: name those that they were made from, "
-            "or their statistics, with --reference"
-        )
+        raise ValueError(_OF_LATENTS.format(name=name))
     try:
-        return open_pictures(DIGITS if data.kind == "digits" else data.opened())
+        return open_images(DIGITS if data.kind == "digits" else data.opened())
     except NotImplementedError:
         raise ValueError(
             f"{name} was trained on data of kind {data.kind!r}, which is a stream and no folder of shards: name "
-            "pictures or their statistics with --reference"
+            "images or their statistics with --reference"
         ) from None
+
+
+def check_run(config: RunConfig) -> None:
+    """Refuse, before a run is trained, an evaluation at its end that cannot be made.
+
+    Raises:
+        ValueError, OSError, ImportError: as :func:`evaluate`.
+    """
+    settings, info = config.evaluation, config.data.describe()
+    assert isinstance(settings, ProtocolEvaluation)
+    check_request(settings.steps, settings.metrics, settings.samples)
+    if not info.is_picture:
+        raise ValueError(
+            f"evaluation.protocol {settings.protocol!r} is of images, data of kind {config.data.kind!r} has samples of "
+            f"shape {info.shape}: use evaluation=null"
+        )
+    protocol, side = open_protocol(settings.protocol), (info.shape[1], info.shape[2])
+    if info.vae is None:
+        _check_extractor(side, info.num_classes, protocol, settings.metrics)
+    if any(name in WITH_REFERENCE for name in settings.metrics):
+        source = settings.reference or (DIGITS if config.data.kind == "digits" else None)
+        if source is not None:
+            _open_reference(source, protocol, settings.metrics, side if info.vae is None else None)
+        elif info.vae is not None:
+            raise ValueError(_OF_LATENTS.format(name=config.name))
+
+
+def evaluate_run(folder: Path) -> dict[str, Any] | None:
+    """Evaluate a finished run as its config says; every process of the job must call this.
+
+    Writes the report and ``samples.png``, the first samples at each number of steps, into the run's folder.
+
+    Returns:
+        The report, on rank 0; None on the others.
+    """
+    config = RunConfig.load(folder)
+    settings = config.evaluation
+    assert isinstance(settings, ProtocolEvaluation)
+    with joined(config.training.device) as world:
+        subject = subject_of_run(load_run(folder, device=world.device))
+        sampler = Sampler(
+            subject, seed=config.seed, guidance_scale=settings.guidance_scale, batch_size=settings.batch_size,
+            precision=settings.precision,
+        )  # fmt: skip
+        report = evaluate(
+            sampler, open_protocol(settings.protocol, device=world.device), report_path(folder, settings.protocol),
+            steps=settings.steps, metrics=settings.metrics, samples=settings.samples, reference=settings.reference,
+            world=world,
+        )  # fmt: skip
+        if world.is_first:
+            classes = subject.info.num_classes
+            columns = {"count": COLUMNS} if classes is None else {"labels": [i % classes for i in range(COLUMNS)]}
+            sheet = sample_sheet(
+                subject, budgets=settings.steps, seed=config.seed, guidance_scale=settings.guidance_scale, **columns
+            )
+            save_picture(sheet, folder / SAMPLES_FILE)
+        return report

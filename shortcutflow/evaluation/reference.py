@@ -1,140 +1,197 @@
-"""What samples are compared with: statistics of real pictures, and their features where a metric needs them.
+"""What samples are compared with: statistics of real images, and their features where a metric needs them.
 
 ::
 
     NAME.npz           mean and covariance of the features, in the authors' layout
-    NAME.json          which pictures, which protocol, how many; and the hash of the statistics it belongs to
-    NAME.safetensors   features of at most 50,000 of the pictures, if they were asked for
+    NAME.json          which images, which protocol, how many; and the hash of the statistics it belongs to
+    NAME.safetensors   features of at most 50,000 of the images, if they were wanted
 """
 
 from __future__ import annotations
 
 import json
+import re
+import zipfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors.numpy import save
-from tqdm import tqdm
 
 import shortcutflow
-from shortcutflow.evaluation.clock import Clock
-from shortcutflow.evaluation.distances.statistics import load_statistics, save_statistics, statistics_hash
-from shortcutflow.evaluation.features.extractors import Extractor
-from shortcutflow.evaluation.features.protocols import EvaluationProtocol
-from shortcutflow.evaluation.measures import MOST_ROWS, Real
-from shortcutflow.evaluation.parts_on_disk import (
-    Features,
-    Merged,
-    PartsFolder,
-    cut,
-    file_name,
-    held_by,
-    joined,
-    merged,
-    share_of,
+from shortcutflow.distributed import World
+from shortcutflow.evaluation.distances.statistics import (
+    Statistics,
+    load_statistics,
+    require_statistics,
+    save_statistics,
+    statistics_hash,
 )
-from shortcutflow.evaluation.pictures import Pictures
-from shortcutflow.evaluation.probe import Probe
-from shortcutflow.evaluation.together import ALONE, Team
+from shortcutflow.evaluation.feature_set import (
+    WORK,
+    FeatureSet,
+    checkpoint_file,
+    extract_all,
+    hash_of,
+    remove_checkpoint,
+    timed,
+)
+from shortcutflow.evaluation.features.extractors import Extracted
+from shortcutflow.evaluation.features.protocols import EvaluationProtocol
+from shortcutflow.evaluation.real_images import RealImages
 from shortcutflow.io.atomic import require_absent, require_ours, write_whole
 from shortcutflow.io.safetensors import opened
 
-
-@dataclass(frozen=True)
-class ReferenceRecord:
-    """What is known of a reference, for reports and the file beside it.
-
-    Attributes:
-        pictures: where they came from.
-        protocol, extractor: by which their features were made; None if nobody wrote it down.
-        images: how many; None likewise.
-        statistics_sha256: of the statistics.
-        features: how many pictures' own features are there.
-        fingerprint: of the pictures.
-        version: of this library that made it.
-        probe: what the extractor saw in one fixed picture.
-    """
-
-    pictures: str
-    protocol: str | None
-    extractor: str | None
-    images: int | None
-    statistics_sha256: str
-    features: int = 0
-    fingerprint: str | None = None
-    version: str | None = None
-    probe: Probe | None = None
+MOST_FEATURES = 50_000
+"""Images whose features are kept, for metrics that compare single images."""
+CLEAN_FID = "clean-fid:"
+"""Begins the names of clean-fid's own statistics."""
 
 
-@dataclass(frozen=True)
-class Reference:
+class Reference(NamedTuple):
     """A reference, ready to compare with.
 
     Attributes:
-        real: its statistics, and features or None.
-        record: what is known of it.
+        statistics: mean and covariance of the features.
+        features: (n, k) float32 of at most ``MOST_FEATURES`` images, or None.
+        record: what is known of it, as its JSON file and reports say it: "source" (which images), "protocol",
+            "extractor", "images" (how many), "statistics_sha256", "features" (how many), "fingerprint" (of the images)
+            and "version" (of this library). Null is what nobody wrote down.
         file: of its statistics.
-        kept: whether they are those that an earlier evaluation made of the pictures.
+        reused: whether an earlier evaluation had made it of the same images.
     """
 
-    real: Real
-    record: ReferenceRecord
-    file: Path
-    kept: bool = False
+    statistics: Statistics
+    features: np.ndarray | None
+    record: dict[str, Any]
+    file: str
+    reused: bool = False
+
+
+def reference_of(
+    images: RealImages,
+    protocol: EvaluationProtocol,
+    folder: Path,
+    *,
+    with_features: bool,
+    world: World,
+    side: tuple[int, int] | None = None,
+) -> Reference:
+    """The reference of real images, kept in ``folder``; made if it is not there. Every rank must call this.
+
+    Another name, size or time of change of an image makes a new one. Arguments and errors: :func:`make_reference`.
+    """
+    digest = hash_of({"pictures": images.fingerprint(), "extractor": protocol.extractor.name})
+    path = folder / f"reference-{file_name(protocol.name)}-{digest}.npz"
+    # Rank 0 alone decides: ranks that disagreed would wait for each other in different places.
+    reused = world.gather(_is_usable(path, protocol, with_features) if world.is_first else None)[0]
+    if not reused:
+        make_reference(images, protocol, path, with_features=with_features, world=world, side=side)
+    return load_reference(path, protocol, with_features=with_features)._replace(reused=reused)
+
+
+def _is_usable(path: Path, protocol: EvaluationProtocol, with_features: bool) -> bool:
+    try:
+        load_reference(path, protocol, with_features=with_features)
+    except (OSError, ValueError):  # absent, damaged, or without features
+        _require_ours(path)
+        for suffix in (".npz", ".json", ".safetensors"):
+            path.with_suffix(suffix).unlink(missing_ok=True)
+        return False
+    return True
 
 
 def make_reference(
-    pictures: Pictures,
+    images: RealImages,
     protocol: EvaluationProtocol,
     path: Path,
     *,
     with_features: bool,
-    work: Path,
-    team: Team = ALONE,
+    world: World,
     batch_size: int = 100,
     side: tuple[int, int] | None = None,
-    probe: Probe | None = None,
 ) -> None:
-    """Extract the features of pictures, and write the reference; all processes of a team call this together.
+    """Extract the features of real images and write the reference; every rank must call this.
 
-    The same call goes on after a stop.
+    The same call resumes a stopped one.
 
     Args:
-        pictures: real ones.
+        images: real ones.
         protocol: whose extractor sees them.
         path: the .npz file; the others lie beside it.
         with_features: write those too.
-        work: a folder for what is unfinished.
-        team: the processes that share the work.
-        batch_size: pictures extracted at once.
+        world: the ranks.
+        batch_size: images at once.
         side: (height, width) that they must have, in pixels; None takes any.
-        probe: of the extractor, if it was made before.
 
     Raises:
-        ValueError: for pictures that cannot be read or have another size, naming them.
+        ValueError: for images that cannot be read or have another size, naming them.
+        FileExistsError: if another program's files are there.
     """
-    if pictures.count < 2:
-        raise ValueError(f"a reference needs at least 2 pictures, {pictures.name} holds {pictures.count}")
+    if images.count < 2:
+        raise ValueError(f"a reference needs at least 2 images, {images.name} holds {images.count}")
     _require_ours(path)
-    probe = probe or Probe.of(protocol.extractor, next(pictures.read(range(1))).shape[:2])
+
+    def extract(index: range, seconds: dict[str, float]) -> tuple[Extracted, int]:
+        batches = list(_batches(images.read(index)))
+        for batch in batches:
+            if side is not None and batch.shape[1:3] != side:
+                raise ValueError(
+                    f"{images.name} holds an image of {batch.shape[2]}x{batch.shape[1]} pixels, the samples have "
+                    f"{side[1]}x{side[0]}: make a reference of the same size with --make-stats --size {side[0]}"
+                )
+        with timed(seconds, "extraction"):
+            features = [protocol.extractor(batch).features for batch in batches]
+        if len({found.shape[1] for found in features}) > 1:
+            raise ValueError(
+                f"images of different sizes in {images.name} have different numbers of features: prepare them in one "
+                "size"
+            )
+        return Extracted(np.concatenate(features), None), 0
+
     key = {
-        "pictures": pictures.fingerprint(), "protocol": protocol.name, "extractor": protocol.extractor.name,
+        "images": images.fingerprint(), "protocol": protocol.name, "extractor": protocol.extractor.name,
         "version": shortcutflow.__version__,
     }  # fmt: skip
-    folder, parts = PartsFolder(work, f"reference-{file_name(protocol.name)}", key, probe), cut(pictures.count)
-    with held_by(team, [folder]):
-        missing = [part for part in share_of(team.rank, parts) if not folder.holds(part)]
-        with tqdm(total=sum(map(len, missing)), desc="reference", unit="image", disable=not team.leads) as bar:
-            for part in missing:
-                folder.make(part, _part(pictures, part, protocol.extractor, batch_size, side, bar))
-        team.wait()
-        if team.leads:
-            found = merged(folder, parts, keep=MOST_ROWS if with_features else 0)
-            _write(path, found, _record_of(pictures, protocol, found, probe))
-            folder.remove()
-        team.wait()
+    file = checkpoint_file(path.parent / WORK, f"reference-{file_name(protocol.name)}", key, world)
+    found = extract_all(
+        extract, images.count, batch_size=batch_size, file=file, world=world,
+        keep=MOST_FEATURES if with_features else 0,
+    )  # fmt: skip
+    if world.is_first:
+        _write(path, found, images, protocol)
+    world.wait_for_all()
+    remove_checkpoint(file)
+
+
+def _batches(images: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Images of the same size together, in their order."""
+    batch: list[np.ndarray] = []
+    for image in images:
+        if batch and image.shape != batch[0].shape:
+            yield np.stack(batch)
+            batch = []
+        batch.append(image)
+    yield np.stack(batch)
+
+
+def _write(path: Path, found: FeatureSet, images: RealImages, protocol: EvaluationProtocol) -> None:
+    """Write the files of a reference; the statistics come last, so that a reference with them is complete."""
+    statistics = found.moments.statistics()
+    record: dict[str, Any] = {
+        "source": images.name, "protocol": protocol.name, "extractor": protocol.extractor.name,
+        "images": images.count, "statistics_sha256": statistics_hash(statistics), "features": len(found.kept),
+        "fingerprint": images.fingerprint(), "version": shortcutflow.__version__,
+    }  # fmt: skip
+    path.unlink(missing_ok=True)
+    features = path.with_suffix(".safetensors")
+    features.unlink(missing_ok=True)
+    if len(found.kept):
+        metadata = {"statistics_sha256": record["statistics_sha256"]}
+        write_whole(features, save({"features": found.features}, metadata=metadata))
+    write_whole(path.with_suffix(".json"), json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    save_statistics(path, statistics)
 
 
 def _require_ours(path: Path) -> None:
@@ -145,84 +202,13 @@ def _require_ours(path: Path) -> None:
         require_absent(path)
 
 
-def remove_reference(path: Path) -> None:
-    """Delete the files of a reference that is to be made again.
-
-    Raises:
-        FileExistsError: if they are something else.
-    """
-    _require_ours(path)
-    for suffix in (".npz", ".json", ".safetensors"):
-        path.with_suffix(suffix).unlink(missing_ok=True)
-
-
-def _record_of(pictures: Pictures, protocol: EvaluationProtocol, found: Merged, probe: Probe) -> ReferenceRecord:
-    return ReferenceRecord(
-        pictures=pictures.name, protocol=protocol.name, extractor=protocol.extractor.name, images=pictures.count,
-        statistics_sha256=statistics_hash(found.statistics), fingerprint=pictures.fingerprint(),
-        features=len(found.features) if found.features is not None else 0, version=shortcutflow.__version__,
-        probe=probe,
-    )  # fmt: skip
-
-
-def _part(
-    pictures: Pictures, part: range, extractor: Extractor, batch_size: int, side: tuple[int, int] | None, bar: tqdm
-) -> Features:
-    clock, made = Clock(), []
-    for batch in _batches(pictures.read(part), batch_size):
-        if side is not None and batch.shape[1:3] != side:
-            raise ValueError(
-                f"{pictures.name} holds a picture of {batch.shape[2]}x{batch.shape[1]} pixels, the samples have "
-                f"{side[1]}x{side[0]}: make a reference of the same size with --make-stats --size {side[0]}"
-            )
-        with clock.phase("extraction"):
-            extracted = extractor(batch)
-        made.append(Features(extracted.features, None, {}))
-        bar.update(len(batch))
-    return joined(made)._replace(seconds=clock.seconds)
-
-
-def _batches(pictures: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Pictures of the same size together, in their order."""
-    batch: list[np.ndarray] = []
-    for picture in pictures:
-        if batch and (len(batch) == size or picture.shape != batch[0].shape):
-            yield np.stack(batch)
-            batch = []
-        batch.append(picture)
-    if batch:
-        yield np.stack(batch)
-
-
-def _write(path: Path, found: Merged, record: ReferenceRecord) -> None:
-    """Write the files of a reference; the statistics come last, so that a reference with them is complete."""
-    path.with_suffix(".npz").unlink(missing_ok=True)
-    features = path.with_suffix(".safetensors")
-    features.unlink(missing_ok=True)
-    if found.features is not None:
-        write_whole(
-            features, save({"features": found.features}, metadata={"statistics_sha256": record.statistics_sha256})
-        )
-    write_whole(path.with_suffix(".json"), json.dumps(asdict(record), indent=2, ensure_ascii=False) + "\n")
-    save_statistics(path, found.statistics)
-
-
-def load_reference(
-    path: Path,
-    protocol: EvaluationProtocol,
-    *,
-    with_features: bool,
-    name: str | None = None,
-    probe: Probe | None = None,
-) -> Reference:
+def load_reference(path: Path, protocol: EvaluationProtocol, *, with_features: bool) -> Reference:
     """Read a reference.
 
     Args:
         path: the .npz file.
         protocol: by which samples will be compared with it.
         with_features: whether features are needed.
-        name: for reports; None is the path.
-        probe: of the extractor, if it was made before.
 
     Raises:
         FileNotFoundError: without the file, or without features that are needed, saying how to make them.
@@ -230,47 +216,94 @@ def load_reference(
     """
     statistics = load_statistics(path)
     digest = statistics_hash(statistics)
-    record = _record(path, digest, name or str(path))
-    for what, theirs, ours in (
-        ("protocol", record.protocol, protocol.name), ("extractor", record.extractor, protocol.extractor.name)
+    record = _record(path, digest)
+    for what, made_by, now in (
+        ("protocol", record["protocol"], protocol.name), ("extractor", record["extractor"], protocol.extractor.name)
     ):  # fmt: skip
-        if theirs is not None and theirs != ours:
-            raise ValueError(f"{path} was made by {what} {theirs!r}, not by {ours!r}: their numbers do not compare")
-    if record.probe is not None:
-        side = record.probe.height, record.probe.width
-        if probe is None or (probe.height, probe.width) != side:
-            probe = Probe.of(protocol.extractor, side)
-        if not record.probe.agrees_with(probe):
-            raise ValueError(
-                f"{path} was made by another {protocol.extractor.name!r} than this one, in version {record.version}: "
-                "make it again"
-            )
-    return Reference(Real(statistics, _features(path, digest) if with_features else None), record, path)
+        if made_by is not None and made_by != now:
+            raise ValueError(f"{path} was made by {what} {made_by!r}, not by {now!r}: their numbers do not compare")
+    return Reference(statistics, _features(path, digest) if with_features else None, record, str(path))
 
 
-def _record(path: Path, digest: str, name: str) -> ReferenceRecord:
+def _record(path: Path, digest: str) -> dict[str, Any]:
     file = path.with_suffix(".json")
+    record = _unknown(str(path), digest)
     if not file.is_file():
-        return ReferenceRecord(name, protocol=None, extractor=None, images=None, statistics_sha256=digest)
+        return record
     try:
-        said = json.loads(file.read_text())
-        record = ReferenceRecord(**said | {"probe": Probe(**said["probe"]) if said.get("probe") else None})
-    except (ValueError, TypeError, AttributeError) as error:
+        values = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{file} does not describe a reference ({error}); remove it if it is something else") from None
-    if record.statistics_sha256 != digest:
+    values.pop("probe", None)  # of version 0.1, as the name of the next
+    values = {"source" if name == "pictures" else name: value for name, value in values.items()}
+    if unknown := values.keys() - record.keys():
+        raise ValueError(
+            f"{file} does not describe a reference (it says {min(unknown)!r}); remove it if it is another's"
+        )
+    if values.get("statistics_sha256") != digest:
         raise ValueError(f"{file} describes other statistics than {path} holds: make the reference again")
-    return record
+    return record | values
+
+
+def _unknown(source: str, digest: str) -> dict[str, Any]:
+    """The record of statistics of which nothing else is known."""
+    return {
+        "source": source, "protocol": None, "extractor": None, "images": None, "statistics_sha256": digest,
+        "features": 0, "fingerprint": None, "version": None,
+    }  # fmt: skip
 
 
 def _features(path: Path, digest: str) -> np.ndarray:
     file = path.with_suffix(".safetensors")
     if not file.is_file():
         raise FileNotFoundError(
-            f"{path} holds only mean and covariance: every metric but 'fid' and 'is' needs the features of the real "
-            f"pictures too, in {file.name} beside it, which `shortcutflow evaluate --make-stats SOURCE --out FILE.npz "
-            "--with-features` writes; or name the pictures themselves"
+            f"{path} holds only mean and covariance: every metric but 'fid', 'is' and 'label_accuracy' needs the "
+            f"features of the real images too, in {file.name} beside it, which `shortcutflow evaluate --make-stats "
+            "SOURCE --out FILE.npz --with-features` writes; or name the images themselves"
         )
     with opened(file, "make the reference again", framework="np") as tensors:
         if (tensors.metadata() or {}).get("statistics_sha256") != digest:
             raise ValueError(f"{file} belongs to other statistics than {path} holds: make the reference again")
         return np.asarray(tensors.get_tensor("features"))
+
+
+def clean_fid_reference(name: str, protocol: EvaluationProtocol, side: tuple[int, int] | None) -> Reference:
+    """clean-fid's own statistics, which it fetches into its own folder once.
+
+    Args:
+        name: "DATASET-SPLIT" or "DATASET-SPLIT-SIZE", as "cifar10-train-32".
+        protocol: by which samples will be compared with it; it must be "clean-fid".
+        side: (height, width) of the samples, the size where the name has none; None where it is not known.
+
+    Raises:
+        ValueError: if the name has another form, or the protocol is another.
+        FileNotFoundError: if clean-fid has no such statistics, or they cannot be fetched.
+        ImportError: without clean-fid.
+    """
+    if protocol.name != "clean-fid":
+        raise ValueError(f"{CLEAN_FID}{name} goes with --protocol clean-fid, not {protocol.name}")
+    parts = re.fullmatch(r"(\w+)-(\w+?)(?:-(\d+|na))?", name)
+    if parts is None:
+        raise ValueError(f"clean-fid's statistics are named as {CLEAN_FID}cifar10-train or -train-32, got {name!r}")
+    try:
+        from cleanfid.features import get_reference_statistics
+    except (ImportError, RuntimeError) as error:
+        raise ImportError(
+            f"clean-fid's statistics need clean-fid: pip install 'shortcutflow[eval]' ({error})"
+        ) from error
+    size = parts[3] or (str(side[0]) if side is not None else "na")
+    try:
+        mu, sigma = get_reference_statistics(parts[1], size, split=parts[2])
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise FileNotFoundError(
+            f"clean-fid's statistics of {parts[1]}, split {parts[2]}, size {size} cannot be read or fetched ({error})"
+        ) from error
+    statistics = Statistics(np.asarray(mu, np.float64), np.asarray(sigma, np.float64))
+    require_statistics(f"{CLEAN_FID}{name}", statistics)
+    source = f"{CLEAN_FID}{name}"
+    return Reference(statistics, None, _unknown(source, statistics_hash(statistics)), source)
+
+
+def file_name(text: str) -> str:
+    """A text as a part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)

@@ -6,7 +6,6 @@ import json
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +14,14 @@ import torch
 
 import shortcutflow
 from shortcutflow.evaluation.features.protocols import EvaluationProtocol
-from shortcutflow.evaluation.measures import METRICS
-from shortcutflow.evaluation.parts_on_disk import file_name
-from shortcutflow.evaluation.reference import Reference
+from shortcutflow.evaluation.metrics import METRICS
+from shortcutflow.evaluation.reference import Reference, file_name
 from shortcutflow.evaluation.samples import Sampler
 from shortcutflow.io.atomic import write_whole
 
 
-@dataclass(frozen=True)
-class BudgetRow:
-    """One sampling budget.
-
-    Attributes:
-        steps: of the sampler.
-        values: by the metric's name.
-        seconds: of all processes together, by phase; those of parts that an earlier call made count too.
-    """
-
-    steps: int
-    values: dict[str, float]
-    seconds: dict[str, float]
-
-
 def report_path(folder: Path, protocol: str) -> Path:
-    """Where a report goes unless somebody says otherwise."""
+    """Where a report goes by default."""
     return folder / f"evaluation-{file_name(protocol)}.json"
 
 
@@ -46,7 +29,7 @@ def report_of(
     sampler: Sampler,
     protocol: EvaluationProtocol,
     reference: Reference | None,
-    rows: Sequence[BudgetRow],
+    rows: Sequence[Mapping[str, Any]],
     *,
     samples: int,
     processes: int,
@@ -58,13 +41,13 @@ def report_of(
         sampler: of the subject.
         protocol: by which the features were made.
         reference: what samples were compared with, or None.
-        rows: one a budget.
-        samples: how many a budget.
+        rows: one for each number of "steps": "values" by metric, and "seconds" of all processes by phase.
+        samples: how many for each number of steps.
         processes: that shared the work.
-        seconds: of this call in its first process: the whole, and by phase.
+        seconds: of this call on rank 0: the whole, and of making the reference.
     """
-    subject, vae = sampler.subject, sampler.autoencoder
-    metrics = [name for name in rows[0].values if name in METRICS] if rows else []
+    subject, vae, classes = sampler.subject, sampler.autoencoder, sampler.subject.info.num_classes
+    metrics = [name for name in rows[0]["values"] if name in METRICS]
     return {
         "format": "shortcutflow-evaluation",
         "subject": {
@@ -74,18 +57,23 @@ def report_of(
         "protocol": {
             "name": protocol.name, "description": protocol.description, "extractor": protocol.extractor.name,
         },
-        "reference": _of_reference(reference) if reference is not None else None,
+        "reference": (
+            reference.record | {"file": reference.file, "reused": reference.reused} if reference is not None else None
+        ),
         "metrics": {name: METRICS[name] for name in metrics},
         "samples": samples,
         "seed": sampler.seed,
-        "labels": _labels(subject.info.num_classes),
+        "labels": "none" if classes is None else f"in turn: sample i has label i mod {classes}",
         "guidance_scale": sampler.guidance_scale,
         **subject.sampler_options(),
         "vae": {"name": vae.name, "sha256": vae.sha256} if vae is not None else None,
-        "pictures": {"height": sampler.side[0], "width": sampler.side[1], "values": "uint8, rounded from [-1, 1]"},
+        "images": {
+            "height": sampler.side[0], "width": sampler.side[1],
+            "values": "uint8, rounded from [-1, 1]" if protocol.eight_bit else "as sampled",
+        },
         "precision": sampler.precision,
         "batch_size": sampler.batch_size,
-        "rows": [asdict(row) for row in rows],
+        "rows": list(rows),
         "seconds": dict(seconds),
         "processes": processes,
         "device": _device_name(subject.device),
@@ -95,14 +83,6 @@ def report_of(
         },
         "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
-
-
-def _of_reference(reference: Reference) -> dict[str, Any]:
-    return asdict(reference.record) | {"file": str(reference.file), "kept_from_before": reference.kept}
-
-
-def _labels(num_classes: int | None) -> str:
-    return "none" if num_classes is None else f"in turn: sample i has label i mod {num_classes}"
 
 
 def _device_name(device: torch.device) -> str:
@@ -119,9 +99,9 @@ def write_report(report: Mapping[str, Any], path: Path) -> None:
 def table_of(report: Mapping[str, Any]) -> str:
     """The rows for people, with a line that says how they were measured."""
     reference = report["reference"]
-    against = f" against {reference['pictures']}" if reference is not None else ""
-    if reference is not None and reference["kept_from_before"]:
-        against += f", by the statistics that {reference['file']} kept from before"
+    against = f" against {reference['source']}" if reference is not None else ""
+    if reference is not None and reference["reused"]:
+        against += f", whose statistics were reused from {reference['file']}"
     names = list(report["rows"][0]["values"])
     lines = [
         f"{report['subject']['name']}, weights {report['subject']['weights']}, {report['samples']} samples{against}",

@@ -14,7 +14,6 @@ from shortcutflow.io.atomic import write_whole
 from shortcutflow.run_dir import Run
 
 REPORT_FILE = "evaluation.json"
-PICTURE_FILE = "samples.png"
 
 
 def write_report(run: Run, *, protocol: str, rows: Sequence[Any], **measured: object) -> None:

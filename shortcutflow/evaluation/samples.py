@@ -1,8 +1,7 @@
-"""Samples of a subject as pictures and features, part by part: sample i depends on (seed, i) alone."""
+"""Samples of a network as images and features: sample i depends on (seed, i) alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,12 +10,12 @@ import torch
 from torch import Tensor
 
 from shortcutflow.data.autoencoder import Autoencoder, load_autoencoder
-from shortcutflow.evaluation.clock import Clock
 from shortcutflow.evaluation.drawing.grids import to_uint8
-from shortcutflow.evaluation.features.extractors import Extractor
+from shortcutflow.evaluation.feature_set import timed
+from shortcutflow.evaluation.features.extractors import Extracted
+from shortcutflow.evaluation.features.protocols import EvaluationProtocol
 from shortcutflow.evaluation.generate import generate, labels_of, noise_of
-from shortcutflow.evaluation.parts_on_disk import Features, joined
-from shortcutflow.evaluation.pictures import png_path, save_pngs
+from shortcutflow.evaluation.real_images import save_pngs
 from shortcutflow.evaluation.subject import Subject
 from shortcutflow.guidance import require_scale
 
@@ -24,10 +23,10 @@ Precision = Literal["float32", "bfloat16"]
 
 
 class Sampler:
-    """Makes pictures of a subject's samples.
+    """Makes images of a network's samples.
 
     Args:
-        subject: a network of pictures, or of latents of pictures.
+        subject: a network of images, or of latents of images.
         seed: of the noise.
         guidance_scale: 1 is none.
         batch_size: samples at once; it changes no sample beyond the last digits of a network.
@@ -37,10 +36,10 @@ class Sampler:
 
     Attributes:
         autoencoder: that decodes latents, or None.
-        side: (height, width) of a picture in pixels.
+        side: (height, width) of an image in pixels.
 
     Raises:
-        ValueError: for a subject that makes no pictures, guidance without labels, or settings out of range.
+        ValueError: for a network that makes no images, guidance without labels, or settings out of range.
         ImportError, OSError: if an autoencoder is needed and is not there.
     """
 
@@ -50,7 +49,7 @@ class Sampler:
     ) -> None:  # fmt: skip
         info = subject.info
         if not info.is_picture:
-            raise ValueError(f"{subject.name} makes no pictures: its samples have shape {info.shape}")
+            raise ValueError(f"{subject.name} makes no images: its samples have shape {info.shape}")
         if require_scale(guidance_scale) != 1 and subject.null_y is None:
             raise ValueError(
                 f"{subject.name} was trained without labels: guidance_scale is {guidance_scale}, must be 1"
@@ -60,9 +59,9 @@ class Sampler:
         if precision not in get_args(Precision):
             raise ValueError(f"unknown precision {precision!r}; known: {', '.join(get_args(Precision))}")
         if info.vae is None and vae is not None:
-            raise ValueError(f"{subject.name} makes pictures, not latents: it needs no autoencoder, got {vae}")
+            raise ValueError(f"{subject.name} makes images, not latents: it needs no autoencoder, got {vae}")
         if info.vae is None and info.shape[0] not in (1, 3):
-            raise ValueError(f"{subject.name} makes samples of {info.shape[0]} channels: a picture has 1 or 3")
+            raise ValueError(f"{subject.name} makes samples of {info.shape[0]} channels: an image has 1 or 3")
         self.subject, self.seed, self.guidance_scale = subject, seed, guidance_scale
         self.batch_size, self.precision = batch_size, precision
         self.autoencoder: Autoencoder | None = None
@@ -74,7 +73,7 @@ class Sampler:
         self.side = (info.shape[1] * scale, info.shape[2] * scale)
 
     def key(self, steps: int) -> dict[str, Any]:
-        """Everything that determines the pictures, as JSON."""
+        """Everything that determines the images, as JSON."""
         subject, autoencoder = self.subject, self.autoencoder
         return {
             "subject": dict(subject.identity), "shape": list(subject.info.shape), "classes": subject.info.num_classes,
@@ -84,20 +83,19 @@ class Sampler:
             "device": subject.device.type, "torch": torch.__version__,
         }  # fmt: skip
 
-    def samples(self, steps: int, numbers: range) -> Tensor:
-        """Samples of these numbers, as the network makes them, (n, *shape) on its device; one batch."""
+    def samples(self, steps: int, index: range) -> Tensor:
+        """Samples by index, as the network makes them, (n, *shape) on its device; one batch."""
         subject = self.subject
-        noise = noise_of(self.seed, numbers, subject.info.shape, subject.device)
-        labels = labels_of(numbers, subject.info.num_classes, subject.device)
-        rounded = torch.autocast(subject.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
-        with rounded:
+        noise = noise_of(self.seed, index, subject.info.shape, subject.device)
+        labels = labels_of(index, subject.info.num_classes, subject.device)
+        with torch.autocast(subject.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             return generate(
-                subject.network, noise, labels, steps=steps, batch_size=len(numbers),
-                guidance_scale=self.guidance_scale, seed=self.seed, first=numbers.start, **subject.sampler_options(),
+                subject.network, noise, labels, steps=steps, batch_size=len(index),
+                guidance_scale=self.guidance_scale, seed=self.seed, first=index.start, **subject.sampler_options(),
             )  # fmt: skip
 
-    def pictures(self, samples: Tensor, numbers: range) -> np.ndarray:
-        """Samples as pictures (n, h, w, 3) uint8, latents decoded.
+    def decoded(self, samples: Tensor, index: range) -> Tensor:
+        """Samples as images (n, 1 or 3, h, w) around [-1, 1], latents decoded.
 
         Raises:
             ValueError: if a sample is not finite, naming the first.
@@ -106,40 +104,36 @@ class Sampler:
         if not finite.all():
             bad = (~finite).nonzero().flatten()
             raise ValueError(
-                f"{len(bad)} of {len(numbers)} samples hold values that are not finite; the first is sample "
-                f"{numbers[int(bad[0])]} of seed {self.seed}"
+                f"{len(bad)} of {len(index)} samples hold values that are not finite; the first is sample "
+                f"{index[int(bad[0])]} of seed {self.seed}"
             )
-        return to_uint8(samples if self.autoencoder is None else self.autoencoder.decode(samples))
+        return samples if self.autoencoder is None else self.autoencoder.decode(samples)
 
-    def part(
-        self, steps: int, part: range, extractor: Extractor, say: Callable[[int], object], images: Path | None = None
-    ) -> Features:
-        """The features of a part's samples.
+    def extract(
+        self, steps: int, protocol: EvaluationProtocol, folder: Path | None, index: range, seconds: dict[str, float]
+    ) -> tuple[Extracted, int]:
+        """The features of some samples, and how many of them the protocol's classifier reads as their label.
 
         Args:
             steps: of the sampler.
-            part: numbers of the samples.
-            extractor: that sees their pictures.
-            say: told the number of samples done, batch by batch.
-            images: a folder to save the pictures in.
+            protocol: by which.
+            folder: to save the images in, or None.
+            index: of the samples.
+            seconds: to add to, by phase.
         """
-        clock, made = Clock(self.subject.device), []
-        for start in range(part.start, part.stop, self.batch_size):
-            numbers = range(start, min(start + self.batch_size, part.stop))
-            with clock.phase("sampling"):
-                samples = self.samples(steps, numbers)
-            with clock.phase("decoding"):
-                pixels = self.pictures(samples, numbers)
-            if images is not None:
-                with clock.phase("saving"):
-                    save_pngs(pixels, images, start)
-            with clock.phase("extraction"):
-                extracted = extractor(pixels)
-            made.append(Features(extracted.features, extracted.logits, {}))
-            say(len(numbers))
-        return joined(made)._replace(seconds=clock.seconds)
-
-
-def images_are_there(images: Path, part: range) -> bool:
-    """Whether the pictures of a part were saved before."""
-    return all(png_path(images, number).is_file() for number in part)
+        with timed(seconds, "sampling", self.subject.device):
+            samples = self.samples(steps, index)
+        with timed(seconds, "decoding", self.subject.device):
+            images = self.decoded(samples, index)
+            pixels = to_uint8(images) if protocol.eight_bit or folder is not None else np.zeros(0)
+        if folder is not None:
+            with timed(seconds, "saving"):
+                save_pngs(pixels, folder, index.start)
+        with timed(seconds, "extraction", self.subject.device):
+            if not protocol.eight_bit:
+                pixels = images.float().permute(0, 2, 3, 1).cpu().numpy()
+            labels = labels_of(index, self.subject.info.num_classes)
+            correct = 0
+            if protocol.classifier is not None and labels is not None:
+                correct = int((protocol.classifier(pixels) == labels.numpy()).sum())
+            return protocol.extractor(pixels), correct

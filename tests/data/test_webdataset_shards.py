@@ -29,7 +29,7 @@ from shortcutflow.data.source import DataInfo
 from shortcutflow.data.stream import BatchStream
 from shortcutflow.data.webdataset import Fields, WebdatasetData, expand
 from shortcutflow.evaluation.drawing.real import all_data
-from shortcutflow.evaluation.evaluate import open_pictures
+from shortcutflow.evaluation.real_images import open_images
 from tests.data.test_remote import Server
 from tests.data.test_remote_commands import fake_command
 from tests.train.launched import furthest_apart, tensors
@@ -358,7 +358,7 @@ def test_buckets_and_the_hub(scheme: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_pictures_for_a_reference(tmp_path: Path) -> None:
     data = settings(write(tmp_path / "s", imagenet()))
-    pictures = open_pictures(data.opened())
+    pictures = open_images(data.opened())
     assert pictures.count == SAMPLES
     assert {picture.shape for picture in pictures.read(range(SAMPLES))} == {(4, 4, 3)}
 

@@ -16,12 +16,11 @@ from recipes.digits import recipe
 from shortcutflow.config import RunConfig, with_overrides
 from shortcutflow.data.digits import DigitsData
 from shortcutflow.data.source import DataInfo
-from shortcutflow.distributed import Rank
-from shortcutflow.evaluation.evaluate import Asked, evaluate
+from shortcutflow.distributed import joined
+from shortcutflow.evaluation.evaluate import evaluate
 from shortcutflow.evaluation.features.protocols import open_protocol
 from shortcutflow.evaluation.samples import Sampler
 from shortcutflow.evaluation.subject import Subject, subject_of_run
-from shortcutflow.evaluation.together import meeting
 from shortcutflow.run_dir import load_run
 
 
@@ -75,7 +74,7 @@ class Job:
         out: the report.
         run: a run's folder; None for a plain network.
         protocol: its name.
-        metrics, steps, samples, keep_features: see :class:`Asked`.
+        metrics, steps, samples, keep_features: see :func:`evaluate`.
         batch_size: samples at once.
         images: a folder for them.
         pause: seconds that a call of the plain network takes.
@@ -94,14 +93,14 @@ class Job:
 
     def do(self) -> dict[str, Any] | None:
         """Evaluate in this process, with the others of its kind if torchrun has started it."""
-        asked = Asked(
-            self.steps, self.metrics, self.samples, images=Path(self.images) if self.images else None,
-            keep_features=self.keep_features,
-        )  # fmt: skip
         subject = subject_of_run(load_run(Path(self.run))) if self.run else plain_subject(network=Plain(self.pause))
         sampler = Sampler(subject, batch_size=self.batch_size)
-        with meeting(Rank.from_environment()) as team:
-            return evaluate(sampler, open_protocol(self.protocol), asked, Path(self.out), team=team)
+        with joined("cpu") as world:
+            return evaluate(
+                sampler, open_protocol(self.protocol), Path(self.out), steps=self.steps, metrics=self.metrics,
+                samples=self.samples, images=Path(self.images) if self.images else None,
+                keep_features=self.keep_features, world=world,
+            )  # fmt: skip
 
 
 def command(*jobs: Job, processes: int | None = None) -> list[str]:

@@ -9,28 +9,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.svm import SVC
 from torch import Tensor
 
+from shortcutflow.data.digits import load_digits
 from shortcutflow.data.source import DataInfo
+from shortcutflow.evaluation import feature_set
 from shortcutflow.evaluation import samples as samples_module
 from shortcutflow.evaluation.distances.frechet import frechet_distance
 from shortcutflow.evaluation.distances.inception_score import inception_score
 from shortcutflow.evaluation.distances.kernel_distance import kernel_distance
 from shortcutflow.evaluation.distances.manifold import manifold_metrics
-from shortcutflow.evaluation.drawing.grids import to_uint8
-from shortcutflow.evaluation.evaluate import Asked, evaluate, parts_folder
-from shortcutflow.evaluation.features.extractors import Extracted, Extractor, extractor_of_module
+from shortcutflow.evaluation.evaluate import evaluate
+from shortcutflow.evaluation.feature_set import hash_of
+from shortcutflow.evaluation.features.extractors import Extracted, extractor_of_module
 from shortcutflow.evaluation.features.protocols import EvaluationProtocol, open_protocol
 from shortcutflow.evaluation.generate import generate, labels_of, noise_of
-from shortcutflow.evaluation.measures import METRICS
-from shortcutflow.evaluation.pictures import DigitPictures, save_pngs
-from shortcutflow.evaluation.probe import Probe
+from shortcutflow.evaluation.metrics import METRICS
+from shortcutflow.evaluation.real_images import digit_images, save_pngs
 from shortcutflow.evaluation.report import table_of
 from shortcutflow.evaluation.samples import Sampler
 from shortcutflow.evaluation.subject import Subject
 from tests.evaluation.evaluating import Plain, plain_subject
 
 ALL = tuple(METRICS)
+LOGITS = torch.randn(64, 10, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
@@ -43,25 +46,41 @@ def pixels() -> EvaluationProtocol:
     return open_protocol("pixels")
 
 
-PROBE = Probe(8, 8, [0.0])
+@pytest.fixture(scope="module")
+def read(digits: EvaluationProtocol) -> EvaluationProtocol:
+    """The protocol digits, with class scores."""
+
+    def scores(images: np.ndarray) -> Extracted:
+        features = digits.extractor(images).features
+        return Extracted(features, (features @ LOGITS.numpy()).astype(np.float32))
+
+    scores.name = "digits with scores"  # type: ignore[attr-defined]
+    return replace(digits, name="scores", extractor=scores)  # type: ignore[arg-type]
 
 
-def evaluated(sampler: Sampler, protocol: EvaluationProtocol, out: Path, **asked: Any) -> dict[str, Any]:
-    report = evaluate(sampler, protocol, replace(Asked(steps=(1,), samples=120), **asked), out)
+def evaluated(sampler: Sampler, protocol: EvaluationProtocol, out: Path, **request: Any) -> dict[str, Any]:
+    report = evaluate(sampler, protocol, out, **{"steps": (1,), "samples": 120} | request)
     assert report is not None
     return report
 
 
 @pytest.mark.parametrize(("samples", "names"), [(150, ALL), (1100, ("fid", "is", "density"))], ids=["one", "parts"])
 def test_values_are_those_of_the_functions(
-    tmp_path: Path, digits: EvaluationProtocol, samples: int, names: tuple[str, ...]
+    tmp_path: Path, read: EvaluationProtocol, samples: int, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Parts, batches and files change nothing."""
+    """Batches, checkpoints and files change nothing."""
+    monkeypatch.setattr(feature_set, "CHECKPOINT_EVERY", 300)
     sampler = Sampler(plain_subject(), seed=3, batch_size=64)
-    (row,) = evaluated(sampler, digits, tmp_path / "r.json", samples=samples, metrics=names)["rows"]
-    made = generate(Plain(), noise_of(3, samples, (1, 8, 8)), labels_of(samples, 10), steps=1)
-    fake, logits = digits.extractor(to_uint8(made))
-    real = digits.extractor(np.stack(list(DigitPictures().read(range(1797))))).features
+    (row,) = evaluated(sampler, read, tmp_path / "r.json", samples=samples, metrics=names)["rows"]
+    labels = labels_of(samples, 10)
+    assert labels is not None
+    made = generate(Plain(), noise_of(3, samples, (1, 8, 8)), labels, steps=1)
+    pixels = made.permute(0, 2, 3, 1).numpy()
+    fake, logits = read.extractor(pixels)
+    np.testing.assert_array_equal(fake, made.flatten(1), "neither rounded nor clipped")
+    assert made.abs().max() > 1
+    assert read.classifier is not None
+    real = read.extractor(np.stack(list(digit_images().read(range(1797))))).features
     assert logits is not None
     score = inception_score(logits)
     expected = {"fid": frechet_distance(real, fake)}
@@ -69,6 +88,7 @@ def test_values_are_those_of_the_functions(
         distance = kernel_distance(real, fake)
         expected |= {"kid": distance.mean, "kid_std": distance.std}
     expected |= {"is": score.mean, "is_std": score.std} | manifold_metrics(real, fake)._asdict()
+    expected["label_accuracy"] = float((read.classifier(pixels) == labels.numpy()).mean())
     assert list(row["values"]) == [name for name in expected if name.removesuffix("_std") in names], "as asked for"
     for name, value in row["values"].items():
         assert value == pytest.approx(expected[name], rel=1e-6, abs=1e-9), name
@@ -76,7 +96,7 @@ def test_values_are_those_of_the_functions(
 
 
 def test_samples_that_are_the_data_are_at_distance_0(tmp_path: Path, pixels: EvaluationProtocol) -> None:
-    data = torch.from_numpy(np.stack(list(DigitPictures().read(range(1797)))))[..., :1].permute(0, 3, 1, 2) / 127.5 - 1
+    data = torch.from_numpy(np.stack(list(digit_images().read(range(1797)))))[..., :1].permute(0, 3, 1, 2) / 127.5 - 1
 
     class Copies(Plain):
         """Whatever the noise, the next digits come out."""
@@ -105,7 +125,7 @@ def test_clean_fid_itself_gives_the_same(tmp_path: Path) -> None:
     protocol = EvaluationProtocol("small", "clean-fid's resize before a small network", extractor)
     real = tmp_path / "real"
     real.mkdir()
-    save_pngs(np.stack(list(DigitPictures().read(range(40)))), real, 0)
+    save_pngs(np.stack(list(digit_images().read(range(40)))), real, 0)
     asked = {"samples": 40, "steps": (1, 2), "reference": real, "images": tmp_path / "images"}
     report = evaluated(Sampler(plain_subject(), batch_size=23), protocol, tmp_path / "r.json", **asked)
     for row in report["rows"]:
@@ -120,15 +140,15 @@ def test_clean_fid_itself_gives_the_same(tmp_path: Path) -> None:
     assert report["rows"][0]["values"]["fid"] != pytest.approx(report["rows"][1]["values"]["fid"], rel=1e-5)
 
 
-def test_features_that_are_kept_serve_the_next_metric(tmp_path: Path, digits: EvaluationProtocol) -> None:
+def test_features_that_are_kept_serve_the_next_metric(tmp_path: Path, read: EvaluationProtocol) -> None:
     sampler, network = plain_sampler()
-    first = evaluated(sampler, digits, tmp_path / "r.json", keep_features=True)
+    first = evaluated(sampler, read, tmp_path / "r.json", keep_features=True)
     calls = network.calls
-    second = evaluated(sampler, digits, tmp_path / "r.json", metrics=("fid", "is"))
+    second = evaluated(sampler, read, tmp_path / "r.json", metrics=("fid", "is"))
     assert network.calls == calls > 0
     assert second["rows"][0]["values"]["fid"] == first["rows"][0]["values"]["fid"]
     assert not (tmp_path / "evaluation-work").exists(), "without keep_features they go when the report is there"
-    evaluated(sampler, digits, tmp_path / "r.json", metrics=("is",))
+    evaluated(sampler, read, tmp_path / "r.json", metrics=("is",))
     assert network.calls > calls
 
 
@@ -137,26 +157,18 @@ def plain_sampler(**settings: Any) -> tuple[Sampler, Plain]:
     return Sampler(plain_subject(network=network), **settings), network
 
 
-def test_more_samples_keep_whole_parts(tmp_path: Path, pixels: EvaluationProtocol) -> None:
-    """The last part of 1,100 is not that of 1,200; the first is."""
-    sampler, network = plain_sampler(batch_size=100)
-    evaluated(sampler, pixels, tmp_path / "r.json", samples=1100, keep_features=True)
-    assert network.calls == 11
-    evaluated(sampler, pixels, tmp_path / "r.json", samples=1200, keep_features=True)
-    assert network.calls == 13
-    fresh = evaluated(plain_sampler(batch_size=100)[0], pixels, tmp_path / "r.json", samples=1200)
-    again = evaluated(sampler, pixels, tmp_path / "r.json", samples=1200)
-    assert fresh["rows"][0]["values"] == again["rows"][0]["values"]
-
-
-def test_a_damaged_part_is_made_again(tmp_path: Path, pixels: EvaluationProtocol) -> None:
+def test_a_checkpoint_that_is_damaged_or_of_other_batches_is_made_again(
+    tmp_path: Path, pixels: EvaluationProtocol
+) -> None:
     sampler, network = plain_sampler()
     whole = evaluated(sampler, pixels, tmp_path / "r.json", keep_features=True)
-    (part,) = tmp_path.glob("evaluation-work/*/part-*")
-    part.write_bytes(part.read_bytes()[:200])
-    calls = network.calls
-    assert evaluated(sampler, pixels, tmp_path / "r.json")["rows"][0]["values"] == whole["rows"][0]["values"]
-    assert network.calls > calls
+    (file,) = tmp_path.glob("evaluation-work/steps-1-*")
+    for content, samples in ((file.read_bytes()[:200], 120), (file.read_bytes(), 130)):
+        file.write_bytes(content)
+        calls = network.calls
+        again = evaluated(sampler, pixels, tmp_path / "r.json", samples=samples, keep_features=True)
+        assert network.calls > calls
+        assert (again["rows"][0]["values"] == whole["rows"][0]["values"]) == (samples == 120)
 
 
 def test_images_that_were_not_saved_before_are_made(tmp_path: Path, pixels: EvaluationProtocol) -> None:
@@ -166,88 +178,75 @@ def test_images_that_were_not_saved_before_are_made(tmp_path: Path, pixels: Eval
     assert len(list((tmp_path / "images" / "steps-1").iterdir())) == 20
 
 
-def test_whatever_changes_samples_changes_the_folder(pixels: EvaluationProtocol, digits: EvaluationProtocol) -> None:
-    """No stale part is ever used; batch and count, the control, change nothing."""
-    subject, out = plain_subject(), Path("r.json")
+def test_whatever_changes_samples_changes_the_checkpoint() -> None:
+    """Nothing stale is ever used; the batch size, the control, changes nothing."""
+    subject = plain_subject()
 
-    def place(
-        changed: Subject = subject, protocol: EvaluationProtocol = pixels, steps: int = 1, **settings: Any
-    ) -> Path:
-        return parts_folder(Sampler(changed, **settings), protocol, steps, out, PROBE).path
+    def key(changed: Subject = subject, steps: int = 1, **settings: Any) -> str:
+        return hash_of(Sampler(changed, **settings).key(steps))
 
     changed = [
-        place(replace(subject, identity={"network": "plain", "weights_sha256": "1"})),
-        place(replace(subject, identity={"network": "plain", "weights_sha256": "2"})),
-        place(replace(subject, finest_steps=64)),
-        place(replace(subject, flow_only=True)),
-        place(replace(subject, sampler="consistency")),
-        place(replace(subject, info=DataInfo((1, 8, 8), 5))),
-        place(steps=2),
-        place(seed=1),
-        place(guidance_scale=1.5),
-        place(precision="bfloat16"),
-        place(protocol=digits),
+        key(replace(subject, identity={"network": "plain", "weights_sha256": "1"})),
+        key(replace(subject, identity={"network": "plain", "weights_sha256": "2"})),
+        key(replace(subject, finest_steps=64)),
+        key(replace(subject, flow_only=True)),
+        key(replace(subject, sampler="consistency")),
+        key(replace(subject, info=DataInfo((1, 8, 8), 5))),
+        key(steps=2),
+        key(seed=1),
+        key(guidance_scale=1.5),
+        key(precision="bfloat16"),
     ]
-    assert len({place(), *changed}) == len(changed) + 1
-    assert place(batch_size=7) == place()
-    assert place(replace(subject, name="other", folder=Path("elsewhere"))) == place()
+    assert len({key(), *changed}) == len(changed) + 1
+    assert key(batch_size=7) == key()
+    assert key(replace(subject, name="other", folder=Path("elsewhere"))) == key()
 
 
-def test_another_evaluation_of_the_same_samples_is_kept_out(tmp_path: Path, pixels: EvaluationProtocol) -> None:
-    sampler, _ = plain_sampler()
-    with (
-        parts_folder(sampler, pixels, 1, tmp_path / "r.json", PROBE).held(),
-        pytest.raises(ValueError, match="another evaluation of the same samples is at work"),
-    ):
-        evaluated(sampler, pixels, tmp_path / "r.json")
-
-
-class Counted:
-    """A protocol's extractor whose calls with one picture are counted, and whose features may be scaled."""
-
-    name = "counted"
-
-    def __init__(self, inner: Extractor) -> None:
-        self.inner, self.probes, self.factor = inner, 0, np.float32(1)
-
-    def __call__(self, images: np.ndarray) -> Extracted:
-        self.probes += len(images) == 1
-        found = self.inner(images)
-        return found._replace(features=found.features * self.factor)
-
-
-def test_the_extractor_is_probed_once_and_another_one_makes_all_again(
+def test_a_reference_is_reused_unless_it_is_damaged_or_its_images_change(
     tmp_path: Path, pixels: EvaluationProtocol
 ) -> None:
-    counted = Counted(pixels.extractor)
-    protocol, out = replace(pixels, extractor=counted), tmp_path / "r.json"
-    sampler, network = plain_sampler()
-
-    def again(factor: float) -> tuple[int, bool, dict[str, Any]]:
-        counted.probes, counted.factor, network.calls = 0, np.float32(factor), 0
-        report = evaluated(sampler, protocol, out, steps=(1, 2), keep_features=True)
-        assert counted.probes == 1
-        return network.calls, report["reference"]["kept_from_before"], report
-
-    calls, kept, first = again(1.0)
-    assert calls > 0
-    assert not kept
+    out, sampler, real = tmp_path / "r.json", plain_sampler()[0], tmp_path / "real"
+    real.mkdir()
+    save_pngs(np.stack(list(digit_images().read(range(40)))), real, 0)
+    first = evaluated(sampler, pixels, out, reference=real)
     (file,) = tmp_path.glob("reference-*.npz")
-    assert first["reference"]["file"] == str(file)
+    assert (first["reference"]["file"], first["reference"]["reused"]) == (str(file), False)
     assert str(file) not in table_of(first)
-    calls, kept, second = again(1.004)  # as another device would
-    assert (calls, kept) == (0, True)
-    assert f"by the statistics that {file} kept from before" in table_of(second)
+    second = evaluated(sampler, pixels, out, reference=real)
+    assert second["reference"]["reused"]
+    assert f"whose statistics were reused from {file}" in table_of(second)
     assert second["rows"][0]["values"] == first["rows"][0]["values"]
-    calls, kept, third = again(2.0)
-    assert calls > 0
-    assert not kept
-    assert third["rows"][0]["values"]["fid"] == pytest.approx(4 * first["rows"][0]["values"]["fid"], rel=1e-5)
-    assert list(tmp_path.glob("reference-*.npz")) == [file]
     file.write_bytes(file.read_bytes()[:100])
-    calls, kept, fourth = again(2.0)
-    assert (calls, kept) == (0, False), "one that is damaged is made again"
-    assert fourth["rows"][0]["values"] == third["rows"][0]["values"]
+    third = evaluated(sampler, pixels, out, reference=real)
+    assert not third["reference"]["reused"], "one that is damaged is made again"
+    assert third["rows"][0]["values"] == first["rows"][0]["values"]
+    save_pngs(np.full((1, 8, 8, 3), 200, np.uint8), real, 7)
+    fourth = evaluated(sampler, pixels, out, reference=real)
+    assert not fourth["reference"]["reused"]
+    assert fourth["rows"][0]["values"] != first["rows"][0]["values"]
+
+
+def test_the_digits_distance_and_accuracy_are_those_of_raw_pixels(tmp_path: Path, digits: EvaluationProtocol) -> None:
+    """As README's tables define them: pixels as sampled against scikit-learn's own, and the SVM's reading of them."""
+    real, labels = load_digits()
+    real = real.reshape(1797, 64)
+    held_out = np.arange(1797) % 5 == 0
+    classifier = SVC(C=10, gamma=0.05).fit(real[~held_out], labels[~held_out])
+    pixels = torch.from_numpy(real[:120] * 1.1 + 0.02)
+
+    class Copies(Plain):
+        """Digits of high contrast, beyond [-1, 1]."""
+
+        def __call__(self, x: Tensor, t: Tensor, d: Tensor, y: Tensor | None) -> Tensor:
+            return pixels.view(120, 1, 8, 8) - x
+
+    report = evaluated(
+        Sampler(plain_subject(network=Copies())), digits, tmp_path / "r.json", metrics=("fid", "label_accuracy")
+    )
+    values = report["rows"][0]["values"]
+    assert values["fid"] == pytest.approx(frechet_distance(pixels.numpy(), real), rel=1e-4)
+    assert values["label_accuracy"] == classifier.score(pixels.numpy(), np.arange(120) % 10)
+    assert 0.1 < values["label_accuracy"] < 1
 
 
 class FakeAutoencoder:
@@ -269,11 +268,11 @@ def test_latents_are_decoded(tmp_path: Path, pixels: EvaluationProtocol, monkeyp
     monkeypatch.setattr(samples_module, "load_autoencoder", load)
     subject = replace(plain_subject(), info=DataInfo((4, 4, 4), 10, vae="theirs"))
     sampler = Sampler(subject)
-    with pytest.raises(ValueError, match="was trained on latents, and a reference is made of pictures"):
+    with pytest.raises(ValueError, match="was trained on latents, and a reference is made of images"):
         evaluated(sampler, pixels, tmp_path / "r.json")
     report = evaluated(sampler, pixels, tmp_path / "r.json", reference="digits")
     assert report["vae"] == {"name": "fake", "sha256": "f" * 64}
-    assert (report["pictures"]["height"], report["pictures"]["width"]) == (8, 8)
+    assert (report["images"]["height"], report["images"]["width"]) == (8, 8)
     Sampler(subject, vae="mine")
     assert asked_for == ["theirs", "mine"]
 
@@ -297,9 +296,9 @@ def test_samples_that_are_not_finite_are_named(tmp_path: Path, pixels: Evaluatio
         ({"guidance_scale": 2.0}, {"null_y": None}, "was trained without labels: guidance_scale is 2.0, must be 1"),
         ({"batch_size": 0}, {}, "batch_size must be at least 1, got 0"),
         ({"precision": "float16"}, {}, "unknown precision 'float16'; known: float32, bfloat16"),
-        ({"vae": "some"}, {}, "makes pictures, not latents: it needs no autoencoder, got some"),
-        ({}, {"info": DataInfo((16, 2), None)}, r"makes no pictures: its samples have shape \(16, 2\)"),
-        ({}, {"info": DataInfo((4, 8, 8), None)}, "makes samples of 4 channels: a picture has 1 or 3"),
+        ({"vae": "some"}, {}, "makes images, not latents: it needs no autoencoder, got some"),
+        ({}, {"info": DataInfo((16, 2), None)}, r"makes no images: its samples have shape \(16, 2\)"),
+        ({}, {"info": DataInfo((4, 8, 8), None)}, "makes samples of 4 channels: an image has 1 or 3"),
     ],
     ids=["guidance", "batch", "precision", "vae", "sequence", "channels"],
 )

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from recipes.digits import recipe
 from shortcutflow.cli import main
+from shortcutflow.config import ProtocolEvaluation, RunConfig
 from shortcutflow.evaluation.features.protocols import open_protocol
 from shortcutflow.evaluation.samples import Sampler
 from shortcutflow.interop.model import load
@@ -37,7 +39,7 @@ def test_report_says_all_that_it_takes_to_repeat(run: Path) -> None:
     assert report["protocol"] == {
         "name": "digits", "description": digits.description, "extractor": digits.extractor.name,
     }  # fmt: skip
-    assert report["reference"]["pictures"] == "digits"
+    assert report["reference"]["source"] == "digits"
     assert report["reference"]["images"] == 1797
     assert len(report["reference"]["statistics_sha256"]) == 64
     subject = report["subject"]
@@ -46,7 +48,7 @@ def test_report_says_all_that_it_takes_to_repeat(run: Path) -> None:
     assert subject["network"]["name"] == "dit"
     assert [row["steps"] for row in report["rows"]] == [1, 2, 4, 128]
     assert all({"sampling", "decoding", "extraction", "distances"} <= set(row["seconds"]) for row in report["rows"])
-    assert {"whole", "own"} <= set(report["seconds"])
+    assert {"whole", "reference"} <= set(report["seconds"])
     assert report["samples"] == 50
     assert (report["seed"], report["guidance_scale"], report["finest_steps"], report["sampler"]) == (4, 1, 128, "euler")
     assert report["vae"] is None
@@ -80,17 +82,18 @@ def test_a_model_folder_gives_the_numbers_of_its_run(run: Path, tmp_path: Path) 
         ("RUN --protocol digits --guidance-scale nan", "guidance_scale must be a finite number, got nan"),
         ("RUN --protocol digits --guidance-scale inf", "guidance_scale must be a finite number, got inf"),
         ("--make-stats digits --protocol pixels --out x.npz --device tpu", "there is no device 'tpu'"),
+        ("RUN --protocol pixels --metrics label_accuracy", "needs a classifier, which protocol pixels does not have"),
         ("RUN --samples 1", "samples must be at least 2, got 1"),
         ("RUN --metrics recall --samples 5", "metric 'recall' needs at least 6 samples, got 5"),
         ("RUN --steps 0", "steps must be at least 1, got 0"),
-        ("RUN --steps 4 --steps 4", "a budget is asked for twice: 4, 4"),
+        ("RUN --steps 4 --steps 4", "a number of steps is given twice: 4, 4"),
         ("RUN --protocol digits --weights emma", "has no weights 'emma'; it has: ema, current"),
         ("RUN --protocol digits --extractor-weights x.pt", "takes no weights"),
         ("RUN --protocol file:nowhere.pt", "nowhere.pt"),
         ("RUN --protocol digits --out report.txt", "the report is a .json file, got report.txt"),
         ("RUN --protocol digits --out nowhere/report.json", "there is no folder"),
         ("nowhere", "there is no run at nowhere"),
-        ("", "name a run's or a model's folder, or pictures with --make-stats SOURCE"),
+        ("", "name a run's or a model's folder, or images with --make-stats SOURCE"),
         ("RUN --with-features", "go with --make-stats"),
         ("RUN --make-stats digits --protocol pixels --out x.npz", "leave the model and --reference out"),
         ("--make-stats digits --protocol pixels", "--make-stats needs --out FILE.npz, got None"),
@@ -116,3 +119,31 @@ def test_mistakes_are_told_before_sampling(
     assert len(lines) == 1, err
     assert says in lines[0]
     assert "Traceback" not in out + err
+
+
+def test_a_config_of_kind_pixels_is_the_protocol_digits() -> None:
+    now = recipe()
+    assert isinstance(now.evaluation, ProtocolEvaluation)
+    before = {"kind": "pixels", "steps": [1, 8], "guidance_scale": 2.0}
+    loaded = RunConfig.model_validate(now.model_dump(mode="json") | {"evaluation": before})
+    assert loaded.evaluation == now.evaluation.model_copy(update={"steps": (1, 8), "guidance_scale": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("evaluation.protocol=nothing", "unknown protocol 'nothing'; known: clean-fid"),
+        ('evaluation.metrics=["fod"]', "unknown metric 'fod'; known: fid"),
+        ('evaluation.metrics=["is"]', "metric 'is' needs class scores, which protocol digits does not give"),
+        ("evaluation.reference=nowhere", "there is no nowhere"),
+        ("evaluation.reference=nowhere.npz", "nowhere.npz"),
+        ('data={"kind":"pusht"}', "is of images, data of kind 'pusht' has samples of shape"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_made_is_refused_before_training(
+    override: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command_of("train", "digits", "--run-dir", "run", override) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -7,14 +7,17 @@ import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from shortcutflow.evaluation.evaluate import evaluate
+from shortcutflow.evaluation.feature_set import FeatureSet
+from shortcutflow.evaluation.features.protocols import open_protocol
+from shortcutflow.evaluation.samples import Sampler
 from shortcutflow.train.loop import train
-from tests.evaluation.evaluating import Job, command, small_run
+from tests.evaluation.evaluating import Job, Plain, command, plain_subject, small_run
 from tests.train.launched import ROOT, environment, run
 
 
@@ -36,7 +39,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         plain = Job(str(tmp_path / name / "plain.json"), samples=1200, batch_size=batch_size, steps=(1, 3))
         trained = Job(
             str(tmp_path / name / "trained.json"), run=str(tmp_path / "run"), protocol="digits", samples=1200,
-            batch_size=batch_size, metrics=("fid", "is", "coverage"),
+            batch_size=batch_size, metrics=("fid", "kid", "label_accuracy", "coverage"),
         )  # fmt: skip
         return replace(plain, images=str(tmp_path / name / "images")), trained
 
@@ -52,43 +55,43 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         assert all(np.array_equal(one[name], two[name]) for name in one)
     other = pictures_in(tmp_path / "one" / "images" / "steps-1")
     assert not np.array_equal(other["00000000.png"], other["00000010.png"]), "the control: samples do differ"
-    assert values_of(tmp_path / "one" / "plain.json") == values_of(tmp_path / "two" / "plain.json")
+    for one, two in zip(*(values_of(tmp_path / name / "plain.json") for name in ("one", "two")), strict=True):
+        assert one == pytest.approx(two, rel=1e-9)
     (alone,), (together,) = (values_of(tmp_path / name / "trained.json") for name in ("one", "two"))
-    assert alone.keys() == together.keys() == {"fid", "is", "is_std", "coverage"}
+    assert alone.keys() == together.keys() == {"fid", "kid", "kid_std", "label_accuracy", "coverage"}
     for name, value in alone.items():
-        assert together[name] == pytest.approx(value, rel=1e-4, abs=2e-3 if name == "coverage" else 1e-5), name
+        assert together[name] == pytest.approx(
+            value, rel=1e-4, abs=2e-3 if name in ("coverage", "label_accuracy") else 1e-5
+        ), name
     assert json.loads((tmp_path / "two" / "trained.json").read_text())["processes"] == 2
     assert not list(tmp_path.glob("*/evaluation-work")), "nothing unfinished stays"
 
 
 def test_a_killed_evaluation_goes_on(tmp_path: Path) -> None:
-    """Parts that were finished before SIGKILL are used as they are, and the numbers are those without the kill."""
+    """Samples in the checkpoints of before SIGKILL are not made again, and the numbers are those without the kill."""
     for name in ("killed", "whole"):
         (tmp_path / name).mkdir()
-    job = Job(str(tmp_path / "killed" / "report.json"), samples=6500, batch_size=500, keep_features=True)
+    job = Job(str(tmp_path / "killed" / "report.json"), samples=9000, batch_size=500, metrics=("fid", "kid"))
     process = subprocess.Popen(command(replace(job, pause=0.15)), cwd=ROOT, env=environment())
     try:
         until = time.monotonic() + 120
-        while len(before := finished(tmp_path / "killed")) < 3:
+        while not (files := list(tmp_path.glob("killed/evaluation-work/steps-1-*.safetensors"))):
             assert process.poll() is None, process.returncode
-            assert time.monotonic() < until, "no parts are made"
+            assert time.monotonic() < until, "no checkpoint is written"
             time.sleep(0.02)
     finally:
         process.kill()
         process.wait()
-    before = finished(tmp_path / "killed")
-    assert 3 <= len(before) < 7
+    done = len(FeatureSet.load(files[0]).index)
+    assert 2000 <= done < 9000
     assert not (tmp_path / "killed" / "report.json").exists()
 
-    job.do()
-    after = finished(tmp_path / "killed")
-    assert len(after) == 7
-    assert {name: after[name] for name in before} == before, "written again"
-    replace(job, out=str(tmp_path / "whole" / "report.json"), keep_features=False).do()
+    network = Plain()
+    evaluate(
+        Sampler(plain_subject(network=network), batch_size=500), open_protocol("pixels"), Path(job.out), steps=(1,),
+        metrics=job.metrics, samples=9000,
+    )  # fmt: skip
+    assert network.calls == (9000 - done) / 500
+    replace(job, out=str(tmp_path / "whole" / "report.json")).do()
     assert values_of(tmp_path / "killed" / "report.json") == values_of(tmp_path / "whole" / "report.json")
-    assert not finished(tmp_path / "whole"), "unless they are to be kept, features go when the report is there"
-
-
-def finished(folder: Path) -> dict[str, Any]:
-    """When each part of the samples was written."""
-    return {path.name: path.stat().st_mtime_ns for path in folder.glob("evaluation-work/steps-*/part-*")}
+    assert not list(tmp_path.glob("*/evaluation-work")), "checkpoints go when the report is there"

@@ -1,4 +1,4 @@
-"""Mean and covariance of features: gathered part by part, kept in an .npz file as the authors keep theirs."""
+"""Mean and covariance of features: summed batch by batch, kept in an .npz file in the layout of FID's authors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
+from shortcutflow.distributed import World
 from shortcutflow.io.atomic import write_whole
 
 WIDEST = 8192
@@ -108,19 +110,21 @@ def require_features(name: str, features: np.ndarray, rows: int = 0) -> None:
 
 
 class Moments:
-    """Mean and covariance of features that come in parts, in float64.
+    """Mean and covariance of features that come batch by batch, in float64.
 
-    Each part is centred on its own mean and joined by the rule of Chan, Golub and LeVeque (1983), so features far from
-    0 lose nothing, unlike sums of squares; order and sizes of the parts change the result by rounding only.
+    Each batch is centred on its own mean and added by the rule of Chan, Golub and LeVeque (1983), so features far from
+    0 lose nothing, unlike sums of squares; order and sizes of the batches change the result by rounding only.
 
-    Attributes:
+    Args:
         count: rows so far.
+        mean: (k,), of them.
+        scatter: (k, k), their centred sum of outer products.
     """
 
-    def __init__(self) -> None:
-        self.count = 0
-        self._mean = np.zeros(0)
-        self._scatter = np.zeros((0, 0))
+    def __init__(self, count: int = 0, mean: np.ndarray | None = None, scatter: np.ndarray | None = None) -> None:
+        self.count = count
+        self.mean = np.zeros(0) if mean is None else mean
+        self.scatter = np.zeros((0, 0)) if scatter is None else scatter
 
     def add(self, features: np.ndarray) -> None:
         """Take in rows (n, k) of any real type; n may be 0.
@@ -134,13 +138,13 @@ class Moments:
             rows = features[start : start + BLOCK].astype(np.float64)
             mean = rows.mean(0)
             rows -= mean
-            delta = mean - self._mean
+            delta = mean - self.mean
             total = self.count + len(rows)
-            # The shift between the old mean and this part's enters as one more row: one product, no second matrix.
+            # The shift between the old mean and this batch's enters as one more row: one product, no second matrix.
             shift = delta * math.sqrt(self.count * len(rows) / total)
             rows = np.concatenate([rows, shift[None]])
-            self._scatter += rows.T @ rows
-            self._mean += delta * ((total - self.count) / total)
+            self.scatter += rows.T @ rows
+            self.mean += delta * ((total - self.count) / total)
             self.count = total
 
     def statistics(self) -> Statistics:
@@ -151,16 +155,26 @@ class Moments:
         """
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 rows of features, got {self.count}")
-        found = Statistics(self._mean.copy(), self._scatter / (self.count - 1))
+        found = Statistics(self.mean.copy(), self.scatter / (self.count - 1))
         if not np.isfinite(found.sigma).all():
             raise ValueError("the features are so large that their covariance is not finite")
         return found
 
+    def all_reduced(self, world: World) -> Moments:
+        """The moments of the rows of all ranks, in each; every rank must call this."""
+        count, width = (int(reduced) for reduced in (
+            world.sum(torch.tensor(self.count)), world.max(torch.tensor(len(self.mean)))
+        ))  # fmt: skip
+        own = self if self.count else Moments(0, np.zeros(width), np.zeros((width, width)))
+        mean = world.sum(torch.from_numpy(own.mean * own.count)).numpy() / max(count, 1)
+        shift = (own.mean - mean) * math.sqrt(own.count)
+        return Moments(count, mean, world.sum(torch.from_numpy(own.scatter + np.outer(shift, shift))).numpy())
+
     def _require_width(self, width: int) -> None:
         if self.count == 0:
-            self._mean, self._scatter = np.zeros(width), np.zeros((width, width))
-        elif width != len(self._mean):
-            raise ValueError(f"features must have the same width, got {len(self._mean)} and then {width}")
+            self.mean, self.scatter = np.zeros(width), np.zeros((width, width))
+        elif width != len(self.mean):
+            raise ValueError(f"features must have the same width, got {len(self.mean)} and then {width}")
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:

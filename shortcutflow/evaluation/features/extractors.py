@@ -31,7 +31,7 @@ ResizeName = Literal["clean-fid", "bilinear", "tensorflow-1"]
 
 
 class Extracted(NamedTuple):
-    """What a network says of n pictures.
+    """What an extractor finds in n images.
 
     Attributes:
         features: (n, k) float32, finite.

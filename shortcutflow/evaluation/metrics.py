@@ -1,0 +1,94 @@
+"""The metrics by name, what each needs, and all of them of one set of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from shortcutflow.evaluation.distances.frechet import frechet_between
+from shortcutflow.evaluation.distances.inception_score import inception_score
+from shortcutflow.evaluation.distances.kernel_distance import kernel_distance
+from shortcutflow.evaluation.distances.manifold import manifold_metrics
+from shortcutflow.evaluation.distances.statistics import Statistics
+from shortcutflow.evaluation.feature_set import FeatureSet
+
+Needed = TypeVar("Needed")
+MANIFOLD = ("precision", "recall", "density", "coverage")
+WITH_FEATURES = ("kid", *MANIFOLD)
+WITH_REFERENCE = ("fid", *WITH_FEATURES)
+METRICS = {
+    "fid": "Fréchet distance between Gaussians fitted to the features; 0 is best",
+    "kid": "kernel distance: unbiased squared MMD under (x.y/k + 1)^3, mean of 100 subsets of 1,000; 0 is best",
+    "is": "Inception score: exp of the mean divergence of class probabilities, mean of 10 splits; more is better",
+    "precision": "share of samples inside the real manifold, of 3 nearest neighbours; 1 is best",
+    "recall": "share of real images inside the samples' manifold, of 3 nearest neighbours; 1 is best",
+    "density": "how many real neighbourhoods, of 5 nearest, a sample lies in, relative to 5; about 1 is best",
+    "coverage": "share of real neighbourhoods, of 5 nearest, that hold a sample; 1 is best",
+    "label_accuracy": "share of samples whose label a classifier of real images reads; 1 is best",
+}
+"""What can be measured, described for the report."""
+
+LEAST_SAMPLES = {"is": 10, **dict.fromkeys(MANIFOLD, 6)}
+"""Of each metric that needs more than two: a sample a split, and more than its neighbours."""
+
+
+def check_metrics(names: Sequence[str], samples: int) -> None:
+    """Refuse unknown names, and too few samples.
+
+    Raises:
+        ValueError: listing the metrics, or naming the one that needs more samples.
+    """
+    unknown = [name for name in names if name not in METRICS]
+    if unknown or not names:
+        problem = f"unknown metric {unknown[0]!r}" if unknown else "no metric is given"
+        raise ValueError(f"{problem}; known: {', '.join(METRICS)}")
+    needing_most = max(names, key=lambda name: LEAST_SAMPLES.get(name, 2))
+    if samples < (least := LEAST_SAMPLES.get(needing_most, 2)):
+        raise ValueError(f"metric {needing_most!r} needs at least {least} samples, got {samples}")
+
+
+def compute_metrics(
+    names: Sequence[str],
+    made: FeatureSet,
+    statistics: Statistics | None = None,
+    features: np.ndarray | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """The values by name; "kid" and "is" come with their standard deviation as "kid_std" and "is_std".
+
+    Args:
+        names: of metrics.
+        made: features of the samples.
+        statistics: of the features of real images; None if no metric needs them.
+        features: of real images, (n, k); likewise.
+        device: where distances between all pairs are computed.
+
+    Raises:
+        ValueError: if something a metric needs is missing, naming the metric.
+    """
+    values: dict[str, float] = {}
+    if "fid" in names:
+        values["fid"] = frechet_between(made.moments.statistics(), _there(statistics, "fid", "a reference"))
+    if "is" in names:
+        score = inception_score(_there(made.logits if made.logits.size else None, "is", "class scores of the samples"))
+        values |= {"is": score.mean, "is_std": score.std}
+    if "label_accuracy" in names:
+        values["label_accuracy"] = made.correct / len(made.index)
+    if "kid" in names:
+        distance = kernel_distance(_there(features, "kid", "features of the reference"), made.features)
+        values |= {"kid": distance.mean, "kid_std": distance.std}
+    if wanted := [name for name in names if name in MANIFOLD]:
+        real = _there(features, wanted[0], "features of the reference")
+        found = manifold_metrics(real, made.features, device=device)
+        values |= {name: getattr(found, name) for name in wanted}
+    # In the order of ``names``.
+    return {key: values[key] for name in dict.fromkeys(names) for key in (name, f"{name}_std") if key in values}
+
+
+def _there(something: Needed | None, metric: str, description: str) -> Needed:
+    if something is None:
+        raise ValueError(f"metric {metric!r} needs {description}, which are not there")
+    return something
