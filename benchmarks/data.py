@@ -74,7 +74,7 @@ def decode(folder: Path, photographs: Path, options: argparse.Namespace) -> list
     """256x256 JPEGs: the stream against Pillow decoding the same bytes, and other loaders."""
     shards = folder / "jpeg"
     manifest = prepare(photographs, shards, size=256, format="jpg", workers=1, progress=False)
-    reader = ShardReader(ShardFolder(shards, cache=folder))
+    reader = ShardReader(ShardFolder(shards))
     contents = [reader.stored(0, number) for number in range(manifest.shards[0].samples)]
     files = _as_image_folder(contents, "jpg", folder / "jpeg_files")
     return _images_in_turn(shards, contents, files, manifest.shards[0].samples, options.rounds)
@@ -101,7 +101,7 @@ def latents(folder: Path, photographs: Path, options: argparse.Namespace) -> lis
     for per_member in (64, 1):
         shards = _made_latents(folder / f"latents_{per_member}", count, count, per_member, LATENT)
         stream = ShardStream(shards, batch_size=256, seed=0, horizontal_flip=True, cache_bytes=0, workers=0)
-        reader = ShardReader(ShardFolder(shards, cache=folder))
+        reader = ShardReader(ShardFolder(shards))
         runs = {
             "tarfile": partial(_read_tar, shards / shard_name(0)),
             "stored moments": partial(_read_stored, reader, count),

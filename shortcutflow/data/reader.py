@@ -10,6 +10,7 @@ import os
 import zlib
 from collections import OrderedDict
 from contextlib import suppress
+from io import FileIO
 
 import numpy as np
 
@@ -41,12 +42,11 @@ class ShardReader:
     def __init__(self, folder: ShardFolder) -> None:
         self.folder = folder
         self.manifest = folder.manifest
-        self._files: OrderedDict[int, int] = OrderedDict()
-        self._indexes: OrderedDict[int, Index | str] = OrderedDict()
+        self._shards: OrderedDict[int, tuple[Index, FileIO] | str] = OrderedDict()
 
     def __getstate__(self) -> dict[str, object]:
         # Another process opens its own files.
-        return self.__dict__ | {"_files": OrderedDict()}
+        return self.__dict__ | {"_shards": OrderedDict()}
 
     def read(self, shard: int, number: int, *, copy: int = 0) -> Sample:
         """One decoded sample.
@@ -65,7 +65,7 @@ class ShardReader:
             lambda: self._read(shard, number, copy),
             f"shard {self.folder.place_of(self.manifest.shards[shard])} could not be read",
             remedy=": check the disk or network it lies on; --resume then continues the run",
-            between=lambda: self._close(shard),  # a stale handle stays stale
+            between=lambda: self._forget(shard),  # a stale handle stays stale
         )
 
     def stored(self, shard: int, number: int, *, copy: int = 0) -> bytes:
@@ -75,8 +75,8 @@ class ShardReader:
 
     def close(self) -> None:
         """Close the files."""
-        for shard in list(self._files):
-            self._close(shard)
+        for shard in list(self._shards):
+            self._forget(shard)
 
     def _read(self, shard: int, number: int, copy: int) -> Sample:
         index, file = self._opened(shard)
@@ -87,7 +87,7 @@ class ShardReader:
         except (ValueError, IndexError) as error:
             raise DamagedSampleError(f"{name} ({self.manifest.shards[shard].name}, {number}): {error}") from error
 
-    def _condition(self, file: int, index: Index, number: int) -> int | np.ndarray | None:
+    def _condition(self, file: FileIO, index: Index, number: int) -> int | np.ndarray | None:
         if self.manifest.condition_shape is not None:
             if index.condition is None:
                 raise ValueError("it has no condition tensor")
@@ -102,54 +102,42 @@ class ShardReader:
             raise ValueError(f"its label is {label}, not a number from 0 to {self.manifest.num_classes - 1}")
         return label
 
-    def _opened(self, shard: int) -> tuple[Index, int]:
-        """A shard's index and file."""
+    def _opened(self, shard: int) -> tuple[Index, FileIO]:
+        """A shard's index and file; those that were not used for longest are closed."""
         entry = self.manifest.shards[shard]
-        try:
-            index = self._index(shard, entry)
-            if shard not in self._files:
-                if len(self._files) >= OPEN_SHARDS:
-                    self._close(next(iter(self._files)))
-                self._files[shard] = self._open(entry, index.version)
-        except ValueError as error:
-            raise UnreadableShardError(f"all {entry.samples} samples of {entry.name}: {error}") from error
-        self._files.move_to_end(shard)
-        return index, self._files[shard]
-
-    def _index(self, shard: int, entry: ShardEntry) -> Index:
-        if shard not in self._indexes:
-            if len(self._indexes) >= OPEN_SHARDS:
-                self._indexes.popitem(last=False)
+        if shard not in self._shards:
             try:
-                self._indexes[shard] = read_index(self.folder.index_of(entry), entry)
+                self._shards[shard] = self._open(entry)
             except ValueError as error:
-                # Not read again for each of its samples.
-                self._indexes[shard] = str(error)
-        self._indexes.move_to_end(shard)
-        index = self._indexes[shard]
-        if isinstance(index, str):
-            raise ValueError(index)
-        return index
+                self._shards[shard] = str(error)  # not read again for each of its samples
+            if len(self._shards) > OPEN_SHARDS:
+                self._forget(next(iter(self._shards)))
+        self._shards.move_to_end(shard)
+        found = self._shards[shard]
+        if isinstance(found, str):
+            raise UnreadableShardError(f"all {entry.samples} samples of {entry.name}: {found}")
+        return found
 
-    def _open(self, entry: ShardEntry, version: str) -> int:
-        place = self.folder.place_of(entry)
+    def _open(self, entry: ShardEntry) -> tuple[Index, FileIO]:
+        index, place = read_index(self.folder.index_of(entry), entry), self.folder.place_of(entry)
         while is_url(place):
             with suppress(FileNotFoundError):  # another process may just have deleted it to make room
-                return os.open(self.folder.path_of(entry), os.O_RDONLY)
-        file = os.open(place, os.O_RDONLY)
-        if version and file_version(file) != version:
-            os.close(file)
+                return index, FileIO(self.folder.path_of(entry))
+        file = FileIO(place)
+        if index.version and file_version(file.fileno()) != index.version:
+            file.close()
             raise ValueError(f"{place} has changed since it was indexed: start again, which indexes it anew")
-        return file
+        return index, file
 
-    def _close(self, shard: int) -> None:
-        if shard in self._files:
+    def _forget(self, shard: int) -> None:
+        found = self._shards.pop(shard, "")
+        if not isinstance(found, str):
             with suppress(OSError):
-                os.close(self._files.pop(shard))
+                found[1].close()
 
 
-def _bytes(file: int, offset: np.int64, size: np.int64, crc: np.int64) -> bytes:
-    content = os.pread(file, int(size), int(offset))
+def _bytes(file: FileIO, offset: np.int64, size: np.int64, crc: np.int64) -> bytes:
+    content = os.pread(file.fileno(), int(size), int(offset))
     if len(content) != size:
         raise ValueError(f"the shard ends after {len(content)} of its {size} bytes: it is cut off")
     if crc >= 0 and zlib.crc32(content) != crc:

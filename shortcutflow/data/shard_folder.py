@@ -46,7 +46,7 @@ class ShardFolder:
     crop: Crop | None = None
     _pool: ThreadPoolExecutor | None = None
 
-    def __init__(self, place: str | Path, *, cache: Path, cache_limit: int | None = None) -> None:
+    def __init__(self, place: str | Path, *, cache: Path = Path("data/cache"), cache_limit: int | None = None) -> None:
         self.place, self._cache, self._limit = str(place), cache, cache_limit
         self._ahead: dict[str, Future[Path]] = {}
         if is_url(place):

@@ -144,7 +144,7 @@ class DataSettings(BaseModel):
         return self.prepare()
 
     def _open(self, place: Path | str) -> ShardFolder:
-        return ShardFolder(place, cache=Path("data/cache"))
+        return ShardFolder(place)
 
     @cached_property
     def _kept(self) -> dict[str, tuple[ShardFolder, int | None]]:
@@ -191,10 +191,6 @@ class ShardsData(DataSettings):
     def describe(self) -> DataInfo:
         """Read from its manifest."""
         return info_of(self.opened().manifest)
-
-    def stream_options(self) -> dict[str, Any]:
-        """The settings that every source has, and where a URL's shards are kept."""
-        return super().stream_options() | {"shard_cache": self.cache, "shard_cache_limit": self.cache_limit}
 
     def _open(self, place: Path | str) -> ShardFolder:
         shards = ShardFolder(place, cache=self.cache, cache_limit=self.cache_limit)

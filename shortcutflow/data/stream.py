@@ -60,7 +60,7 @@ class ShardStream:
     Images come in [-1, 1], latents drawn anew at each visit, other data as it was stored.
 
     Args:
-        folder: holds shards and ``manifest.json``; or a URL of such a folder; or one opened before.
+        folder: holds shards and ``manifest.json``.
         batch_size: samples a global batch, over all ranks.
         seed: of the order, the flips and the latents.
         shuffle_buffer: how many samples are shuffled among each other, by whole shards: those of as few as hold so
@@ -72,8 +72,6 @@ class ShardStream:
             has a thread that makes one batch ahead.
         on_error: a sample that cannot be read is an error ("raise"), or another takes its place ("skip"): the next one
             in its shard, or in the next shard if none is left. Each is counted and its name logged once.
-        shard_cache: where the shards of a URL are kept.
-        shard_cache_limit: how many bytes of them; None for all.
         device: where batches are put.
 
     Raises:
@@ -84,7 +82,7 @@ class ShardStream:
 
     def __init__(
         self,
-        folder: Path | str | ShardFolder,
+        folder: Path | ShardFolder,
         *,
         batch_size: int,
         seed: int,
@@ -95,15 +93,11 @@ class ShardStream:
         world_size: int = 1,
         workers: int | None = None,
         on_error: Literal["skip", "raise"] = "skip",
-        shard_cache: Path = Path("data/cache"),
-        shard_cache_limit: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if batch_size % world_size:
             raise ValueError(f"a global batch of {batch_size} cannot be shared equally by {world_size} processes")
-        shards = folder
-        if not isinstance(shards, ShardFolder):
-            shards = ShardFolder(shards, cache=shard_cache, cache_limit=shard_cache_limit)
+        shards = folder if isinstance(folder, ShardFolder) else ShardFolder(folder)
         for complaint in shards.wrong_sizes():
             if on_error == "raise":
                 raise ValueError(complaint)

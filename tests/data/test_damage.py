@@ -12,10 +12,11 @@ import tarfile
 import zlib
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 
+from shortcutflow.data import reader
 from shortcutflow.data.index import read_index
 from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.reader import DamagedSampleError
@@ -307,7 +308,7 @@ def test_other_size_is_refused_before_decoding(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", [errno.EIO, errno.ESTALE, errno.EMFILE])
-@pytest.mark.parametrize("call", ["pread", "open"])
+@pytest.mark.parametrize("call", ["pread", "FileIO"])
 def test_an_error_of_the_disk_is_not_damage(
     fault: int, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,15 +319,16 @@ def test_an_error_of_the_disk_is_not_damage(
     want = [next(twin).keys for _ in range(20)]
     pauses: list[float] = []
     monkeypatch.setattr("shortcutflow.data.remote.time.sleep", pauses.append)
-    real, calls = getattr(os, call), itertools.count()
+    owner: Any = os if call == "pread" else reader
+    real, calls = getattr(owner, call), itertools.count()
 
-    def failing(path: object, *args: object) -> object:
+    def failing(path: object, *args: object, **options: object) -> object:
         # Two failures in a row, now and then; other files are none of its business.
         if (call == "pread" or str(path).endswith(".tar")) and next(calls) % 7 < 2:
             raise OSError(fault, os.strerror(fault))
-        return real(path, *args)
+        return real(path, *args, **options)
 
-    monkeypatch.setattr(os, call, failing)
+    monkeypatch.setattr(owner, call, failing)
     stream = ShardStream(tmp_path, **options)  # type: ignore[arg-type]
     assert [next(stream).keys for _ in range(9)] == want[:9]
     resumed = ShardStream(tmp_path, **options)  # type: ignore[arg-type]

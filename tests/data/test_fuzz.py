@@ -147,7 +147,7 @@ def test_every_flipped_bit_in_a_sample_is_noticed(folders: dict[str, Folder], tm
             index = read_index(path / f"shard-00000{shard}.index")
             place = int(index.offset[number, 0] + rng.integers(0, index.size[number, 0]))
             bit = 1 << int(rng.integers(0, 8))
-            shards = ShardReader(ShardFolder(path, cache=path))
+            shards = ShardReader(ShardFolder(path))
             flip_byte(path / f"shard-00000{shard}.tar", place, bit)
             with pytest.raises(DamagedSampleError, match="checksum"):
                 shards.read(shard, number)

@@ -73,7 +73,7 @@ def write_stored(folder: Path, form: Format, contents: list[bytes]) -> Path:
 def check_contents(folder: Path, form: Format, contents: list[bytes]) -> list[int]:
     """Each is decoded to what the manifest says, or refused and reported; gives the numbers of the refused ones."""
     write_stored(folder, form, [*contents, form.content])
-    reader = ShardReader(ShardFolder(folder, cache=folder))
+    reader = ShardReader(ShardFolder(folder))
     refused, messages = [], []
     for number in range(len(contents) + 1):
         try:

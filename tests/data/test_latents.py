@@ -94,7 +94,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def reader_of(folder: Path) -> ShardReader:
-    return ShardReader(ShardFolder(folder, cache=folder))
+    return ShardReader(ShardFolder(folder))
 
 
 def start(source: Path, folder: Path, vae: Path, *, killed_at: int = 0, **environment: str) -> BaseProcess:

@@ -33,7 +33,7 @@ SHARED = Path(os.environ.get("SHORTCUTFLOW_DATA", Path(__file__).parents[3] / "s
 
 def read_all(folder: Path) -> list[tuple[str, np.ndarray, int | None]]:
     """Name in the source, pixels and label of every sample, in the order of the shards."""
-    shards = ShardFolder(folder, cache=folder)
+    shards = ShardFolder(folder)
     reader, found = ShardReader(shards), []
     for number, entry in enumerate(shards.manifest.shards):
         names = read_index(shards.index_of(entry), entry).names

@@ -94,8 +94,9 @@ def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     serving.close()
 
 
-def open_remote(url: str, cache: Path, **options: object) -> ShardStream:
-    return ShardStream(url, batch_size=8, seed=0, shuffle_buffer=15, shard_cache=cache, workers=0, **options)  # type: ignore[arg-type]
+def open_remote(url: str, cache: Path, cache_limit: int | None = None, **options: object) -> ShardStream:
+    folder = ShardFolder(url, cache=cache, cache_limit=cache_limit)
+    return ShardStream(folder, batch_size=8, seed=0, shuffle_buffer=15, workers=0, **options)  # type: ignore[arg-type]
 
 
 def test_the_same_batches_as_from_here(folder: Path, server: Server, tmp_path: Path) -> None:
@@ -183,7 +184,7 @@ def test_no_server(server: Server, tmp_path: Path) -> None:
 
 def test_worker_processes_name_the_url_too(server: Server, tmp_path: Path) -> None:
     server.answer = lambda name, count, content: (500 if name.endswith(".tar") else 200, content)
-    stream = ShardStream(server.url, batch_size=8, seed=0, shard_cache=tmp_path / "cache", workers=1)
+    stream = ShardStream(ShardFolder(server.url, cache=tmp_path / "cache"), batch_size=8, seed=0, workers=1)
     with pytest.raises(ReadError, match=r"http://127.*shard-\d+\.tar could not be fetched in 5 tries"):
         next(stream)
 
@@ -249,7 +250,7 @@ def test_what_was_not_used_for_longest_makes_room(server: Server, folder: Path, 
 
 
 def test_a_cache_smaller_than_a_shard_still_works(server: Server, folder: Path, tmp_path: Path) -> None:
-    stream = open_remote(server.url, tmp_path / "cache", shard_cache_limit=1, cache_bytes=0, on_error="raise")
+    stream = open_remote(server.url, tmp_path / "cache", cache_limit=1, cache_bytes=0, on_error="raise")
     local = ShardStream(folder, batch_size=8, seed=0, shuffle_buffer=15)
     assert [batch.keys for batch in islice(stream, 20)] == [batch.keys for batch in islice(local, 20)]
 

@@ -18,7 +18,7 @@ webdataset = pytest.importorskip("webdataset")
 
 
 def read_here(folder: Path) -> list[Sample]:
-    reader = ShardReader(ShardFolder(folder, cache=folder))
+    reader = ShardReader(ShardFolder(folder))
     return [
         reader.read(shard, number)
         for shard, entry in enumerate(reader.manifest.shards)
