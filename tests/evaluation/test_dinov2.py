@@ -74,7 +74,7 @@ def test_protocol_from_a_file(tmp_path: Path) -> None:
     network, images = small_network(places=37), pictures(3, 300, 260)
     weights = dict(network.state_dict()) | {"mask_token": torch.zeros(1, 128)}
     save_file(weights, tmp_path / "vit.safetensors")
-    protocol = open_protocol("dinov2", weights=tmp_path / "vit.safetensors", resize_workers=1)
+    protocol = open_protocol("dinov2", weights=tmp_path / "vit.safetensors")
     assert read_file(tmp_path / "vit.safetensors", 10**9).sha256 in protocol.extractor.name
     # As dgm-eval does: Pillow's bicubic of the 8-bit picture, then ImageNet's normalisation.
     small = [Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC) for image in images]

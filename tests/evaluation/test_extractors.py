@@ -53,7 +53,7 @@ def test_features_are_those_of_clean_fid_on_files(tmp_path: Path) -> None:
     theirs = fid.get_folder_features(
         str(tmp_path), network, num_workers=0, batch_size=4, device=torch.device("cpu"), verbose=False
     )
-    ours = extractor_of_module(network, name="small", size=299, batch_size=5, resize_workers=2)(images)
+    ours = extractor_of_module(network, name="small", size=299, batch_size=5)(images)
     assert ours.logits is None
     assert ours.features.dtype == np.float32
     np.testing.assert_allclose(ours.features, theirs, atol=1e-6)
@@ -88,9 +88,9 @@ def test_value_range_and_logits() -> None:
 @pytest.mark.parametrize(
     ("network", "says"),
     [
-        (lambda x: x, r"must give features \(2, k\), it gave \(2, 3, 8, 8\)"),
-        (lambda x: x.flatten(1)[:1], r"must give features \(2, k\), it gave \(1, 192\)"),
-        (lambda x: None, "it gave NoneType"),
+        (lambda x: x, r"must return features \(2, k\), it returned \(2, 3, 8, 8\)"),
+        (lambda x: x.flatten(1)[:1], r"must return features \(2, k\), it returned \(1, 192\)"),
+        (lambda x: None, "it returned NoneType"),
         (lambda x: x.flatten(1) / 0, "features that are not finite"),
         (lambda x: (x.flatten(1), x.flatten(1) / 0), "logits that are not finite"),
         (lambda x: x.flatten(1) @ torch.ones(5, 5), "extractor mine fails on images"),
@@ -201,7 +201,7 @@ def test_pixels() -> None:
     assert features.shape == (4, 45)
     np.testing.assert_allclose(features[2], images[2].reshape(-1) / 127.5 - 1, atol=1e-6)
     PixelExtractor()(pictures(1, 36, 36))
-    with pytest.raises(ValueError, match="pictures of 37x37 have 4107 values, pixels are compared up to 4096"):
+    with pytest.raises(ValueError, match="images of 37x37 have 4107 values, pixels are compared up to 4096"):
         PixelExtractor()(pictures(1, 37, 37))
 
 

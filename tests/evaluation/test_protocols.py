@@ -50,7 +50,7 @@ def test_features_are_those_of_clean_fids_own_code(
     theirs = fid.get_folder_features(
         str(folder), wrapper, num_workers=0, batch_size=4, device=torch.device("cpu"), mode=mode, verbose=False
     )
-    extractor = open_protocol(name, weights=standin, resize_workers=2).extractor
+    extractor = open_protocol(name, weights=standin).extractor
     np.testing.assert_allclose(extractor(images).features, theirs, atol=1e-6)
 
 
@@ -116,8 +116,6 @@ def test_names(tmp_path: Path) -> None:
             open_protocol(wrong)
     with pytest.raises(ValueError, match="the protocol pixels takes no weights"):
         open_protocol("pixels", weights=tmp_path / "w.pt")
-    with pytest.raises(ValueError, match="resize_workers must be at least 1, got 0"):
-        open_protocol("pixels", resize_workers=0)
     check_protocol("file:x.pt")
 
 

@@ -12,8 +12,6 @@ from cleanfid.resize import build_resizer
 
 from shortcutflow.evaluation.features.resize import (
     clean_fid_resize,
-    default_workers,
-    on_threads,
     plain_bilinear,
     tensorflow_bilinear,
     unresized,
@@ -71,21 +69,26 @@ def test_tensorflow_bilinear_is_torch_fidelitys() -> None:
     assert torch.equal(tensorflow_bilinear(images, 299), expected)
 
 
+def clean(image: np.ndarray, size: int, *, quantize: bool = False) -> np.ndarray:
+    """One image (h, w, 3) resized, (size, size, 3)."""
+    return clean_fid_resize(size, quantize=quantize)(image[None])[0].permute(1, 2, 0).numpy()
+
+
 def test_clean_fid_resize_is_clean_fids() -> None:
     for image in (*pictures(2, 32, 32), *pictures(1, 320, 400)):
-        assert np.array_equal(clean_fid_resize(299)(image), build_resizer("clean")(image))
+        assert np.array_equal(clean(image, 299), build_resizer("clean")(image))
 
 
 def test_clean_fid_resize_is_an_antialiased_bicubic() -> None:
     image = pictures(1, 64, 64)
     expected = F.interpolate(as_tensor(image), (29, 29), mode="bicubic", align_corners=False, antialias=True)
-    resized = torch.from_numpy(clean_fid_resize(29)(image[0])).permute(2, 0, 1)
+    resized = clean_fid_resize(29)(image)[0]
     assert torch.allclose(resized, expected[0].clamp(0, 255), atol=0.01)
 
 
 def test_the_three_differ_and_agree_on_a_flat_picture() -> None:
     image = pictures(1, 64, 64)
-    clean = on_threads(clean_fid_resize(29), 1)
+    clean = clean_fid_resize(29)
     three = [clean(image), plain_bilinear(as_tensor(image), 29), tensorflow_bilinear(as_tensor(image), 29)]
     for i, a in enumerate(three):
         for b in three[:i]:
@@ -98,28 +101,19 @@ def test_the_three_differ_and_agree_on_a_flat_picture() -> None:
 def test_quantized_or_not() -> None:
     # Away from 0 and 255, where the 8-bit picture is cut off between rows and columns too.
     image = pictures(1, 20, 20)[0] // 2 + 64
-    rounded, floats = clean_fid_resize(29, quantize=True)(image), clean_fid_resize(29)(image)
+    rounded, floats = clean(image, 29, quantize=True), clean(image, 29)
     assert rounded.dtype == floats.dtype == np.float32
     assert np.array_equal(rounded, rounded.round())
     assert not np.array_equal(floats, floats.round())
     assert np.abs(rounded - floats).max() < 1.5
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_threads_keep_the_order(workers: int) -> None:
+@pytest.mark.parametrize("cores", [1, 3])
+def test_threads_keep_the_order(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)), raising=False)
     images = pictures(5, 16, 12)
-    resized = on_threads(clean_fid_resize(29), workers)(images)
+    resized = clean_fid_resize(29)(images)
     assert resized.shape == (5, 3, 29, 29)
     for image, result in zip(images, resized, strict=True):
-        assert np.array_equal(result.permute(1, 2, 0).numpy(), clean_fid_resize(29)(image))
+        assert np.array_equal(result.permute(1, 2, 0).numpy(), clean(image, 29))
     assert torch.equal(unresized(images), torch.from_numpy(images).permute(0, 3, 1, 2))
-
-
-def test_processes_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)), raising=False)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert default_workers() == 12
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert default_workers() == 3
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "100")
-    assert default_workers() == 1

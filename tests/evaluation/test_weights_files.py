@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from shortcutflow.data import remote
 from shortcutflow.evaluation.features.inception import INCEPTION
 from shortcutflow.evaluation.features.protocols import open_protocol
 from shortcutflow.evaluation.features.weights_files import PublishedFile, cache_folder, weights_of
@@ -25,6 +24,7 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SHORTCUTFLOW_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
     return tmp_path / "cache"
 
 
@@ -74,18 +74,19 @@ def test_fetched_once_and_kept(server: tuple[str, list[str]], cache: Path) -> No
         thread.join()
     assert results == [CONTENT] * 3
     assert asked == ["/good"]
-    held = weights_of(file)
-    assert (held.path, held.sha256) == (cache / "w.pt", SHA256)
-    assert sorted(path.name for path in cache.iterdir()) == [".w.pt.lock", "w.pt"]
+    assert weights_of(file).sha256 == SHA256
+    assert asked == ["/good"]
+    (cache / "w.pt").write_bytes(CONTENT)
+    assert weights_of(file).path == cache / "w.pt", "a file that was put there by hand comes first"
 
 
 @pytest.mark.parametrize(
     ("path", "changes", "says"),
     [
-        ("/good", {"sha256": "0" * 64}, f"what came has SHA-256 {SHA256}"),
-        ("/cut", {}, "100 of 20000 bytes came"),
-        ("/good", {"largest": 5000}, "it has 20000 bytes, at most 5000 are expected"),
-        ("/endless", {"largest": 5000}, "more than 5000 bytes come"),
+        ("/good", {"sha256": "0" * 64}, "do not have the expected checksum"),
+        ("/cut", {}, "could not be fetched"),
+        ("/good", {"largest": 5000}, "more than the 5000 bytes that are expected"),
+        ("/endless", {"largest": 5000}, "more than the 5000 bytes that are expected"),
     ],
     ids=["another", "cut", "large", "endless"],
 )
@@ -94,15 +95,15 @@ def test_what_is_not_the_file_is_not_kept(
 ) -> None:
     with pytest.raises(OSError, match=says):
         weights_of(published(server[0] + path, **changes))
-    assert [path.name for path in cache.iterdir()] == [".w.pt.lock"]
+    assert [path.suffix for path in cache.rglob("*") if path.is_file()] == [".lock"]
 
 
 @pytest.mark.parametrize("protocol", ["clean-fid", "released-code", "adm", "dinov2"])
 def test_missing_weights_and_no_network(protocol: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_network(*args: Any, **options: Any) -> None:
-        raise urllib.error.URLError("no network")
+        raise OSError("no network")
 
-    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    monkeypatch.setattr("shortcutflow.evaluation.features.weights_files.local_copy", no_network)
     monkeypatch.setattr(Path, "is_file", lambda path: False)
     with pytest.raises(OSError, match="could not be fetched") as caught:
         open_protocol(protocol)
@@ -125,10 +126,10 @@ def test_a_wrong_file_in_the_cache(cache: Path) -> None:
 def test_another_programs_copy_needs_the_checksum(tmp_path: Path, cache: Path) -> None:
     elsewhere = tmp_path / "other.pt"
     elsewhere.write_bytes(CONTENT)
-    assert weights_of(published(also_at=(elsewhere,))).path == elsewhere
+    assert weights_of(published(also_at=elsewhere)).path == elsewhere
     for sha256 in (None, "0" * 64):
         with pytest.raises(OSError, match="could not be fetched"):
-            weights_of(published(also_at=(elsewhere,), sha256=sha256))
+            weights_of(published(also_at=elsewhere, sha256=sha256))
     assert not (cache / "w.pt").exists()
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shortcutflow.evaluation.features.extractors import BATCH_SIZE, NetworkExtractor
-from shortcutflow.evaluation.features.resize import clean_fid_resize, default_workers, on_threads
+from shortcutflow.evaluation.features.resize import clean_fid_resize
 from shortcutflow.evaluation.features.weights_files import HeldFile, PublishedFile, weights_of
 
 DINOV2 = PublishedFile(
@@ -32,7 +32,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each after a norm, scaled by channel and added; (b, tokens, width) to the same."""
+    """Attention and an MLP, each after a norm, scaled by channel and added; (b, tokens, width) to the same."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -121,7 +121,6 @@ def dinov2_extractor(
     device: torch.device | str = "cpu",
     weights: Path | None = None,
     batch_size: int = BATCH_SIZE,
-    resize_workers: int | None = None,
 ) -> NetworkExtractor:
     """The features of FD-DINOv2: 8-bit bicubic resize to 224, ImageNet's normalisation, the class token.
 
@@ -130,7 +129,7 @@ def dinov2_extractor(
         ValueError: if the file is not what it should be.
         ImportError: if clean-fid is not installed.
     """
-    resize = on_threads(clean_fid_resize(SIZE, quantize=True), resize_workers or default_workers())
+    resize = clean_fid_resize(SIZE, quantize=True)
     file = weights_of(DINOV2, weights)
     network = load_dinov2(file).to(device)
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))

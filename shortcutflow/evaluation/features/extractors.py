@@ -1,4 +1,4 @@
-"""Features of pictures: any network behind any resize, a TorchScript file, or the pixels themselves."""
+"""Features of images: any network behind any resize, a TorchScript file, or the pixels themselves."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from torch import Tensor
 from shortcutflow.evaluation.features.resize import (
     Prepare,
     clean_fid_resize,
-    default_workers,
-    on_threads,
     plain_bilinear,
     tensorflow_bilinear,
     unresized,
@@ -25,7 +23,7 @@ from shortcutflow.evaluation.features.torchscript import LARGEST, load_torchscri
 from shortcutflow.evaluation.features.weights_files import read_file
 
 BATCH_SIZE = 64
-"""Pictures that go through a network at once."""
+"""Images that go through a network at once."""
 MOST_PIXEL_VALUES = 4096
 ResizeName = Literal["clean-fid", "bilinear", "tensorflow-1"]
 
@@ -44,7 +42,7 @@ class Extracted(NamedTuple):
 
 
 class Extractor(Protocol):
-    """Pictures to features.
+    """Images to features.
 
     Attributes:
         name: for reports; it tells apart everything that changes the features, with the SHA-256 of a file of weights.
@@ -61,14 +59,14 @@ class Extractor(Protocol):
 class NetworkExtractor:
     """A network behind a resize; while it computes on one batch, the next is resized.
 
-    The numbers do not depend on how many pictures are given at once, but for the last digits.
+    The numbers do not depend on how many images are given at once, but for the last digits.
 
     Args:
         network: a batch as ``prepare`` made it, on ``device``, to features (b, k) and logits (b, classes) or None.
         prepare: images (b, h, w, 3) uint8 to a tensor with b rows, on the CPU.
         name: for reports.
         device: where the network is.
-        batch_size: pictures at once.
+        batch_size: images at once.
     """
 
     def __init__(
@@ -115,15 +113,16 @@ class NetworkExtractor:
                 # TorchScript says where it happened first, and last what happened.
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
                 raise ValueError(f"extractor {self.name} fails on images {tuple(batch.shape)}: {reason}") from error
-        for what, values in (("features", features), ("logits", logits)):
-            if values is None and what == "logits":
-                continue
-            if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != len(batch):
-                shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-                raise ValueError(f"extractor {self.name} must give {what} ({len(batch)}, k), it gave {shape}")
-            if not values.isfinite().all():
-                raise ValueError(f"extractor {self.name} gave {what} that are not finite")
-        return _numpy(features), None if logits is None else _numpy(logits)
+        found = self._checked("features", features, len(batch))
+        return found, None if logits is None else self._checked("logits", logits, len(batch))
+
+    def _checked(self, what: str, values: Any, rows: int) -> np.ndarray:
+        if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != rows:
+            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"extractor {self.name} must return {what} ({rows}, k), it returned {shape}")
+        if not values.isfinite().all():
+            raise ValueError(f"extractor {self.name} returned {what} that are not finite")
+        return values.float().cpu().numpy()
 
 
 def extractor_of_module(
@@ -135,20 +134,18 @@ def extractor_of_module(
     resize: ResizeName = "clean-fid",
     device: torch.device | str = "cpu",
     batch_size: int = BATCH_SIZE,
-    resize_workers: int | None = None,
 ) -> NetworkExtractor:
     """An extractor from any callable of images.
 
     Args:
         module: images (b, 3, size, size) float32 in ``value_range`` to features (b, k), or to (features, logits).
         name: for reports.
-        size: of the images it takes; None: pictures come unresized.
+        size: of the images it takes; None: they come unresized.
         value_range: what 0 and 255 become.
         resize: one of "clean-fid" (Pillow's bicubic of float channels), "bilinear" and "tensorflow-1"; see
             :mod:`shortcutflow.evaluation.features.resize`.
         device: where the module is.
-        batch_size: pictures at once.
-        resize_workers: threads that resize; None: a thread a core.
+        batch_size: images at once.
 
     Raises:
         ValueError: for an unknown resize, or a range whose ends are in the wrong order.
@@ -162,7 +159,7 @@ def extractor_of_module(
         raise ValueError(f"unknown resize {resize!r}; known: clean-fid, {', '.join(on_device)}")
     prepare: Prepare = unresized
     if size is not None and resize == "clean-fid":
-        prepare = on_threads(clean_fid_resize(size), resize_workers or default_workers())
+        prepare = clean_fid_resize(size)
 
     def network(images: Tensor) -> tuple[Tensor, Tensor | None]:
         pixels = images.float()
@@ -192,10 +189,10 @@ def extractor_of_file(
     Args:
         path: of what ``torch.jit.save`` wrote: images (b, 3, h, w) float32 in ``value_range`` to features (b, k), or to
             (features, logits).
-        size: clean-fid's resize to this size comes before it; None: pictures come as they are.
+        size: clean-fid's resize to this size comes before it; None: images come as they are.
         value_range: what 0 and 255 become.
         device: where it computes.
-        batch_size: pictures at once.
+        batch_size: images at once.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -209,7 +206,7 @@ def extractor_of_file(
 
 
 class PixelExtractor:
-    """The values of small pictures themselves, in [-1, 1], row by row, the three channels of a pixel side by side."""
+    """The values of small images themselves, in [-1, 1], row by row, the three channels of a pixel side by side."""
 
     name = "pixels"
 
@@ -217,19 +214,19 @@ class PixelExtractor:
         """See :class:`Extractor`.
 
         Raises:
-            ValueError: for pictures of more than 4096 values.
+            ValueError: for images of more than 4096 values.
         """
         check_images(images)
         if (values := images[0].size) > MOST_PIXEL_VALUES:
             raise ValueError(
-                f"pictures of {images.shape[1]}x{images.shape[2]} have {values} values, pixels are compared up to "
+                f"images of {images.shape[1]}x{images.shape[2]} have {values} values, pixels are compared up to "
                 f"{MOST_PIXEL_VALUES}: take a protocol with a network, such as clean-fid"
             )
         return Extracted(images.reshape(len(images), -1).astype(np.float32) / 127.5 - 1, None)
 
 
 def check_images(images: np.ndarray) -> None:
-    """Refuse what are no pictures.
+    """Refuse what are no images.
 
     Raises:
         ValueError: unless images are (n, h, w, 3) uint8 with n, h and w at least 1.
@@ -257,7 +254,3 @@ def exact_float32() -> Iterator[None]:
     finally:
         for (place, name, _), value in zip(switches, before, strict=True):
             setattr(place, name, value)
-
-
-def _numpy(values: Tensor) -> np.ndarray:
-    return values.float().cpu().numpy()

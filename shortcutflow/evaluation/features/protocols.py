@@ -18,11 +18,11 @@ DESCRIPTIONS = {
         "(x - 128) / 128, Inception 2015-12-05, 2048 pooled features; Inception score from logits without bias"
     ),
     "released-code": (
-        "the shortcut models' released evaluation: 8-bit pictures to [-1, 1], resized to 299 bilinearly without "
+        "the shortcut models' released evaluation: 8-bit images to [-1, 1], resized to 299 bilinearly without "
         "antialias, clipped to [-1, 1], Inception 2015-12-05, 2048 pooled features"
     ),
     "adm": (
-        "ADM's evaluation suite: 8-bit pictures resized to 299 inside the network as TensorFlow 1 did (bilinear, no "
+        "ADM's evaluation suite: 8-bit images resized to 299 inside the network as TensorFlow 1 did (bilinear, no "
         "antialias, corners at 0), Inception 2015-12-05, 2048 pooled features; Inception score from logits without bias"
     ),
     "adm-spatial": (
@@ -30,10 +30,10 @@ DESCRIPTIONS = {
         "2023 features"
     ),
     "dinov2": (
-        "FD-DINOv2 as in dgm-eval: 8-bit pictures resized to 224 by Pillow's bicubic with antialias, ImageNet's "
+        "FD-DINOv2 as in dgm-eval: 8-bit images resized to 224 by Pillow's bicubic with antialias, ImageNet's "
         "normalisation, DINOv2 ViT-L/14 without registers, 1024 features of the class token"
     ),
-    "pixels": "the values of small pictures in [-1, 1], three channels (a grey picture counts three times)",
+    "pixels": "the values of small images in [-1, 1], three channels (a grey image counts three times)",
     "digits": (
         "the 64 pixels of 8x8 digits in [-1, 1], neither rounded nor clipped; label accuracy by a support vector "
         "classifier of 4 of 5 of the 1,797 real ones"
@@ -48,8 +48,8 @@ class EvaluationProtocol:
 
     Attributes:
         name: one of :func:`protocol_names`, or ``file:NAME``.
-        description: one sentence that says what happens to a picture.
-        extractor: pictures to features; its name holds the SHA-256 of its file of weights.
+        description: one sentence that says what happens to an image.
+        extractor: images to features; its name holds the SHA-256 of its file of weights.
         eight_bit: samples are rounded to 8 bits before the extractor sees them, as a saved image is; otherwise it
             gets (n, h, w, 1 or 3) float32 around [-1, 1].
         classifier: the labels (n,) of such images, for the metric "label_accuracy"; None if it has none.
@@ -73,17 +73,15 @@ def open_protocol(
     device: torch.device | str = "cpu",
     weights: Path | None = None,
     batch_size: int = BATCH_SIZE,
-    resize_workers: int | None = None,
 ) -> EvaluationProtocol:
     """A protocol ready to measure: its weights are found, checked and loaded.
 
     Args:
-        name: one of :func:`protocol_names`, or ``file:PATH`` for a TorchScript file that takes pictures
-            (b, 3, h, w) float32 in [0, 255] as they are and gives features (b, k), or (features, logits).
+        name: one of :func:`protocol_names`, or ``file:PATH`` for a TorchScript file that takes images
+            (b, 3, h, w) float32 in [0, 255] as they are and returns features (b, k), or (features, logits).
         device: where the network computes.
         weights: the file of its weights; None: looked for in the cache, and fetched if need be.
-        batch_size: pictures that go through the network at once.
-        resize_workers: threads that resize; None: a thread a core.
+        batch_size: images that go through the network at once.
 
     Raises:
         ValueError: for an unknown name, weights where there are none, or a file that is not what it should be.
@@ -98,28 +96,20 @@ def open_protocol(
     check_protocol(name)
     if weights is not None and (name in ("pixels", "digits") or name.startswith(FILE_PREFIX)):
         raise ValueError(f"the protocol {name} takes no weights, got {weights}")
-    if resize_workers is not None and resize_workers < 1:
-        raise ValueError(f"resize_workers must be at least 1, got {resize_workers}")
-    extractor: Extractor
     if name.startswith(FILE_PREFIX):
         path = Path(name.removeprefix(FILE_PREFIX))
-        extractor = extractor_of_file(path, device=device, batch_size=batch_size)
-        described = f"features of the TorchScript file {path.name}, which gets the 8-bit pictures as floats in [0, 255]"
-        return EvaluationProtocol(f"{FILE_PREFIX}{path.name}", described, extractor)
-    match name:
-        case "pixels":
-            extractor = PixelExtractor()
-        case "digits":
-            digits = DigitExtractor()
-            return EvaluationProtocol(name, DESCRIPTIONS[name], digits, eight_bit=False, classifier=digits.read)
-        case "dinov2":
-            extractor = dinov2_extractor(
-                device=device, weights=weights, batch_size=batch_size, resize_workers=resize_workers
-            )
-        case _:
-            extractor = inception_extractor(
-                name, device=device, weights=weights, batch_size=batch_size, resize_workers=resize_workers
-            )
+        description = f"features of the TorchScript file {path.name}, which gets the 8-bit images as floats in [0, 255]"
+        extractor: Extractor = extractor_of_file(path, device=device, batch_size=batch_size)
+        return EvaluationProtocol(f"{FILE_PREFIX}{path.name}", description, extractor)
+    if name == "digits":
+        digits = DigitExtractor()
+        return EvaluationProtocol(name, DESCRIPTIONS[name], digits, eight_bit=False, classifier=digits.read)
+    if name == "pixels":
+        extractor = PixelExtractor()
+    elif name == "dinov2":
+        extractor = dinov2_extractor(device=device, weights=weights, batch_size=batch_size)
+    else:
+        extractor = inception_extractor(name, device=device, weights=weights, batch_size=batch_size)
     return EvaluationProtocol(name, DESCRIPTIONS[name], extractor)
 
 

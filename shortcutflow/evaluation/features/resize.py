@@ -3,9 +3,9 @@
 ===============  ======================  ==========================  =========  =================
 function         filter                  sample i of n out of m is   antialias  result
 ===============  ======================  ==========================  =========  =================
-clean_fid        bicubic (Pillow)        (i + 1/2) m / n - 1/2       yes        float, or 8 bits
-plain_bilinear   bilinear (torch, JAX)   (i + 1/2) m / n - 1/2       no         float
-tensorflow_1     bilinear (TF 1)         i m / n                     no         float
+clean-fid        bicubic (Pillow)        (i + 1/2) m / n - 1/2       yes        float, or 8 bits
+bilinear         bilinear (torch, JAX)   (i + 1/2) m / n - 1/2       no         float
+tensorflow-1     bilinear (TF 1)         i m / n                     no         float
 ===============  ======================  ==========================  =========  =================
 """
 
@@ -21,17 +21,20 @@ from torch import Tensor
 
 from shortcutflow.distributed import cores_per_process
 
-MOST_WORKERS = 16
+MOST_THREADS = 16
 Prepare = Callable[[np.ndarray], Tensor]
 """Images (n, h, w, 3) uint8 to a tensor of n rows, on the CPU: what a network's batch starts from."""
 
 
-def clean_fid_resize(size: int, *, quantize: bool = False) -> Callable[[np.ndarray], np.ndarray]:
-    """clean-fid's own function for one image: (h, w, 3) uint8 to (size, size, 3) float32 in [0, 255].
+def clean_fid_resize(size: int, *, quantize: bool = False) -> Prepare:
+    """clean-fid's own function for a batch: (n, h, w, 3) uint8 to (n, 3, size, size) float32 in [0, 255].
+
+    Each image is resized by itself, on as many threads as the process has cores, 16 at most: Pillow lets other threads
+    run meanwhile.
 
     Args:
         size: of the result, in pixels.
-        quantize: resize the 8-bit picture, as most image pipelines do, instead of its channels as floats.
+        quantize: resize the 8-bit image, as most image pipelines do, instead of its channels as floats.
 
     Raises:
         ImportError: without clean-fid.
@@ -45,29 +48,13 @@ def clean_fid_resize(size: int, *, quantize: bool = False) -> Callable[[np.ndarr
             "do where torchvision and torch do not fit together"
         ) from error
     resize = make_resizer("PIL", quantize, "bicubic", (size, size))
-    return lambda image: np.asarray(resize(image), np.float32)
 
+    def prepare(images: np.ndarray) -> Tensor:
+        with ThreadPoolExecutor(min(MOST_THREADS, cores_per_process()), thread_name_prefix="resize") as pool:
+            resized = np.stack(list(pool.map(resize, images)))
+        return torch.from_numpy(resized.astype(np.float32)).permute(0, 3, 1, 2).contiguous()
 
-def on_threads(resize: Callable[[np.ndarray], np.ndarray], workers: int) -> Prepare:
-    """For a batch: (n, h, w, 3) uint8 to (n, 3, size, size) float32, each image by itself on one of the threads.
-
-    Pillow lets other threads run while it resizes.
-    """
-
-    def resize_all(images: np.ndarray) -> Tensor:
-        if workers == 1:
-            resized = [resize(image) for image in images]
-        else:
-            with ThreadPoolExecutor(workers, thread_name_prefix="resize") as pool:
-                resized = list(pool.map(resize, images))
-        return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous()
-
-    return resize_all
-
-
-def default_workers() -> int:
-    """Threads that resize: the cores this process may use, shared with the other processes that torchrun started."""
-    return min(MOST_WORKERS, cores_per_process())
+    return prepare
 
 
 def unresized(images: np.ndarray) -> Tensor:
@@ -84,19 +71,15 @@ def plain_bilinear(images: Tensor, size: int) -> Tensor:
 
 
 def tensorflow_bilinear(images: Tensor, size: int) -> Tensor:
-    """TensorFlow 1's ``resize_bilinear``: no antialias, and pixel centres at i, so the picture moves to the top left.
+    """TensorFlow 1's ``resize_bilinear``: no antialias, and pixel centres at i, so the image moves to the top left.
 
     (n, c, h, w) float to (n, c, size, size).
     """
-    return _tensorflow_lines(_tensorflow_lines(images, size, dim=3), size, dim=2)
-
-
-def _tensorflow_lines(x: Tensor, size: int, dim: int) -> Tensor:
-    length = x.shape[dim]
-    place = torch.arange(size, dtype=torch.float32, device=x.device) * (length / size)
-    low = place.long().clamp(max=length - 1)
-    shape = [1] * x.ndim
-    shape[dim] = size
-    share = (place - low).view(shape).to(x.dtype)
-    below, above = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=length - 1))
-    return below + (above - below) * share
+    for dim in (3, 2):
+        length = images.shape[dim]
+        position = torch.arange(size, dtype=torch.float32, device=images.device) * (length / size)
+        low = position.long().clamp(max=length - 1)
+        weight = (position - low).to(images.dtype).view(-1, *[1] * (3 - dim))
+        below, above = images.index_select(dim, low), images.index_select(dim, (low + 1).clamp(max=length - 1))
+        images = below + (above - below) * weight
+    return images
