@@ -8,7 +8,6 @@ webdataset's own rule. Its decoders are not used: some of them run code that a s
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -126,35 +125,16 @@ def expand(urls: str | tuple[str, ...]) -> list[str]:
     return places
 
 
-class Fields(NamedTuple):
-    """Which members of a sample are its image and its label.
-
-    Attributes:
-        image: extensions, the first that there is counts.
-        label: extension, or None.
-        path: keys with dots between that lead to the label in a JSON member; empty for a member that holds a number.
-    """
-
-    image: tuple[str, ...]
-    label: str | None
-    path: str
-
-    @classmethod
-    def of(cls, image: str, label: str | None) -> Fields:
-        """From ``jpg;png`` and ``cls``, ``json:path.to.label`` or None."""
-        kind, _, path = (label or "").partition(":")
-        return cls(tuple(image.lower().split(";")), kind.lower() or None, path)
-
-    @property
-    def digest(self) -> str:
-        """Of these, for the names of indexes."""
-        return hashlib.sha256(json.dumps([1, self.image, self.label or "", self.path]).encode()).hexdigest()[:8]
-
-
-def scan(file: BinaryIO, name: str, fields: Fields) -> tuple[list[IndexRow], list[tuple[str, str]]]:
+def scan(file: BinaryIO, name: str, image: str, label: str | None) -> tuple[list[IndexRow], list[tuple[str, str]]]:
     """Read a shard's headers and labels: its samples in their order, and (name, reason) of what is none.
 
     Members with the same key are one sample, wherever in the shard they lie. What follows damage is left out.
+
+    Args:
+        file: the shard.
+        name: its name, for messages.
+        image: extensions of a sample's image, ``jpg;png``: the first that there is counts.
+        label: extension of the member that holds its class, ``json:path.to.label`` within one, or None.
 
     Raises:
         ValueError: if it is compressed, so that samples cannot be read in any order.
@@ -178,40 +158,40 @@ def scan(file: BinaryIO, name: str, fields: Fields) -> tuple[list[IndexRow], lis
     rows = []
     for key, members in samples.items():
         try:
-            rows.append(IndexRow([_image(members, fields)], _label(file.fileno(), members, fields), None, key))
+            rows.append(IndexRow([_image(members, image)], _label(file.fileno(), members, label), None, key))
         except ValueError as error:
             skipped.append((key, str(error)))
     return rows, skipped
 
 
-def _image(members: dict[str, Listed], fields: Fields) -> ByteRange:
-    extension = next((extension for extension in fields.image if extension in members), None)
+def _image(members: dict[str, Listed], image: str) -> ByteRange:
+    extension = next((extension for extension in image.lower().split(";") if extension in members), None)
     if extension is None:
-        raise ValueError(f"no image ({';'.join(fields.image)}) among its members: {', '.join(members)}"[:200])
+        raise ValueError(f"no image ({image}) among its members: {', '.join(members)}"[:200])
     offset, size = (int(value) for value in members[extension].place)
     if size > LARGEST_SAMPLE:
         raise ValueError(f"its image has {size} bytes, at most {LARGEST_SAMPLE} are read")
     return ByteRange(offset, size, -1)
 
 
-def _label(file: int, members: dict[str, Listed], fields: Fields) -> int | None:
-    if fields.label is None:
+def _label(file: int, members: dict[str, Listed], label: str | None) -> int | None:
+    if not label:
         return None
 
     def read(member: Listed) -> bytes:
         offset, size = (int(value) for value in member.place)
         return os.pread(file, size, offset)
 
-    value = label_value(members, fields.label, fields.path, read)
+    extension, _, path = label.partition(":")
+    value = label_value(members, extension.lower(), path, read)
     if value is None:
-        where = f"{fields.label}:{fields.path}".rstrip(":")
-        raise ValueError(f"no label ({where}) among its members: {', '.join(members)}"[:200])
-    label = plain_label(value)
-    if isinstance(label, str):
-        raise ValueError(f"its label is {label[:40]!r}, not a number")
-    if isinstance(label, NoLabel):
-        raise ValueError(label.reason)
-    return label
+        raise ValueError(f"no label ({label}) among its members: {', '.join(members)}"[:200])
+    found = plain_label(value)
+    if isinstance(found, str):
+        raise ValueError(f"its label is {found[:40]!r}, not a number")
+    if isinstance(found, NoLabel):
+        raise ValueError(found.reason)
+    return found
 
 
 class _Shard(NamedTuple):
@@ -233,7 +213,7 @@ class WebdatasetShards(ShardFolder):
     def __init__(self, settings: WebdatasetData, places: tuple[str, ...]) -> None:
         self.place = settings.urls if isinstance(settings.urls, str) else ", ".join(settings.urls)
         self.crop, self._cache, self._limit, self._ahead = settings.crop, settings.cache, settings.cache_limit, {}
-        self._fields = Fields.of(settings.image, settings.label)
+        self._fields = (settings.image, settings.label)
         self._folder = settings.cache / "webdataset"
         self._folder.mkdir(parents=True, exist_ok=True)
         found = self._indexed(places)
@@ -272,8 +252,8 @@ class WebdatasetShards(ShardFolder):
         version = version_of(place) if is_url(place) else file_version(place)
         where = place if is_url(place) else os.path.abspath(place)
         stem = _NOT_PLAIN.sub("_", Path(place).name.removesuffix(".tar")).lstrip(".-")[:100]
-        name = f"{stem or 'shard'}-{hashlib.sha256(where.encode(errors='replace')).hexdigest()[:8]}.tar"
-        path = self._folder / f"{name}.{self._fields.digest}.index"
+        name = f"{stem or 'shard'}-{_digest(where)}.tar"
+        path = self._folder / f"{name}.{_digest(repr(self._fields))}.index"
         if (shard := _read(place, path, version)) is not None:
             return shard
         with locked(path.with_name(f".{path.name}.lock")):
@@ -282,7 +262,7 @@ class WebdatasetShards(ShardFolder):
             if path.exists():
                 logger.warning("%s has changed since it was indexed; it is indexed anew", place)
             with self._opened_copy(place, version) as file:
-                rows, skipped = scan(file, Path(place).name, self._fields)
+                rows, skipped = scan(file, Path(place).name, *self._fields)
                 size = file.seek(0, os.SEEK_END)
                 file.seek(0)
                 # A local file is not read through.
@@ -303,8 +283,7 @@ class WebdatasetShards(ShardFolder):
     def _list_skipped(self, settings: WebdatasetData) -> None:
         """Print how many samples are left out and where they are listed."""
         content = "".join(f"{' '.join(name.split())}\t{reason}\n" for name, reason in self.skipped)
-        digest = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:8]
-        path = self._folder / f"left-out-{digest}.txt"
+        path = self._folder / f"left-out-{_digest(settings.model_dump_json())}.txt"
         write_whole(path, content)
         if Rank.from_environment().number == 0:
             print(f"{_left_out(self.skipped)}; all are listed in {path}", file=sys.stderr)
@@ -333,6 +312,10 @@ def _classes(settings: WebdatasetData, shards: Sequence[_Shard]) -> int | None:
             f"labels up to {settings.num_classes - 1}"
         )
     return settings.num_classes or last.largest_label + 1
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:8]
 
 
 def _left_out(skipped: Sequence[tuple[str, str]]) -> str:

@@ -27,7 +27,7 @@ from shortcutflow.data.images import read_image, to_square
 from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.source import DataInfo
 from shortcutflow.data.stream import BatchStream
-from shortcutflow.data.webdataset import Fields, WebdatasetData, expand
+from shortcutflow.data.webdataset import WebdatasetData, expand
 from shortcutflow.evaluation.drawing.real import all_data
 from shortcutflow.evaluation.real_images import open_images
 from tests.data.test_remote import Server
@@ -150,11 +150,11 @@ def test_shards_are_indexed_once(
     scanned: list[str] = []
     scan = ours.scan
 
-    def watched(file: Any, name: str, fields: Fields) -> Any:
+    def watched(file: Any, name: str, *fields: Any) -> Any:
         if len(scanned) == 2:
             raise KeyboardInterrupt
         scanned.append(name)
-        return scan(file, name, fields)
+        return scan(file, name, *fields)
 
     before = {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir()}
     monkeypatch.setattr(ours, "SCAN_THREADS", 1)
@@ -162,7 +162,7 @@ def test_shards_are_indexed_once(
     with pytest.raises(KeyboardInterrupt):
         settings(urls).opened()
     assert scanned == ["train-000000.tar", "train-000001.tar"]
-    monkeypatch.setattr(ours, "scan", lambda file, name, fields: scanned.append(name) or scan(file, name, fields))
+    monkeypatch.setattr(ours, "scan", lambda file, name, *fields: scanned.append(name) or scan(file, name, *fields))
     expected = batches(settings(urls), 4)
     assert sorted(scanned) == sorted(before)
     after = {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir()}
@@ -188,7 +188,7 @@ def test_processes_share_the_indexing(tmp_path: Path, monkeypatch: pytest.Monkey
     urls = write(tmp_path / "s", imagenet(40), per_shard=2)
     scanned: list[str] = []
     scan = ours.scan
-    monkeypatch.setattr(ours, "scan", lambda file, name, fields: scanned.append(name) or scan(file, name, fields))
+    monkeypatch.setattr(ours, "scan", lambda file, name, *fields: scanned.append(name) or scan(file, name, *fields))
     monkeypatch.setattr(ours, "SCAN_THREADS", 1)
     places = tuple(expand(urls))
 
