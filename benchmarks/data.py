@@ -73,7 +73,7 @@ def main() -> None:
 def decode(folder: Path, photographs: Path, options: argparse.Namespace) -> list[Row]:
     """256x256 JPEGs: the stream against Pillow decoding the same bytes, and other loaders."""
     shards = folder / "jpeg"
-    manifest = prepare(photographs, shards, size=256, format="jpg", workers=1, progress=False)
+    manifest = prepare(photographs, shards, size=256, format="jpg", workers=0, progress=False)
     reader = ShardReader(ShardFolder(shards))
     contents = [reader.stored(0, number) for number in range(manifest.shards[0].samples)]
     files = _as_image_folder(contents, "jpg", folder / "jpeg_files")
@@ -87,7 +87,7 @@ def small(folder: Path, photographs: Path, options: argparse.Namespace) -> list[
     pictures = [encode_image(rng.integers(0, 256, (3, 32, 32), dtype=np.uint8), "png", 95) for _ in range(count)]
     files = _as_image_folder(pictures, "png", raw)
     shards = folder / "small"
-    prepare(raw, shards, size=32, crop="none", workers=1, progress=False)
+    prepare(raw, shards, size=32, crop="none", workers=0, progress=False)
     rows = _images_in_turn(shards, pictures, files, count, options.rounds)
     cached = ShardStream(shards, batch_size=count, seed=0, workers=0)
     next(cached)
@@ -127,7 +127,7 @@ def preparation(folder: Path, photographs: Path, options: argparse.Namespace) ->
 
     def with_prepare() -> None:
         target = folder / f"prepared_{next(fresh)}"
-        prepare(photographs, target, size=256, format="jpg", workers=1, progress=False)
+        prepare(photographs, target, size=256, format="jpg", workers=0, progress=False)
 
     runs = {"Pillow": with_pillow, "shortcutflow prepare": with_prepare}
     return _rates(seconds_in_turn(runs, max(3, options.rounds // 2), _CPU, warm_up=1), count, against="Pillow")

@@ -197,7 +197,7 @@ def test_prepared_latents(pictures: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_prepared_pictures(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare(str(pictures), "data/cifar10-32", "--size", "32", "--no-labels")
-    with pytest.raises(ValueError, match=r"-32 holds the pictures of .*raw, data\.path is data/cifar10-train"):
+    with pytest.raises(ValueError, match=r"-32 holds the images of .*raw, data\.path is data/cifar10-train"):
         run("unet_cifar10")
     folder = run("unet_cifar10", f"data.path={pictures}")
     assert "stand-in" not in capsys.readouterr().out

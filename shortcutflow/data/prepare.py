@@ -1,44 +1,53 @@
-"""Raw pictures to shards: ``shortcutflow prepare``."""
+"""Images to shards that training streams from: ``shortcutflow prepare``.
+
+Worker processes read, decode and crop the images; this one encodes them and writes shard after shard. A shard depends
+on (source, options, its number) alone, and locks tell which shards other processes are writing. So any number of
+processes, of several machines too, may make the same call on one folder, and share its work. After a stop, however
+hard, the same call keeps what is finished and ends with the same bytes as without the stop.
+"""
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import os
+import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
+from multiprocessing import parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from shortcutflow.data.images import Crop, ImageError, ImageFormat, encode_image, read_image, to_square
-from shortcutflow.data.manifest import Manifest
-from shortcutflow.data.preparation import (
-    SKIPPED,
-    Preparation,
-    begin,
-    check_place,
-    complete,
-    cut,
-    entries_of,
-    finish,
-    finished_shard,
-    only_one,
-    shuffled_order,
-    skipped_of,
-    versions_of,
-)
-from shortcutflow.data.shard_workers import ShardTask, write_tasks
-from shortcutflow.data.shards import EncodedSample, Skipped, WrittenShard, shard_name
+from shortcutflow.data.manifest import MANIFEST, Manifest
+from shortcutflow.data.remote import is_url
+from shortcutflow.data.shard_folder import ShardFolder
+from shortcutflow.data.shards import Skipped, EncodedSample, EncodedBatch, WrittenShard, shard_name, write_shard, written_shard
 from shortcutflow.data.sources import open_source
 from shortcutflow.data.sources.labels import LabelChoice
+from shortcutflow.data.sources.parquet import CACHE
 from shortcutflow.data.sources.readers import RawItem, RawSource, Reader
-from shortcutflow.distributed import cores
+from shortcutflow.distributed import Rank, cores_per_process
+from shortcutflow.io.atomic import locked, remove_leftovers, write_whole
 
+PREPARATION, SKIPPED, LOCK, SHARDS_LOCK = "preparation.json", "skipped.txt", ".lock", ".lock-shards"
 LOSSLESS_UP_TO = 64
 """Largest side in pixels that is stored as PNG by default: there it is small, and JPEG's 8x8 blocks are large."""
-
-CROPS_IN_WORDS = {
+READ_AT_ONCE = 32
+"""Images that a worker process hands over together."""
+CROPS = {
     "released": "middle square, bilinear antialiased resizing",
     "adm": "ADM's centre crop: boxes, bicubic to the short side, middle square",
     "stretch": "bicubic antialiased resizing of both sides, no crop",
@@ -47,197 +56,503 @@ CROPS_IN_WORDS = {
 
 
 class PrepareOptions(BaseModel):
-    """What decides about the content of the shards."""
+    """What decides about the content of the shards, however they are encoded."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     size: int = Field(ge=1, le=4096, description="side in pixels")
     crop: Crop = "released"
-    format: ImageFormat
-    quality: int = Field(default=95, ge=1, le=100)
     labels: LabelChoice = Field(default=True, description="true: those that are there; false: none; or which")
+    encoding: str | None = Field(default=None, description="of names in archives that are not UTF-8, such as gbk")
     seed: int = Field(default=0, description="of the one shuffling before the cut into shards")
     samples_per_shard: int = Field(default=4096, ge=1)
 
 
-class Numbered(NamedTuple):
-    """An item and its place in the sorted source, which makes its key unique."""
+class ImageOptions(PrepareOptions):
+    """The same for images."""
 
-    number: int
-    item: RawItem
+    format: ImageFormat
+    quality: int = Field(default=95, ge=1, le=100)
 
 
-@dataclass(frozen=True)
-class EncodePictures:
-    """Makes the samples of a shard; it travels to the worker processes."""
+class Squares(NamedTuple):
+    """Some images of a shard, cropped by a worker process.
 
-    reader: Reader
+    Attributes:
+        shard: its number.
+        items: those that can be used.
+        contents: of each, the encoded file or pixels (3, size, size) uint8.
+        skipped: the others.
+        error: what ended the reading; raised in a worker process, its message would hold a traceback.
+    """
+
+    shard: int
+    items: list[tuple[int, RawItem]]
+    contents: list[Any]
+    skipped: list[Skipped]
+    error: OSError | None = None
+
+
+class Encoder(NamedTuple):
+    """How cropped images become the samples of shards.
+
+    Attributes:
+        options: that decide about their content.
+        packages: whose versions do so too.
+        manifest: shape, values and format of samples, and the preprocessing in words.
+        samples: makes the samples of one shard.
+        read_at_once: images that come together.
+    """
+
     options: PrepareOptions
-    strict: bool
-
-    def __call__(self, work: Sequence[Numbered]) -> Iterator[EncodedSample | Skipped]:
-        for number, item in work:
-            try:
-                content = self._encoded(item)
-            except ImageError as error:
-                if self.strict:
-                    raise ValueError(f"{item.name}: {error}") from error
-                yield Skipped(item.name, str(error))
-                continue
-            label = item.label if self.options.labels else None
-            yield EncodedSample(key_of(number, item.name), content, self.options.format, label, name=item.name)
-
-    def _encoded(self, item: RawItem) -> bytes:
-        image = to_square(read_image(self.reader.read(item)), self.options.size, self.options.crop)
-        return encode_image(image, self.options.format, self.options.quality)
+    packages: tuple[str, ...]
+    manifest: dict[str, Any]
+    samples: Callable[[Iterable[Squares]], Iterator[EncodedSample | EncodedBatch]]
+    read_at_once: int = READ_AT_ONCE
 
 
-def key_of(number: int, name: str) -> str:
-    """A sample's key: its number in the sorted source, and what a person may recognise of its name."""
-    stem = name.rpartition("/")[2].rpartition(".")[0]
-    return f"{number:08d}-{re.sub(r'[^A-Za-z0-9_-]', '_', stem)[:48]}"
+class WorkerDiedError(RuntimeError):
+    """A worker process ended without an exception."""
 
 
 def prepare(
-    source: Path,
+    source: str | Path,
     folder: Path,
     *,
     size: int,
     crop: Crop = "released",
-    format: ImageFormat | None = None,
-    quality: int = 95,
     labels: bool | str = True,
+    encoding: str | None = None,
     seed: int = 0,
     samples_per_shard: int = 4096,
+    format: ImageFormat | None = None,
+    quality: int = 95,
+    vae: str | Path | None = None,
+    mirror: bool = True,
+    batch_size: int = 32,
+    samples_per_member: int = 64,
+    device: str | None = None,
     workers: int | None = None,
     strict: bool = False,
     progress: bool = True,
+    cache: Path = Path("data/cache"),
 ) -> Manifest:
-    """Write the pictures of a source as shards that training streams from.
+    """Write the images of a source, or their latents, as shards that training streams from.
 
-    The same call continues after any stop, even of power, and gives the same bytes as an uninterrupted one with any
-    number of workers. A folder that is complete is returned as it is, if it was made of the same source and options.
+    The same call continues after any stop, even of power, and gives the same bytes as an uninterrupted one, with any
+    number of processes (latents: on the same kind of device). A folder that is complete is returned as it is, if it was
+    made of the same source with the same options.
 
     Args:
-        source: raw pictures, see :mod:`shortcutflow.data.sources`.
+        source: raw images, see :mod:`shortcutflow.data.sources`.
         folder: for the shards; new, or of an earlier call with the same options.
-        size: side of the square pictures, in pixels.
+        size: side of the square images, in pixels.
         crop: see :func:`~shortcutflow.data.images.to_square`.
-        format: None stores PNG up to 64 pixels, where it is small and JPEG would be seen, JPEG above.
-        quality: of JPEG and WebP, 1 ... 100.
         labels: which, see :data:`~shortcutflow.data.sources.labels.LabelChoice`; False for none.
+        encoding: of names in archives that are not UTF-8, such as "gbk".
         seed: of the order.
         samples_per_shard: items each shard is made of.
-        workers: processes; None for all cores.
+        format: None stores PNG up to 64 pixels, where it is small and JPEG would be seen, JPEG above.
+        quality: of JPEG and WebP, 1 ... 100.
+        vae: hub id or folder of an autoencoder whose latents are stored instead of images, see
+            :mod:`shortcutflow.data.latents`; the next four arguments are for latents alone.
+        mirror: store latents of mirror images too, which training with ``horizontal_flip`` needs.
+        batch_size: images encoded at once; each mirror image is encoded after its image.
+        samples_per_member: latents that share a member of a shard.
+        device: to encode on; None takes a GPU if there is one, and every rank of a machine one of its own.
+        workers: processes that read images; 0 reads them in this one; None takes the cores (latents: those to spare).
         strict: raise at the first item that gives no sample, instead of listing it in ``skipped.txt``.
         progress: show a progress bar and what happens, on standard error.
+        cache: for the files of a URL, which are kept there.
 
     Raises:
-        FileNotFoundError, ValueError: for a source, options or folder that do not fit, saying what does.
-        OSError: if reading or writing fails, such as on a full disk; then too the same call continues.
+        FileNotFoundError, ValueError: for a source, autoencoder, options or folder that do not fit, saying what does;
+            for latents outside the range of float16, naming the image.
+        OSError: if reading, writing or downloading fails, such as on a full disk; then too the same call continues.
+        WorkerDiedError: if a worker process was killed, such as for want of memory.
     """
-    options = checked_options(
-        size=size, crop=crop, format=format or default_format(size), quality=quality, labels=labels, seed=seed,
-        samples_per_shard=samples_per_shard,
-    )  # fmt: skip
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
-    check_place(folder, source)
-    raw = open_source(source, labels=options.labels)
-    if strict and raw.skipped:
-        raise ValueError(f"{raw.skipped[0].name}: {raw.skipped[0].reason}")
-    fingerprint = raw.fingerprint()
-    if (done := complete(folder, options.model_dump(), fingerprint, strict=strict)) is not None:
-        return done
-    with only_one(folder, say=progress):
-        if (done := complete(folder, options.model_dump(), fingerprint, strict=strict)) is not None:
-            return done
-        try:
-            return _prepare(raw, source, folder, options, workers or cores(), strict, progress)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise OSError(error.errno, f"no space left for {folder}: free some, the same call continues") from error
-            raise
+    common = {
+        "size": size, "crop": crop, "labels": labels, "encoding": encoding, "seed": seed,
+        "samples_per_shard": samples_per_shard,
+    }  # fmt: skip
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers must be at least 0, got {workers}")
+    if not is_url(source) and folder.resolve().is_relative_to(Path(source).resolve()):
+        raise ValueError(f"{folder} lies in the raw data {source}: name a folder outside of it")
+    rank = Rank.from_environment()
+    if vae is None:
+        encoder = image_encoder(**common, format=format or default_format(size), quality=quality)
+    else:
+        from shortcutflow.data.latents import latent_encoder
+
+        encoder = latent_encoder(
+            vae, rank.device(device), **common, mirror=mirror, batch_size=batch_size,
+            samples_per_member=samples_per_member,
+        )  # fmt: skip
+    raw = open_source(source, labels=encoder.options.labels, encoding=encoding, cache=cache)
+    if strict:
+        _refuse(raw.skipped)
+    if workers is None:
+        workers = max(1, cores_per_process() - (vae is not None))
+    job = _Job(raw, str(source), folder, encoder, rank, workers, strict, progress and rank.number == 0)
+    try:
+        return job.run()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(error.errno, f"no space left for {folder}: free some, the same call continues") from error
+        raise
 
 
-def checked_options(**options: Any) -> PrepareOptions:
+def default_format(size: int) -> ImageFormat:
+    """How images of this size are stored unless a format is given."""
+    return "png" if size <= LOSSLESS_UP_TO else "jpg"
+
+
+def image_encoder(**options: Any) -> Encoder:
+    """Images as files of one format, which the worker processes encode.
+
+    Raises:
+        ValueError: for the first option that is wrong.
+    """
+    chosen = checked(ImageOptions, **options)
+    stored = chosen.format + ("" if chosen.format == "png" else f" of quality {chosen.quality}")
+    words = f"{CROPS[chosen.crop]}; {chosen.size}x{chosen.size} RGB, {stored}"
+    manifest = {"shape": (3, chosen.size, chosen.size), "format": chosen.format, "preprocessing": words}
+
+    def samples(batches: Iterable[Squares]) -> Iterator[EncodedSample]:
+        for batch in batches:
+            for (number, item), content in zip(batch.items, batch.contents, strict=True):
+                stem = re.sub(r"[^A-Za-z0-9_-]", "_", item.name.rpartition("/")[2].rpartition(".")[0])[:48]
+                yield EncodedSample(f"{number:08d}-{stem}", content, chosen.format, item.label, name=item.name)
+
+    return Encoder(chosen, ("shortcutflow", "pillow"), manifest, samples)
+
+
+def checked(kind: type[PrepareOptions], **options: Any) -> Any:
     """Options, or one sentence about the first that is wrong.
 
     Raises:
         ValueError: naming option, value and what is allowed.
     """
     try:
-        return PrepareOptions(**options)
+        return kind(**options)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         raise ValueError(f"{name} {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
 
 
-def default_format(size: int) -> Literal["png", "jpg"]:
-    """How pictures of a size are stored unless told otherwise."""
-    return "png" if size <= LOSSLESS_UP_TO else "jpg"
+class Preparation(BaseModel):
+    """``preparation.json``: what is being made in a folder, written before the first shard.
+
+    Attributes:
+        options: that decide about the content of the shards.
+        source: fingerprint of the raw data.
+        path: where that was; empty in records of older versions.
+        versions: of the packages that encode; others may give other bytes for the same image.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    options: dict[str, JsonValue]
+    source: str
+    path: str = ""
+    versions: dict[str, str]
+
+    @classmethod
+    def read(cls, folder: Path) -> Preparation | None:
+        """The one of a folder, or None.
+
+        Raises:
+            ValueError: if it does not parse.
+        """
+        path = folder / PREPARATION
+        if not path.is_file():
+            return None
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise ValueError(
+                f"{path} is damaged, or not of this library: remove that file, or name another folder"
+            ) from error
 
 
-def _prepare(
-    source: RawSource, path: Path, folder: Path, options: PrepareOptions, workers: int, strict: bool, progress: bool
-) -> Manifest:
-    if progress:
-        source.print_notes()
-    fingerprint = source.fingerprint()
-    versions = versions_of("shortcutflow", "pillow")
-    begin(
-        folder,
-        Preparation(options=options.model_dump(), source=fingerprint, path=str(path.resolve()), versions=versions),
-    )
-    shards = _write_missing(source, folder, options, workers, strict, progress)
-    skipped = skipped_of(source.skipped, shards)
-    names = source.class_names if options.labels else ()
-    manifest = Manifest(
-        shape=(3, options.size, options.size), format=options.format,
-        num_classes=len(names) or None, class_names=names,
-        preprocessing=in_words(options),
-        settings=options.model_dump() | {"source": fingerprint, "skipped": len(skipped)} | versions,
-        shards=entries_of(path, shards, skipped),
-    )  # fmt: skip
-    return finish(folder, manifest, skipped)
+class _Job:
+    """One call of :func:`prepare`."""
+
+    def __init__(
+        self, source: RawSource, path: str, folder: Path, encoder: Encoder, rank: Rank, workers: int, strict: bool,
+        progress: bool,
+    ) -> None:  # fmt: skip
+        self.source, self.path, self.folder, self.encoder = source, path, folder, encoder
+        self.rank, self.workers, self.strict, self.progress = rank, workers, strict, progress
+        options = encoder.options
+        self.options, self.fingerprint = options.model_dump(), source.fingerprint()
+        self.versions = {package: _version(package) for package in encoder.packages}
+        order = shuffled_order(source, options.seed)
+        self.plan = [order[i : i + options.samples_per_shard] for i in range(0, len(order), options.samples_per_shard)]
+        """The items of each shard; the last may have fewer."""
+
+    def run(self) -> Manifest:
+        """Write what is missing."""
+        if (done := self._complete()) is not None:
+            return done
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with locked(self.folder / LOCK):
+            if (done := self._complete()) is not None:
+                return done
+            self._begin()
+        if self.progress:
+            self.source.print_notes()
+        self._write_missing()
+        with locked(self.folder / LOCK):
+            return self._complete() or self._finish()
+
+    def _complete(self) -> Manifest | None:
+        """The manifest if the folder is complete; None if there is more to do.
+
+        Raises:
+            ValueError: if it was begun for another source, with other options or by something else.
+        """
+        found = Preparation.read(self.folder)
+        if found is None:
+            inside = self.folder.iterdir() if self.folder.is_dir() else ()
+            if others := sorted(path.name for path in inside if not path.name.startswith(".")):
+                names = ", ".join(others[:3])
+                raise ValueError(f"{self.folder} already holds other files ({names}); name an empty folder")
+            return None
+        self._require_same("options", found.options, self.options)
+        if found.source != self.fingerprint:
+            of = f" ({found.path})" if found.path else ""
+            raise ValueError(
+                f"{self.folder} was begun from another source{of}, or files of the source were added, removed or "
+                "changed since: remove the folder, or name another"
+            )
+        try:
+            shards = ShardFolder(self.folder, cache=self.folder)
+        except (FileNotFoundError, ValueError):
+            return None  # not finished, or a shard was lost since, which is made again
+        if shards.wrong_sizes():
+            return None
+        if self.strict and (skipped := shards.manifest.settings.get("skipped")):
+            raise ValueError(f"{self.folder} was made without {skipped} items, which {self.folder / SKIPPED} lists")
+        return shards.manifest
+
+    def _require_same(self, what: str, before: Mapping[str, object], now: Mapping[str, object]) -> None:
+        names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+        if names:
+            differing = ", ".join(f"{name} {before.get(name)!r} (now {now.get(name)!r})" for name in names)
+            raise ValueError(
+                f"{self.folder} was begun with other {what}: {differing}. Use the same again, remove the folder, or "
+                "name another"
+            )
+
+    def _begin(self) -> None:
+        """Record what is made, or see that the same was begun; remove what dead processes left half written."""
+        if (found := Preparation.read(self.folder)) is not None:
+            self._require_same("versions", found.versions, self.versions)
+        remove_leftovers(self.folder)
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+        if found is None:
+            path = self.path if is_url(self.path) else str(Path(self.path).resolve())
+            made = Preparation(options=self.options, source=self.fingerprint, path=path, versions=self.versions)
+            write_whole(self.folder / PREPARATION, made.model_dump_json(indent=2) + "\n")
+
+    def _finish(self) -> Manifest:
+        """Write the list of skipped items and, last, the manifest, which makes the folder complete."""
+        shards = [shard for number in range(len(self.plan)) if (shard := self._finished(number)) is not None]
+        skipped = [*self.source.skipped, *(item for shard in shards for item in shard.skipped)]
+        entries = tuple(shard.entry for shard in shards if shard.entry is not None)
+        if not entries:
+            first = f": {skipped[0].name}: {skipped[0].reason}" if skipped else ""
+            raise ValueError(f"none of the {len(skipped)} items of {self.path} could be used; the first{first}")
+        names = self.source.class_names
+        manifest = Manifest(
+            **self.encoder.manifest, num_classes=len(names) or None, class_names=names, shards=entries,
+            settings=self.options | {"source": self.fingerprint, "skipped": len(skipped)} | self.versions,
+        )  # fmt: skip
+        (self.folder / SKIPPED).unlink(missing_ok=True)
+        if skipped:
+            lines = ("\t".join(" ".join(text.split()) for text in item) + "\n" for item in skipped)
+            write_whole(self.folder / SKIPPED, "".join(lines))
+        remove_leftovers(self.folder, of_all=True)
+        manifest.write(self.folder)
+        return manifest
+
+    def _finished(self, number: int) -> WrittenShard | None:
+        """A shard that is complete; None if there is none, or a damaged one."""
+        try:
+            shard = written_shard(self.folder / shard_name(number))
+        except ValueError:
+            return None
+        if self.strict and shard is not None:
+            _refuse(shard.skipped)  # a call without ``strict`` has passed over these
+        return shard
+
+    def _write_missing(self) -> None:
+        """Write all shards that are missing, except those that other processes finish meanwhile."""
+        count = len(self.plan)
+        begin = count * self.rank.number // self.rank.world_size  # each process elsewhere
+        missing = [*range(begin, count), *range(begin)]
+        # On a terminal the bar moves; in a log file a line now and then is enough.
+        interval = 0.2 if sys.stderr.isatty() else 30.0
+        with (
+            tqdm(
+                total=len(self.source.items), desc="shards", unit="image", disable=not self.progress,
+                mininterval=interval, maxinterval=interval,
+            ) as bar,
+            (self.folder / SHARDS_LOCK).open("ab") as lock,
+        ):  # fmt: skip
+            while missing:
+                self._write_free(missing, lock.fileno(), bar)
+                if (missing := [number for number in missing if self._finished(number) is None]) and self.progress:
+                    print(f"another process is writing {shard_name(missing[0])}; waiting for it", file=sys.stderr)
+                for number in missing:  # each is written then, or its process has died and it is missing still
+                    fcntl.lockf(lock, fcntl.LOCK_EX, 1, number)
+                    fcntl.lockf(lock, fcntl.LOCK_UN, 1, number)
+
+    def _write_free(self, missing: Sequence[int], lock: int, bar: tqdm) -> None:
+        """Write those of the missing shards that no other process is writing."""
+
+        def samples(batches: Iterable[Squares]) -> Iterator[EncodedSample | EncodedBatch | Skipped]:
+            skipped = list[Skipped]()
+
+            def usable() -> Iterator[Squares]:
+                for batch in batches:
+                    if batch.error is not None:
+                        raise batch.error
+                    if self.strict:
+                        _refuse(batch.skipped)
+                    skipped.extend(batch.skipped)
+                    yield batch
+                    bar.update(len(batch.items) + len(batch.skipped))
+
+            yield from self.encoder.samples(usable())
+            yield from skipped
+
+        loader = DataLoader(
+            _Reading(self.source.reader, self.encoder.options),
+            sampler=self._claimed(missing, lock, bar),
+            batch_size=None,
+            collate_fn=_unchanged,  # each is a batch already
+            num_workers=self.workers,
+            prefetch_factor=4 if self.workers else None,
+            worker_init_fn=_begin_worker,
+            generator=torch.Generator(),  # not used; without one the loader would draw from the global generator
+        )
+        try:
+            for number, batches in groupby(loader, key=lambda batch: batch.shard):
+                write_shard(self.folder / shard_name(number), samples(batches))
+                fcntl.lockf(lock, fcntl.LOCK_UN, 1, number)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise WorkerDiedError(
+                "a worker process died, perhaps for want of memory: the same command continues, with fewer --workers "
+                "it needs less"
+            ) from error
+
+    def _claimed(self, missing: Sequence[int], lock: int, bar: tqdm) -> Iterator[_Part]:
+        """The parts of each shard that is missing, which other processes leave alone from then on."""
+        for number in missing:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+            except (BlockingIOError, PermissionError):  # the two ways of systems to say that it is held
+                continue
+            order, size = self.plan[number], self.encoder.read_at_once
+            if self._finished(number) is not None:
+                fcntl.lockf(lock, fcntl.LOCK_UN, 1, number)
+                bar.update(len(order))
+                continue
+            for i in range(0, len(order), size):
+                yield _Part(number, [(n, self.source.items[n]) for n in order[i : i + size]])
 
 
-def _write_missing(
-    source: RawSource, folder: Path, options: PrepareOptions, workers: int, strict: bool, progress: bool
-) -> list[WrittenShard]:
-    """All shards in order: those that are there, and those written now."""
-    plan = cut(shuffled_order(source, options.seed), options.samples_per_shard)
-    shards = {number: shard for number in range(len(plan)) if (shard := finished_shard(folder, number)) is not None}
-    if strict:
-        _refuse_skipped(shards.values())
-    missing = [number for number in range(len(plan)) if number not in shards]
-    tasks = [
-        ShardTask(folder / shard_name(number), [Numbered(i, source.items[i]) for i in plan[number]], len(plan[number]))
-        for number in missing
-    ]
-    done = sum(len(plan[number]) for number in shards)
-    encode = EncodePictures(source.reader, options, strict)
-    written = write_tasks(tasks, encode, workers=workers, done=done, progress=progress)
-    shards |= dict(zip(missing, written, strict=True))
-    return [shards[number] for number in range(len(plan))]
+class _Part(NamedTuple):
+    """Some of a shard's items, with their numbers in the source."""
+
+    shard: int
+    items: list[tuple[int, RawItem]]
 
 
-def _refuse_skipped(shards: Iterable[WrittenShard]) -> None:
-    """A call without ``strict`` may have passed over items before."""
-    for shard in shards:
-        for name, reason in shard.skipped:
-            raise ValueError(f"{name}: {reason}")
+class _Reading(Dataset[Squares]):
+    """Reads and crops images; each worker process has its own handles of the source."""
+
+    def __init__(self, reader: Reader, options: PrepareOptions) -> None:
+        self._reader, self._options = reader, options
+
+    def __getitem__(self, part: _Part) -> Squares:
+        options, read = self._options, Squares(part.shard, [], [], [])
+        for number, item in part.items:
+            try:
+                image = to_square(read_image(self._reader.read(item)), options.size, options.crop)
+                if isinstance(options, ImageOptions):
+                    content: Any = encode_image(image, options.format, options.quality)
+                else:
+                    content = np.ascontiguousarray(np.moveaxis(np.asarray(image), -1, 0))
+            except ImageError as error:
+                read.skipped.append(Skipped(item.name, str(error)))
+            except OSError as error:
+                return read._replace(error=error)
+            else:
+                read.items.append((number, item))
+                read.contents.append(content)
+        return read
 
 
-def in_words(options: PrepareOptions) -> str:
-    """The preprocessing, for a reader of the manifest."""
-    stored = options.format + ("" if options.format == "png" else f" of quality {options.quality}")
-    return f"{CROPS_IN_WORDS[options.crop]}; {options.size}x{options.size} RGB, {stored}"
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _begin_worker(_number: int) -> None:
+    """Leave Ctrl-C to the main process, which ends the workers; end at once when it is gone, however it ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end_with_parent() -> None:
+        parent = parent_process()
+        assert parent is not None
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _refuse(skipped: Iterable[Skipped]) -> None:
+    """Under ``strict``: raise ValueError for the first of them."""
+    for name, reason in skipped:
+        raise ValueError(f"{name}: {reason}")
+
+
+def shuffled_order(source: RawSource, seed: int) -> list[int]:
+    """All items of a source, shuffled.
+
+    Where items are cheap to read only block by block (row groups of parquet files), blocks are shuffled, and then the
+    items among as many blocks as a reader keeps in memory.
+    """
+    rng = random.Random(seed)
+    blocks = list(source.blocks)
+    rng.shuffle(blocks)
+    order, pool, held = list[int](), [] if blocks else list(range(len(source.items))), 0
+    for block in blocks:
+        if pool and held + block.bytes > CACHE:
+            rng.shuffle(pool)
+            order += pool
+            pool, held = [], 0
+        pool += range(block.start, block.stop)
+        held += block.bytes
+    rng.shuffle(pool)
+    return order + pool
 
 
 def summary(manifest: Manifest, folder: Path) -> str:
-    """What a preparation gave, and the next command, for people."""
+    """What a preparation made, and the next command."""
     skipped = manifest.settings.get("skipped", 0)
     classes = f"{manifest.num_classes} classes" if manifest.num_classes is not None else "no labels"
     size = sum(shard.bytes for shard in manifest.shards) / 1e6

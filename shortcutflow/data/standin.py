@@ -12,6 +12,7 @@ from shortcutflow.data.digits import DigitsData
 from shortcutflow.data.imagefolder import ImageFolderData
 from shortcutflow.data.manifest import MANIFEST, LatentsInfo, Manifest
 from shortcutflow.data.pusht import PushTData
+from shortcutflow.data.remote import is_url
 from shortcutflow.data.shards import EncodedBatch, Sample, shard_name, write_shard, write_shards
 from shortcutflow.data.source import DataSettings, ShardsData
 from shortcutflow.data.webdataset import WebdatasetData
@@ -64,7 +65,8 @@ def stand_in_for(data: AnyData, *, labelled: bool) -> StandIn | None:
 
 def _has_pictures(data: ImageFolderData) -> bool:
     # A path may lead into an archive.
-    raw = data.path.exists() or any(place.is_file() for place in data.path.parents)
+    path = Path(data.path)
+    raw = is_url(data.path) or path.exists() or any(place.is_file() for place in path.parents)
     return raw or (data.shards / MANIFEST).is_file()
 
 

@@ -111,4 +111,4 @@ def contents(source: RawSource) -> list[tuple[bytes, int | None]]:
 
 def files_of(folder: Path) -> dict[str, bytes]:
     """What a prepared folder holds, half-written files too."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".lock")}

@@ -20,8 +20,7 @@ from PIL import Image
 
 from shortcutflow.cli import main
 from shortcutflow.data.autoencoder import Autoencoder, load_autoencoder
-from shortcutflow.data.latent_encoder import encode_pictures
-from shortcutflow.data.latents import prepare_latents
+from shortcutflow.data.latents import encode_images
 from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.prepare import prepare
 from shortcutflow.data.reader import ShardReader
@@ -83,7 +82,7 @@ def prepared(pictures: Path, vae: Path, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("prepared") / "latents"
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    prepare_latents(pictures, folder, vae=vae, **OPTIONS)
+    prepare(pictures, folder, vae=vae, **OPTIONS)
     torch.set_num_threads(before)
     return folder
 
@@ -117,7 +116,7 @@ def _run(source: Path, folder: Path, vae: Path, killed_at: int, environment: dic
 
     Autoencoder.encode = encode_until_killed  # type: ignore[method-assign]
     os.environ.update(environment)
-    prepare_latents(source, folder, vae=vae, **OPTIONS)
+    prepare(source, folder, vae=vae, **OPTIONS)
 
 
 def exit_codes(processes: list[BaseProcess]) -> list[int | None]:
@@ -177,7 +176,7 @@ def test_training_reads_them(prepared: Path) -> None:
 
 
 def test_without_mirror_images(pictures: Path, vae: Path, tmp_path: Path, prepared: Path) -> None:
-    manifest = prepare_latents(pictures, tmp_path / "out", vae=vae, mirror=False, **OPTIONS)
+    manifest = prepare(pictures, tmp_path / "out", vae=vae, mirror=False, **OPTIONS)
     assert manifest.latents is not None
     assert not manifest.latents.mirrored
     reader, both = (reader_of(folder) for folder in (tmp_path / "out", prepared))
@@ -188,7 +187,7 @@ def test_without_mirror_images(pictures: Path, vae: Path, tmp_path: Path, prepar
 
 def test_a_complete_folder_is_left_alone(prepared: Path, pictures: Path, vae: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in prepared.iterdir()}
-    assert prepare_latents(pictures, prepared, vae=vae, **OPTIONS) == Manifest.read(prepared)
+    assert prepare(pictures, prepared, vae=vae, **OPTIONS) == Manifest.read(prepared)
     for path, written in before.items():
         assert path.name.startswith(".lock") or path.stat().st_mtime_ns == written
 
@@ -204,7 +203,7 @@ def test_killed_and_started_again(prepared: Path, pictures: Path, vae: Path, tmp
         assert len(whole) == (killed_at - 1) // 6
         assert not (folder / "manifest.json").exists()
         assert contents(folder) != contents(prepared)
-        prepare_latents(pictures, folder, vae=vae, **OPTIONS)
+        prepare(pictures, folder, vae=vae, **OPTIONS)
         assert contents(folder) == contents(prepared)
         assert all((folder / name).stat().st_mtime_ns == written for name, written in whole.items())
 
@@ -222,36 +221,13 @@ def test_several_processes_share_the_work(prepared: Path, pictures: Path, vae: P
         assert contents(folder) == contents(prepared)
 
 
-def test_a_killed_rank_s_share_is_made_by_the_next_call(
-    prepared: Path, pictures: Path, vae: Path, tmp_path: Path
-) -> None:
-    """Rank 1 is killed in its only shard and leaves an unfinished one; one process then does what is missing."""
+def test_a_killed_rank_s_share_is_made_by_the_others(prepared: Path, pictures: Path, vae: Path, tmp_path: Path) -> None:
+    """Rank 1 is killed in a shard and leaves it unfinished, rank 2 never comes: rank 0 makes all that is missing."""
     folder = tmp_path / "out"
-    lead = start(pictures, folder, vae, RANK="0", WORLD_SIZE="2")
-    assert exit_codes([start(pictures, folder, vae, killed_at=3, RANK="1", WORLD_SIZE="2")]) == [-signal.SIGKILL]
-    lead.kill()  # it waits for rank 1; torchrun ends it
-    assert exit_codes([lead]) == [-signal.SIGKILL]
+    assert exit_codes([start(pictures, folder, vae, killed_at=3, RANK="1", WORLD_SIZE="3")]) == [-signal.SIGKILL]
     assert list(folder.glob(".shard-*.unfinished-*"))
-    prepare_latents(pictures, folder, vae=vae, **OPTIONS)
+    assert exit_codes([start(pictures, folder, vae, RANK="0", WORLD_SIZE="3")]) == [0]
     assert contents(folder) == contents(prepared)
-
-
-def test_a_rank_that_is_missing_is_named(
-    pictures: Path, vae: Path, tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr("shortcutflow.data.ranks.PATIENCE", 0.5)
-    with pytest.raises(TimeoutError, match=r"2 of 3 shards, of rank 1, 2, are not there"):
-        prepare_latents(pictures, tmp_path / "out", vae=vae, **OPTIONS)
-    assert not (tmp_path / "out" / "manifest.json").exists()
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(TimeoutError, match=r"the manifest, of rank 0, is not there"):
-        prepare_latents(pictures, tmp_path / "out", vae=vae, **OPTIONS)
-    for name in ("WORLD_SIZE", "RANK"):
-        monkeypatch.delenv(name)
-    prepare_latents(pictures, tmp_path / "out", vae=vae, **OPTIONS)
-    assert contents(tmp_path / "out") == contents(prepared)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +268,7 @@ def test_each_local_rank_has_its_device(monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_other_options_are_not_mixed(prepared: Path, pictures: Path, vae: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
-        prepare_latents(pictures, prepared, vae=vae, **OPTIONS | changes)
+        prepare(pictures, prepared, vae=vae, **OPTIONS | changes)
 
 
 def test_another_source_is_not_mixed(prepared: Path, pictures: Path, vae: Path, tmp_path: Path) -> None:
@@ -301,9 +277,9 @@ def test_another_source_is_not_mixed(prepared: Path, pictures: Path, vae: Path, 
     source = shutil.copytree(pictures, tmp_path / "more")
     shutil.copy(next(source.rglob("*.png")), source / "class0" / "again.png")
     with pytest.raises(ValueError, match="begun from another source"):
-        prepare_latents(source, prepared, vae=vae, **OPTIONS)
+        prepare(source, prepared, vae=vae, **OPTIONS)
     with pytest.raises(FileNotFoundError, match="gone"):
-        prepare_latents(tmp_path / "gone", prepared, vae=vae, **OPTIONS)
+        prepare(tmp_path / "gone", prepared, vae=vae, **OPTIONS)
     assert contents(prepared) == before
 
 
@@ -311,18 +287,18 @@ def test_other_weights_are_not_mixed(prepared: Path, pictures: Path, tmp_path: P
     """Not even under the same name."""
     tiny_network(seed=1).save_pretrained(tmp_path / "tiny-vae")
     with pytest.raises(ValueError, match="vae_sha256"):
-        prepare_latents(pictures, prepared, vae=tmp_path / "tiny-vae", **OPTIONS)
+        prepare(pictures, prepared, vae=tmp_path / "tiny-vae", **OPTIONS)
 
 
 def test_unreadable_pictures(pictures: Path, vae: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(pictures, source)
     (source / "class0" / "03.png").write_bytes(b"no picture")
-    manifest = prepare_latents(source, tmp_path / "out", vae=vae, **OPTIONS)
+    manifest = prepare(source, tmp_path / "out", vae=vae, **OPTIONS)
     assert manifest.samples == COUNT - 1
     assert "class0/03.png" in (tmp_path / "out" / "skipped.txt").read_text()
     with pytest.raises(ValueError, match=r"class0/03\.png"):
-        prepare_latents(source, tmp_path / "strict", vae=vae, strict=True, **OPTIONS)
+        prepare(source, tmp_path / "strict", vae=vae, strict=True, **OPTIONS)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -333,26 +309,26 @@ def test_a_source_that_goes_away(
     source = tmp_path / "source"
     shutil.copytree(pictures, source)
 
-    def listed_and_gone(path: Path, *, labels: bool | str) -> RawSource:
-        found = open_source(path, labels=labels)
+    def listed_and_gone(path: Path, **options: Any) -> RawSource:
+        found = open_source(path, **options)
         (source / "class0" / "03.png").unlink()
         return found
 
-    monkeypatch.setattr("shortcutflow.data.latents.open_source", listed_and_gone)
+    monkeypatch.setattr("shortcutflow.data.prepare.open_source", listed_and_gone)
     with pytest.raises(FileNotFoundError, match=r"class0/03\.png") as caught:
-        prepare_latents(source, tmp_path / "out", vae=vae, **OPTIONS | {"workers": workers})
+        prepare(source, tmp_path / "out", vae=vae, **OPTIONS | {"workers": workers})
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_moments_outside_float16_are_never_infinite() -> None:
     network = tiny_network()
-    pixels = torch.from_numpy(np.stack([picture(0), picture(1)]))
+    pixels = np.stack([picture(0), picture(1)])
 
     def encoded(bias: float) -> np.ndarray:
         with torch.no_grad():
             network.quant_conv.bias[0] = bias
-        return encode_pictures(Autoencoder(network, "large"), pixels, ["first", "second"], mirror=True)
+        return encode_images(Autoencoder(network, "large"), pixels, ["first", "second"], mirror=True)
 
     assert np.isfinite(encoded(65000.0)).all()
     for bias in (66000.0, float("nan")):
@@ -362,19 +338,19 @@ def test_moments_outside_float16_are_never_infinite() -> None:
 
 def test_size_must_fit_the_autoencoder(pictures: Path, vae: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="sizes that 2 divides, got 9"):
-        prepare_latents(pictures, tmp_path / "out", vae=vae, **OPTIONS | {"size": 9})
+        prepare(pictures, tmp_path / "out", vae=vae, **OPTIONS | {"size": 9})
     assert not (tmp_path / "out").exists()
 
 
 def test_pictures_decoded_by_worker_processes(prepared: Path, pictures: Path, vae: Path, tmp_path: Path) -> None:
-    prepare_latents(pictures, tmp_path / "out", vae=vae, **OPTIONS | {"workers": 2})
+    prepare(pictures, tmp_path / "out", vae=vae, **OPTIONS | {"workers": 2})
     assert contents(tmp_path / "out") == contents(prepared)
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--latents", "--format", "png"], "--format and --quality are for pictures"),
+        (["--latents", "--format", "png"], "--format and --quality are for images"),
         (["--vae", "folder"], "go with --latents"),
         (["--no-mirror"], "go with --latents"),
     ],
@@ -392,7 +368,7 @@ def test_options_that_do_not_go_together(
 def test_from_image_shards(prepared: Path, pictures: Path, vae: Path, tmp_path: Path) -> None:
     """Pictures that were prepared as lossless shards give the moments of the raw ones, with their labels."""
     prepare(pictures, tmp_path / "images", size=8, crop="none", workers=1, progress=False)
-    prepare_latents(tmp_path / "images", tmp_path / "out", vae=vae, **OPTIONS | {"samples_per_shard": COUNT})
+    prepare(tmp_path / "images", tmp_path / "out", vae=vae, **OPTIONS | {"samples_per_shard": COUNT})
 
     def by_number(folder: Path) -> dict[int, Sample]:
         reader = reader_of(folder)
@@ -410,7 +386,7 @@ def test_from_image_shards(prepared: Path, pictures: Path, vae: Path, tmp_path: 
 
 
 def test_without_labels(pictures: Path, vae: Path, tmp_path: Path) -> None:
-    manifest = prepare_latents(pictures, tmp_path / "out", vae=vae, labels=False, **OPTIONS)
+    manifest = prepare(pictures, tmp_path / "out", vae=vae, labels=False, **OPTIONS)
     assert manifest.num_classes is None
     assert reader_of(tmp_path / "out").read(0, 0).y is None
 

@@ -20,8 +20,7 @@ from shortcutflow.data.imagefolder import ImageFolderData
 from shortcutflow.data.images import encode_image, read_image, to_square
 from shortcutflow.data.index import read_index
 from shortcutflow.data.manifest import Manifest
-from shortcutflow.data.preparation import cut, shuffled_order
-from shortcutflow.data.prepare import prepare
+from shortcutflow.data.prepare import prepare, shuffled_order
 from shortcutflow.data.reader import ShardReader
 from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.sources import open_source
@@ -50,7 +49,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_samples_are_the_pictures(raw: Path, tmp_path: Path) -> None:
-    manifest = prepare(raw, tmp_path, size=16, samples_per_shard=6, workers=1, progress=False)
+    manifest = prepare(raw, tmp_path, size=16, samples_per_shard=6, workers=0, progress=False)
     assert (manifest.shape, manifest.num_classes, manifest.class_names) == ((3, 16, 16), 3, CLASSES)
     assert [shard.samples for shard in manifest.shards] == [6, 6, 6, 2]
     assert Manifest.read(tmp_path) == manifest
@@ -64,14 +63,14 @@ def test_samples_are_the_pictures(raw: Path, tmp_path: Path) -> None:
 
 
 def test_number_of_workers_changes_nothing(raw: Path, tmp_path: Path) -> None:
-    for workers in (1, 2):
+    for workers in (0, 1, 2):
         prepare(raw, tmp_path / str(workers), size=16, samples_per_shard=6, workers=workers, progress=False)
-    assert files_of(tmp_path / "1") == files_of(tmp_path / "2")
+    assert files_of(tmp_path / "0") == files_of(tmp_path / "1") == files_of(tmp_path / "2")
 
 
 def test_options_change_what_they_say(raw: Path, tmp_path: Path) -> None:
     def made(name: str, **options: object) -> dict[str, tuple[np.ndarray, int | None]]:
-        settings = {"size": 16, "workers": 1, "progress": False} | options
+        settings = {"size": 16, "workers": 0, "progress": False} | options
         prepare(raw, tmp_path / name, **settings)  # type: ignore[arg-type]
         return {key: (pixels, label) for key, pixels, label in read_all(tmp_path / name)}
 
@@ -93,7 +92,7 @@ def test_options_change_what_they_say(raw: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("size", "format"), [(64, "png"), (65, "jpg")])
 def test_default_format(raw: Path, tmp_path: Path, size: int, format: str) -> None:
-    assert prepare(raw, tmp_path, size=size, workers=1, progress=False).format == format
+    assert prepare(raw, tmp_path, size=size, workers=0, progress=False).format == format
 
 
 BAD = {"ant/bad.jpg": picture(1)[:300], "bee/no.png": b"no picture", "bee/notes.txt": b"notes"}
@@ -105,7 +104,7 @@ def raw_with_bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_skipped_items_are_listed(raw_with_bad: Path, tmp_path: Path) -> None:
-    manifest = prepare(raw_with_bad, tmp_path, size=8, samples_per_shard=3, workers=1, progress=False)
+    manifest = prepare(raw_with_bad, tmp_path, size=8, samples_per_shard=3, workers=0, progress=False)
     assert manifest.samples == 9
     assert manifest.settings["skipped"] == 3
     lines = dict(line.split("\t") for line in (tmp_path / "skipped.txt").read_text().splitlines())
@@ -116,11 +115,11 @@ def test_skipped_items_are_listed(raw_with_bad: Path, tmp_path: Path) -> None:
     # Kept shards remember what they skipped.
     (tmp_path / "manifest.json").unlink()
     before = files_of(tmp_path)
-    assert prepare(raw_with_bad, tmp_path, size=8, samples_per_shard=3, workers=1, progress=False) == manifest
+    assert prepare(raw_with_bad, tmp_path, size=8, samples_per_shard=3, workers=0, progress=False) == manifest
     assert files_of(tmp_path).items() > before.items()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_strict_stops_at_the_first(tmp_path: Path, workers: int) -> None:
     source = write_files(tmp_path / "raw", pictures(9) | {"ant/bad.jpg": picture(1)[:300]})
     options = {"size": 8, "samples_per_shard": 3, "workers": workers, "progress": False}
@@ -136,46 +135,46 @@ def test_strict_stops_at_the_first(tmp_path: Path, workers: int) -> None:
 
 def test_strict_takes_other_files_seriously(raw_with_bad: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"bee/notes\.txt: not an image"):
-        prepare(raw_with_bad, tmp_path, size=8, workers=1, strict=True, progress=False)
+        prepare(raw_with_bad, tmp_path, size=8, workers=0, strict=True, progress=False)
 
 
 def test_nothing_usable(tmp_path: Path) -> None:
     source = write_files(tmp_path / "raw", {"a.jpg": b"no", "b.jpg": b"no"})
     with pytest.raises(ValueError, match="none of the 2 items"):
-        prepare(source, tmp_path / "out", size=8, workers=1, progress=False)
+        prepare(source, tmp_path / "out", size=8, workers=0, progress=False)
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_other_options_or_another_source_are_refused(raw: Path, tmp_path: Path) -> None:
-    prepare(raw, tmp_path / "out", size=8, workers=1, progress=False)
+    prepare(raw, tmp_path / "out", size=8, workers=0, progress=False)
     before = files_of(tmp_path / "out")
     for unfinished in (False, True):
         if unfinished:
             (tmp_path / "out" / "manifest.json").unlink()
             with pytest.raises(ValueError, match="another source"):
-                prepare(write_files(tmp_path / "b", pictures(5)), tmp_path / "out", size=8, workers=1, progress=False)
+                prepare(write_files(tmp_path / "b", pictures(5)), tmp_path / "out", size=8, workers=0, progress=False)
         with pytest.raises(ValueError, match=r"crop 'released' \(now 'adm'\), seed 0 \(now 3\)"):
-            prepare(raw, tmp_path / "out", size=8, crop="adm", seed=3, workers=1, progress=False)
-    prepare(raw, tmp_path / "out", size=8, workers=1, progress=False)
+            prepare(raw, tmp_path / "out", size=8, crop="adm", seed=3, workers=0, progress=False)
+    prepare(raw, tmp_path / "out", size=8, workers=0, progress=False)
     assert files_of(tmp_path / "out") == before
 
 
 def test_other_versions_do_not_continue_but_a_complete_folder_stays(raw: Path, tmp_path: Path) -> None:
-    manifest = prepare(raw, tmp_path, size=8, workers=1, progress=False)
+    manifest = prepare(raw, tmp_path, size=8, workers=0, progress=False)
     record = json.loads((tmp_path / "preparation.json").read_text())
     record["versions"]["pillow"] = "1.0"
     (tmp_path / "preparation.json").write_text(json.dumps(record))
-    assert prepare(raw, tmp_path, size=8, workers=1, progress=False) == manifest
+    assert prepare(raw, tmp_path, size=8, workers=0, progress=False) == manifest
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"pillow '1\.0'"):
-        prepare(raw, tmp_path, size=8, workers=1, progress=False)
+        prepare(raw, tmp_path, size=8, workers=0, progress=False)
 
 
 def test_a_complete_folder_is_that_of_its_source(raw: Path, tmp_path: Path) -> None:
     """Another source, more files, a source that is not there and ``strict`` are refused, and nothing is changed."""
     source, folder = tmp_path / "cats" / "train", tmp_path / "out"
     shutil.copytree(raw, source)
-    options = {"size": 8, "workers": 1, "progress": False}
+    options = {"size": 8, "workers": 0, "progress": False}
     manifest = prepare(source, folder, **options)  # type: ignore[arg-type]
     assert prepare(source, folder, **options) == manifest  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match="gone"):
@@ -208,16 +207,16 @@ def test_folders_of_one_last_name_are_not_mixed_up(raw: Path, tmp_path: Path, mo
     for name in ("cats", "dogs"):
         shutil.rmtree(tmp_path / name)
     assert cats.prepare() == cats.shards, "finished shards are enough"
-    with pytest.raises(ValueError, match=r"holds the pictures of .*cats/train, data.path is dogs/train"):
+    with pytest.raises(ValueError, match=r"holds the images of .*cats/train, data.path is dogs/train"):
         dogs.prepare()
 
 
 def test_folders_with_other_contents_are_left_alone(raw: Path, tmp_path: Path) -> None:
     write_files(tmp_path, {"thesis.tex": b"dear"})
     with pytest.raises(ValueError, match=r"other files \(thesis\.tex\)"):
-        prepare(raw, tmp_path, size=8, workers=1, progress=False)
+        prepare(raw, tmp_path, size=8, workers=0, progress=False)
     with pytest.raises(ValueError, match="lies in the raw data"):
-        prepare(raw, raw / "shards", size=8, workers=1, progress=False)
+        prepare(raw, raw / "shards", size=8, workers=0, progress=False)
     assert not (raw / "shards").exists()
 
 
@@ -229,7 +228,7 @@ def test_folders_with_other_contents_are_left_alone(raw: Path, tmp_path: Path) -
         ({"size": 8, "format": "gif"}, "format 'gif'.*'png'"),
         ({"size": 8, "quality": 101}, "quality 101"),
         ({"size": 8, "samples_per_shard": 0}, "samples_per_shard 0"),
-        ({"size": 8, "workers": 0}, "workers"),
+        ({"size": 8, "workers": -1}, "workers"),
     ],
     ids=["size", "crop", "format", "quality", "samples", "workers"],
 )  # fmt: skip
@@ -242,7 +241,7 @@ def test_impossible_options(raw: Path, tmp_path: Path, options: dict[str, object
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "no index", "bad index"])
 def test_what_was_lost_is_made_again(raw: Path, tmp_path: Path, damage: str) -> None:
-    prepare(raw, tmp_path, size=16, samples_per_shard=6, workers=1, progress=False)
+    prepare(raw, tmp_path, size=16, samples_per_shard=6, workers=0, progress=False)
     before, shard, index = files_of(tmp_path), tmp_path / "shard-000001.tar", tmp_path / "shard-000001.index"
     if damage == "cut":
         shard.write_bytes(shard.read_bytes()[:1000])
@@ -254,7 +253,7 @@ def test_what_was_lost_is_made_again(raw: Path, tmp_path: Path, damage: str) -> 
         index.write_bytes(b"\0" * 50)
         (tmp_path / "manifest.json").unlink()
     kept = (tmp_path / "shard-000002.tar").stat().st_mtime_ns
-    prepare(raw, tmp_path, size=16, samples_per_shard=6, workers=1, progress=False)
+    prepare(raw, tmp_path, size=16, samples_per_shard=6, workers=0, progress=False)
     assert files_of(tmp_path) == before
     assert (tmp_path / "shard-000002.tar").stat().st_mtime_ns == kept, "whole shards are not made again"
 
@@ -267,7 +266,7 @@ def test_full_disk(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*arguments)  # type: ignore[arg-type]
 
-    options = {"size": 16, "samples_per_shard": 6, "workers": 1, "progress": False}
+    options = {"size": 16, "samples_per_shard": 6, "workers": 0, "progress": False}
     with monkeypatch.context() as patch:
         patch.setattr("shortcutflow.data.prepare.encode_image", full)
         with pytest.raises(OSError, match=r"no space left for .*: free some, the same call continues"):
@@ -283,20 +282,24 @@ def test_row_groups_stay_together() -> None:
     blocks = tuple(Block(i, i + 10, 100 * 2**20) for i in range(0, 100, 10))
     source = RawSource("", FolderReader(Path()), items, blocks=blocks)
     order = shuffled_order(source, 0)
+
+    def cut(order: list[int]) -> list[list[int]]:
+        return [order[i : i + 20] for i in range(0, 100, 20)]
+
     assert sorted(order) == list(range(100))
     # Two blocks fit into what a reader keeps, so every twenty items come from two.
-    assert all(len({i // 10 for i in part}) == 2 for part in cut(order, 20))
+    assert all(len({i // 10 for i in part}) == 2 for part in cut(order))
     assert order != shuffled_order(source, 1)
     assert order == shuffled_order(source, 0)
     free = shuffled_order(RawSource("", FolderReader(Path()), items), 0)
     assert sorted(free) == list(range(100))
-    assert max(len({i // 10 for i in part}) for part in cut(free, 20)) > 5
+    assert max(len({i // 10 for i in part}) for part in cut(free)) > 5
 
 
 def test_command(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def run(*argv: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as stop:
-            main(["prepare", str(raw), str(tmp_path / "out"), "--workers", "1", *argv])
+            main(["prepare", str(raw), str(tmp_path / "out"), "--workers", "0", *argv])
         assert isinstance(stop.value.code, int)
         return (stop.value.code, *capsys.readouterr())
 
@@ -369,6 +372,6 @@ def test_all_of_cifar(tmp_path: Path) -> None:
 def test_zip_and_folder_give_the_same_shards(raw: Path, tmp_path: Path) -> None:
     (tmp_path / "x.zip").write_bytes(zip_of(pictures(20)))
     for name, source in (("a", raw), ("b", tmp_path / "x.zip")):
-        prepare(source, tmp_path / name, size=16, samples_per_shard=6, workers=1, progress=False)
+        prepare(source, tmp_path / name, size=16, samples_per_shard=6, workers=0, progress=False)
     a, b = files_of(tmp_path / "a"), files_of(tmp_path / "b")
     assert {k: v for k, v in a.items() if "shard" in k} == {k: v for k, v in b.items() if "shard" in k}

@@ -8,19 +8,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from shortcutflow.data.preparation import only_one
-from shortcutflow.data.prepare import prepare
-from shortcutflow.data.shard_workers import ShardTask, WorkerDiedError, write_tasks
-from shortcutflow.data.shards import EncodedSample
-from shortcutflow.distributed import cores
+from shortcutflow.data.prepare import WorkerDiedError, prepare
 from tests.data.pictures import CLASSES, files_of, picture, pictures, write_files
 
 PACKAGE_ROOT = str(Path(__file__).parents[2])
+HOLD = """import fcntl, sys, time
+file = open(sys.argv[1], "ab")
+fcntl.lockf(file, fcntl.LOCK_EX, 1, 3)
+print(flush=True)
+time.sleep(100)"""
 
 
 def command(source: Path, folder: Path, workers: int = 2) -> list[str]:
@@ -71,7 +71,7 @@ def large_pictures(root: Path) -> Path:
 
 def kill_and_continue(tmp_path: Path, kills: int, seed: int) -> None:
     source = large_pictures(tmp_path / "raw")
-    prepare(source, tmp_path / "whole", size=32, samples_per_shard=7, workers=1, progress=False)
+    prepare(source, tmp_path / "whole", size=32, samples_per_shard=7, workers=0, progress=False)
     whole, rng = files_of(tmp_path / "whole"), random.Random(seed)
     folder, stopped_midway = tmp_path / "killed", 0
     for _ in range(kills):
@@ -130,35 +130,40 @@ def test_interrupt_says_how_to_continue(tmp_path: Path) -> None:
     assert not list(folder.glob(".*.unfinished-*"))
 
 
-def test_two_at_once_wait_for_each_other(tmp_path: Path) -> None:
-    raw, folder = write_files(tmp_path / "raw", pictures(20)), tmp_path / "out"
-    with only_one(folder):
-        process = started(raw, folder, workers=1)
-        assert process.stderr is not None
-        line = process.stderr.readline()
-        assert "another process is preparing" in line
-        manifest_before = (folder / "manifest.json").exists()
-        assert process.poll() is None
-    out, errors = process.communicate(timeout=60)
-    assert (process.returncode, manifest_before) == (0, False), errors
-    assert "20 samples" in out
+def test_two_at_once_share_the_work(tmp_path: Path) -> None:
+    """Each writes shards that the other has not begun, waits for the rest, and says that the folder is complete."""
+    source, folder = large_pictures(tmp_path / "raw"), tmp_path / "out"
+    prepare(source, tmp_path / "whole", size=32, samples_per_shard=7, workers=0, progress=False)
+    processes = [started(source, folder, workers=0) for _ in range(2)]
+    for process in processes:
+        out, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert "60 samples" in out
+    assert files_of(folder) == files_of(tmp_path / "whole")
 
 
-class Dies:
-    """Ends its process without a word."""
+def test_waits_for_a_shard_that_another_process_writes(tmp_path: Path) -> None:
+    """It goes on once that is written, and writes it itself if that process is killed."""
+    source, folder = large_pictures(tmp_path / "raw"), tmp_path / "out"
+    prepare(source, folder, size=32, samples_per_shard=7, workers=0, progress=False)
+    whole = files_of(folder)
+    for name in ("manifest.json", "shard-000003.tar", "shard-000003.index"):
+        (folder / name).unlink()
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder / ".lock-shards")], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    process = started(source, folder, workers=0)
+    assert process.stderr is not None
+    assert any("another process is writing shard-000003.tar; waiting" in line for line in process.stderr)
+    assert process.poll() is None
+    holder.kill()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert files_of(folder) == whole
 
-    def __call__(self, work: int) -> Iterator[EncodedSample]:
-        if work == 1:
-            os._exit(9)
-        yield EncodedSample("a", b"1", "png")
 
-
-def test_a_worker_that_dies_is_reported(tmp_path: Path) -> None:
-    tasks = [ShardTask(tmp_path / f"{i}.tar", i, 1) for i in range(3)]
+def test_a_worker_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = write_files(tmp_path / "raw", pictures(5))
+    monkeypatch.setattr("shortcutflow.data.prepare.read_image", lambda content: os._exit(9))
     with pytest.raises(WorkerDiedError, match="a worker process died"):
-        write_tasks(tasks, Dies(), workers=2, progress=False)
-
-
-def test_no_tasks() -> None:
-    assert write_tasks([], Dies(), workers=2) == []
-    assert cores() >= 1
+        prepare(raw, tmp_path / "out", size=8, workers=2, progress=False)

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import tarfile
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -175,8 +176,6 @@ def test_shards_by_braces_and_shards_of_one_name(tmp_path: Path) -> None:
             open_source(tmp_path / f"x/s-{braces}.tar")
     with pytest.raises(FileNotFoundError, match=r"s-003\.tar, one of the 4 files"):
         open_source(tmp_path / "x/s-{000..003}.tar")
-    with pytest.raises(ValueError, match=r"not from https: download 4 files, \S+s-000\.tar to \S+s-003\.tar"):
-        open_source(Path("https://example.org/s-{000..003}.tar"))
     for i, name in enumerate("ab"):
         shard(tmp_path / f"y/{name}/s-000.tar", {"jpg": P[i], "cls": str(i)})
     assert len(set(labels(open_source(tmp_path / "y")))) == 2
@@ -192,6 +191,8 @@ def test_shards_by_braces_and_shards_of_one_name(tmp_path: Path) -> None:
         ["Train", "Validation"], ["train_32x32", "valid_32x32"], ["train", "dev"], ["train", "holdout"],
         ["ant/train", "ant/test", "bee/train"], ["trainA", "testA"], ["JPEGImages", "SegmentationClass"],
         ["train", "eval", "x"], ["seg_train", "seg_test", "seg_pred"], ["TRAIN", "VAL"], ["train-clean", "dev-clean"],
+        ["HR", "LR"], ["hq", "lq"], ["DIV2K_train_HR", "DIV2K_train_LR_bicubic"], ["input", "target"],
+        ["blur", "sharp"],
     ],
 )  # fmt: skip
 def test_splits_are_not_classes(folders: list[str], tmp_path: Path) -> None:
@@ -203,7 +204,7 @@ def test_splits_are_not_classes(folders: list[str], tmp_path: Path) -> None:
 
 
 def test_words_of_splits_in_other_names(tmp_path: Path) -> None:
-    names = ["bullet_train", "bus", "test_pattern", "train"]
+    names = ["blur", "bullet_train", "bus", "sharp", "test_pattern", "train"]
     root = write_files(tmp_path / "raw", {f"{name}/0.png": P[0] for name in names})
     assert open_source(root).class_names == tuple(names)
     assert split_of("x-train-00000-of-00003", anywhere=True) == "train"
@@ -277,6 +278,33 @@ def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
     packed = packed[:148] + b"%06o\0 " % sum(header) + packed[156:]
     with pytest.raises(ValueError, match=r"caf\\xe9.* is not UTF-8"):
         open_source(written(tmp_path / "x.tar", packed))
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_names_of_archives_in_other_encodings(kind: str, tmp_path: Path) -> None:
+    """Which encoding cannot be seen, so it is asked, and the classes have their names in the order of these."""
+    path = tmp_path / f"x.{kind}"
+    files = {"ant/0.png": P[0], "\u732b/1.png": P[1], "\u72d7/2.png": P[2]}
+    if kind == "tar":
+        with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="gbk") as tar:
+            for name, content in files.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    else:
+        content = zip_of(
+            {name.replace("\u732b", "c__t").replace("\u72d7", "d__g"): file for name, file in files.items()}
+        )
+        for stand_in, name in ((b"c__t", "\u732b"), (b"d__g", "\u72d7")):
+            content = content.replace(stand_in, (name.encode("gbk") * 2)[:4])
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"is not UTF-8: which encoding is it\? Choose with --encoding gbk"):
+        open_source(path)
+    repeat = 2 if kind == "zip" else 1
+    assert open_source(path, encoding="gbk").class_names == ("ant", "\u72d7" * repeat, "\u732b" * repeat)
+    assert len(open_source(path, labels=False).items) == 3, "without classes their names do not matter"
+    with pytest.raises(ValueError, match="unknown encoding: no_such"):
+        open_source(path, encoding="no_such")
 
 
 def test_links_doubles_and_appended_tars(tmp_path: Path) -> None:
@@ -357,6 +385,8 @@ def table(path: Path, **columns: Any) -> Path:
         ({"category": ["b", "a", "b"]}, [1, 0, 1], ("a", "b")),
         ({"class_id": [1, 0, 1], "similarity": [0.1, 0.2, 0.3]}, [1, 0, 1], ("0", "1")),
         ({"caption": ["a", "b", "c"]}, [None] * 3, ()),
+        ({"label": [Decimal(2), Decimal(0), Decimal(1)]}, [2, 0, 1], ("0", "1", "2")),
+        ({"label": [b"dog", b"ant", b"dog"]}, [1, 0, 1], ("ant", "dog")),
     ],
 )  # fmt: skip
 def test_labels_of_parquet_files(columns: Any, numbers: list[int], names: tuple[str, ...], tmp_path: Path) -> None:
@@ -377,6 +407,14 @@ def test_columns_that_are_not_clear(tmp_path: Path) -> None:
         open_source(two, labels="x")
     with pytest.raises(ValueError, match=r"no column called label.*--labels breed or --labels none"):
         open_source(table(tmp_path / "o.parquet", breed=["a", "b", "c"]))
+    struct = table(tmp_path / "struct.parquet", label=[{"id": 1, "name": "b"}, {"id": 0, "name": "a"}, None])
+    with pytest.raises(
+        ValueError, match=r"'label' of .* has several fields: choose with --labels label\.id or --labels"
+    ):
+        open_source(struct)
+    assert [item.label for item in open_source(struct, labels="label.id").items] == [1, 0]
+    assert open_source(struct, labels="label.name").class_names == ("a", "b")
+    assert open_source(struct, labels="label.id").skipped[0].reason == "it has no label, others have"
     hidden = table(tmp_path / "hidden.parquet", label=[-1, -1, -1])
     with pytest.raises(ValueError, match=r"none of the 3 labels .* its label is -1.*--labels none"):
         open_source(hidden)

@@ -7,12 +7,18 @@ classes are numbered in the order of their names. Images that all lie in one fol
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from tqdm import tqdm
+
+from shortcutflow.data.remote import is_url, local_copy
 from shortcutflow.data.shards import Skipped
 from shortcutflow.data.sources.archives import (
     Listed,
@@ -31,38 +37,71 @@ from shortcutflow.data.sources.readers import FolderReader, RangeReader, RawSour
 from shortcutflow.data.sources.splits import NUMBERED, check_files
 from shortcutflow.data.sources.webdataset import IMAGE_SUFFIXES, suffix_of
 
-_URL = re.compile(r"(https?|s3|gs|hf|ftp|pipe):", re.IGNORECASE)
+FETCHED_AT_ONCE = 4
 _BRACES = re.compile(r"\{([^{}]*,[^{}]*|(-?\d+)\.\.(-?\d+)(\.\.-?\d+)?)\}")
 _MOST_FILES = 1_000_000
 _KINDS = {".parquet": "parquet files", ".tar": "tar archives"}
 
 
-def open_source(path: Path, *, labels: bool | str = True) -> RawSource:
+def open_source(
+    source: str | Path, *, labels: bool | str = True, encoding: str | None = None, cache: Path = Path("data/cache")
+) -> RawSource:
     """List the images of a source, without reading them.
 
     Args:
-        path: a folder or a file; a folder inside an archive, as in ``imagenet.zip/train``; or files by braces or
-            wildcards, as in ``s-{000000..000012}.tar`` and ``train-*.parquet``.
+        source: a folder or a file; a folder inside an archive, as in ``imagenet.zip/train``; files by braces or
+            wildcards, as in ``s-{000000..000012}.tar`` and ``train-*.parquet``; or URLs of archives or parquet files
+            (``http(s)://``, ``s3://``, ``gs://``, ``hf://``), with braces too, which are fetched first.
         labels: True takes the labels that are there; False ("none") takes none, so that images may lie at any depth;
             for the rest see :data:`~shortcutflow.data.sources.labels.LabelChoice`.
+        encoding: of the names in archives that are not UTF-8, such as ``gbk``.
+        cache: for the files of URLs, which are kept there.
 
     Raises:
         FileNotFoundError: if there is nothing.
+        ReadError: if a URL cannot be fetched.
         ValueError: if it is none of the supported kinds, saying what was found; or damaged; or ambiguous.
     """
     choice = checked_choice(labels)
-    if url := _URL.match(str(path)):
-        names = braced(str(path))
-        what = f"{len(names)} files, {names[0]} to {names[-1]}" if len(names) > 1 else "it"
-        raise ValueError(f"{path}: files are prepared from a local disk, not from {url[1]}: download {what} first")
+    if encoding is not None:
+        try:
+            codecs.lookup(encoding)
+        except LookupError as error:
+            raise ValueError(f"{error}; known are gbk, shift_jis, euc_kr, latin-1, cp437, ...") from error
+    elif choice is False:
+        encoding = "cp437"  # names matter to classes alone
+    if is_url(source):
+        return _open_urls(str(source), choice, encoding, cache)
+    path = Path(source)
     archive = next((place for place in (path, *path.parents) if place.is_file()), None)
     if archive is not None:
-        return _open_file(archive, path.relative_to(archive).as_posix(), path, choice)
+        return _open_file(archive, archive.name, str(path), choice, encoding, path.relative_to(archive).as_posix())
     if path.is_dir():
-        return _open_folder(path, choice)
+        return _open_folder(path, choice, encoding)
     if files := expand(path):
-        return _open_files(files, path, choice)
+        root = Path(*_common([file.parts[:-1] for file in files]))
+        named = {file.relative_to(root).as_posix(): file for file in files}
+        return _open_files(named, str(root), str(path), choice, encoding)
     raise FileNotFoundError(f"there is no {path}")
+
+
+def _open_urls(url: str, choice: bool | str, encoding: str | None, cache: Path) -> RawSource:
+    """Archives or parquet files elsewhere, by their local copies; their names are those in the URLs."""
+    urls = list(dict.fromkeys(braced(url)))
+    paths = [urlsplit(url).path.strip("/") for url in urls]
+    if len(set(paths)) < len(paths) or "*" in url:
+        raise ValueError(f"{url}: name several files by braces in the path, such as s-{{000000..000012}}.tar")
+    with (
+        ThreadPoolExecutor(FETCHED_AT_ONCE, thread_name_prefix="fetch") as pool,
+        tqdm(pool.map(lambda url: local_copy(url, cache), urls), "fetching", len(urls), unit="file", delay=2) as copies,
+    ):
+        files = dict(zip(paths, copies, strict=True))
+    root = "/".join(_common([tuple(path.split("/")[:-1]) for path in paths]))
+    named = {path[len(root) :].lstrip("/"): file for path, file in files.items()}
+    if len(named) > 1:
+        return _open_files(named, urls[0][: -len(next(iter(named)))].rstrip("/"), url, choice, encoding)
+    [(name, file)] = named.items()
+    return _open_file(file, name, url, choice, encoding)
 
 
 def expand(path: Path) -> list[Path]:
@@ -97,34 +136,37 @@ def braced(text: str) -> list[str]:
     return expand_urls(text)
 
 
-def _open_file(archive: Path, inside: str, path: Path, choice: bool | str) -> RawSource:
-    with archive.open("rb") as file:
-        head = file.read(512)
+def _open_file(
+    file: Path, name: str, where: str, choice: bool | str, encoding: str | None, inside: str = "."
+) -> RawSource:
+    """One archive or parquet file, or a folder inside of an archive."""
+    with file.open("rb") as opened:
+        head = opened.read(512)
     if not head:
-        raise ValueError(f"{archive} is empty: it has 0 bytes")
-    refuse_compressed(archive, head)
+        raise ValueError(f"{where} is empty: it has 0 bytes")
+    refuse_compressed(where, head)
     if head.startswith(b"PAR1"):
-        return open_parquet([archive], archive.parent, choice)
+        return open_parquet({name: file}, where.removesuffix(name).rstrip("/"), choice)
     if head.startswith(b"PK"):
-        listing = _inside(list_zip(archive), inside, path)
-        return images_of("a zip archive", ZipReader(archive), listing, path, choice)
-    if head[257:262] == b"ustar" or archive.suffix == ".tar":
-        listing = _inside(list_tar(archive), inside, path)
-        return images_of("tar archives", RangeReader([archive]), listing, path, choice, shards=True)
-    raise nothing_usable(path, Listing([Listed(archive.name, ())], [], set()))
+        listing = _inside(list_zip(file, encoding), inside, where)
+        return images_of("a zip archive", ZipReader(file), listing, where, choice)
+    if head[257:262] == b"ustar" or name.endswith(".tar"):
+        listing = _inside(list_tar(file, encoding=encoding), inside, where)
+        return images_of("tar archives", RangeReader([file]), listing, where, choice, shards=True)
+    raise nothing_usable(where, Listing([Listed(name, ())], [], set()))
 
 
-def _inside(listing: Listing, folder: str, path: Path) -> Listing:
+def _inside(listing: Listing, folder: str, where: str) -> Listing:
     """What lies in one folder of an archive."""
     if folder == ".":
         return listing
     found = listing.below(folder)
     if not found.files:
-        raise FileNotFoundError(f"there is no {path}: the archive holds no files in {folder!r}")
+        raise FileNotFoundError(f"there is no {where}: the archive holds no files in {folder!r}")
     return found
 
 
-def _open_folder(path: Path, choice: bool | str) -> RawSource:
+def _open_folder(path: Path, choice: bool | str, encoding: str | None) -> RawSource:
     listing = list_folder(path)
     of_kind: dict[str, list[str]] = {}
     for file in listing.files:
@@ -138,32 +180,41 @@ def _open_folder(path: Path, choice: bool | str) -> RawSource:
         ways = " or ".join(f"'{file.with_name('*' + file.suffix)}'" for file in first)
         raise ValueError(f"{path} holds {held}, which are no one set: give the folder of one kind, or {ways}")
     if not of_kind or "images" in of_kind:
-        return images_of("a folder", FolderReader(path), listing, path, choice)
+        return images_of("a folder", FolderReader(path), listing, str(path), choice)
     [(kind, names)] = of_kind.items()
+    skipped = list(listing.skipped)
     for name in sorted({file.name for file in listing.files} - set(names)):
         if kind == "tar archives" and is_tar(name):
             raise ValueError(f"{path / name} is compressed and lies beside {min(names)}: decompress it to a plain .tar")
-        listing.skipped.append(Skipped(name, f"none of the {kind}: suffix {suffix_of(name) or '(none)'}"))
-    if kind == "parquet files":
-        source = open_parquet([path / name for name in names], path, choice)
-        return replace(source, skipped=(*listing.skipped, *source.skipped))
-    return _of_tars([path / name for name in sorted(names)], path, path, listing.skipped, choice)
+        skipped.append(Skipped(name, f"none of the {kind}: suffix {suffix_of(name) or '(none)'}"))
+    return _open_files({name: path / name for name in names}, str(path), str(path), choice, encoding, skipped)
 
 
-def _open_files(files: Sequence[Path], path: Path, choice: bool | str) -> RawSource:
-    """Parquet files, tar archives, or images that a pattern names."""
-    suffixes = Counter(suffix_of(file.name) for file in files)
-    root = Path(*_common([file.parts[:-1] for file in files]))
+def _open_files(
+    named: Mapping[str, Path], root: str, where: str, choice: bool | str, encoding: str | None,
+    skipped: Sequence[Skipped] = (),
+) -> RawSource:  # fmt: skip
+    """Several parquet files, tar archives or images.
+
+    Args:
+        named: each file by its name below ``root``.
+        root: folder or URL that holds all.
+        where: they lie as it was given, for messages.
+        choice: of the labels.
+        encoding: of names in archives.
+        skipped: other files that lie there.
+    """
+    suffixes = Counter(suffix_of(name) for name in named)
     if set(suffixes) == {".parquet"}:
-        return open_parquet(files, root, choice)
+        source = open_parquet(named, root, choice)
+        return replace(source, skipped=(*skipped, *source.skipped))
     if set(suffixes) == {".tar"}:
-        return _of_tars(files, root, path, [], choice)
-    if IMAGE_SUFFIXES.issuperset(suffixes):
-        names = [file.relative_to(root).as_posix() for file in files]
-        listed = [Listed(name, (name, file.stat().st_size)) for name, file in zip(names, files, strict=True)]
-        return images_of("a folder", FolderReader(root), Listing(listed, [], set()), path, choice)
+        return _of_tars(dict(sorted(named.items())), root, where, choice, encoding, skipped)
+    if IMAGE_SUFFIXES.issuperset(suffixes) and not is_url(where):
+        listed = [Listed(name, (name, file.stat().st_size)) for name, file in named.items()]
+        return images_of("a folder", FolderReader(Path(root)), Listing(listed, [], set()), where, choice)
     found = ", ".join(f"{count} {suffix or '(no suffix)'}" for suffix, count in suffixes.items())
-    raise ValueError(f"{path} names files of several kinds ({found}): name parquet files, tar archives or images only")
+    raise ValueError(f"{where} names files of several kinds ({found}): name parquet files, tar archives or images only")
 
 
 def _common(paths: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
@@ -171,14 +222,16 @@ def _common(paths: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     return low[: next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))]
 
 
-def _of_tars(tars: Sequence[Path], root: Path, path: Path, skipped: list[Skipped], choice: bool | str) -> RawSource:
+def _of_tars(
+    tars: Mapping[str, Path], root: str, where: str, choice: bool | str, encoding: str | None,
+    skipped: Sequence[Skipped],
+) -> RawSource:  # fmt: skip
     """Webdataset shards, or archives of images, which then are a class each."""
-    names = [tar.relative_to(root).as_posix() for tar in tars]
     if choice != "folder":
-        check_files(names, root)
+        check_files(tars, root)
     found, prefixes = Listing([], list(skipped), set()), []
-    for number, (tar, name) in enumerate(zip(tars, names, strict=True)):
-        inner = list_tar(tar, number)
+    for number, (name, tar) in enumerate(tars.items()):
+        inner = list_tar(tar, number, encoding)
         prefixes.append(f"{tar_stem(name)}/" if len(tars) > 1 else "")
         found.files.extend(Listed(prefixes[-1] + file.name, file.place) for file in inner.files)
         found.skipped.extend(Skipped(prefixes[-1] + name, reason) for name, reason in inner.skipped)
@@ -186,8 +239,8 @@ def _of_tars(tars: Sequence[Path], root: Path, path: Path, skipped: list[Skipped
         if prefixes[-1]:
             found.folders.add(prefixes[-1][:-1])
     # Numbered archives are parts of one set, not classes.
-    numbered = len(tars) > 1 and all(NUMBERED.search(tar.stem) for tar in tars) and choice != "folder"
-    kind = "numbered tar archives" if numbered else "tar archives"
+    numbered = len(tars) > 1 and all(NUMBERED.search(tar_stem(name)) for name in tars) and choice != "folder"
     return images_of(
-        kind, RangeReader(tars), found, path, choice, shards=True, prefixes=prefixes if numbered else ()
+        "numbered tar archives" if numbered else "tar archives", RangeReader(list(tars.values())), found, where, choice,
+        shards=True, prefixes=prefixes if numbered else (),
     )  # fmt: skip

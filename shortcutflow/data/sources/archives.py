@@ -71,7 +71,10 @@ def _walk(folder: Path, prefix: str, above: frozenset[str], listing: Listing) ->
             name = prefix + entry.name
             if is_junk(entry.name):
                 continue
-            _check_name(name, folder)
+            if not _is_utf8(name):
+                raise ValueError(
+                    f"the name {os.fsencode(name)!r} in {folder} is not UTF-8: rename it, such as by convmv"
+                )
             if entry.is_dir():
                 listing.folders.add(name)
                 _walk(Path(entry.path), name + "/", above | {real}, listing)
@@ -82,13 +85,9 @@ def _walk(folder: Path, prefix: str, above: frozenset[str], listing: Listing) ->
                 listing.skipped.append(Skipped(name, reason))
 
 
-def _check_name(name: str, where: Path | str) -> None:
-    try:
-        name.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the name {os.fsencode(name)!r} in {where} is not UTF-8: rename it, for example by convmv"
-        ) from error
+def _is_utf8(name: str) -> bool:
+    """Whether a name holds none of the characters by which Python keeps bytes that are not UTF-8."""
+    return not any("\udc80" <= character <= "\udcff" for character in name)
 
 
 def is_junk(name: str) -> bool:
@@ -100,20 +99,26 @@ def _in_junk(name: str) -> bool:
     return any(is_junk(part) for part in name.split("/"))
 
 
-def list_zip(path: Path) -> Listing:
+def list_zip(path: Path, encoding: str | None = None) -> Listing:
     """Regular members that are stored or deflated.
 
+    Args:
+        path: of the archive.
+        encoding: of the names that are not marked as UTF-8; None takes UTF-8 where they are, and refuses others.
+
     Raises:
-        ValueError: if its directory is damaged.
+        ValueError: if its directory is damaged, or names need another encoding.
     """
     listing = Listing([], [], set())
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(path, metadata_encoding=encoding) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
+        if isinstance(error, UnicodeDecodeError) and encoding is not None:
+            raise _other_encoding(error.object, path) from error
         raise ValueError(f"{path} is a damaged zip archive: {error}") from error
     for member in members:
-        name = clean(_zip_name(member).replace("\\", "/"))
+        name = clean((_zip_name(member, path) if encoding is None else member.filename).replace("\\", "/"))
         if _in_junk(name):
             continue
         if member.is_dir() or member.filename.endswith("\\"):
@@ -128,14 +133,22 @@ def list_zip(path: Path) -> Listing:
     return _without_doubles(listing)
 
 
-def _zip_name(member: zipfile.ZipInfo) -> str:
+def _zip_name(member: zipfile.ZipInfo, path: Path) -> str:
     """Many writers store UTF-8 without the flag for it, which zipfile reads as code page 437."""
     if member.flag_bits & _UTF8_NAME:
         return member.filename
+    name = member.filename.encode("cp437", errors="replace")
     try:
-        return member.filename.encode("cp437").decode()
-    except UnicodeError:
-        return member.filename
+        return name.decode()
+    except UnicodeDecodeError as error:
+        raise _other_encoding(name, path) from error
+
+
+def _other_encoding(name: bytes, where: Path | str) -> ValueError:
+    return ValueError(
+        f"the name {name!r} in {where} is not UTF-8: which encoding is it? Choose with --encoding gbk, or another, "
+        "such as shift_jis, euc_kr, latin-1 or cp437 (in a recipe: data.encoding=gbk)"
+    )
 
 
 def _unreadable(member: zipfile.ZipInfo) -> str:
@@ -169,33 +182,36 @@ def _without_doubles(listing: Listing) -> Listing:
     return Listing(list(last.values()), listing.skipped + doubles, listing.folders)
 
 
-def list_tar(path: Path, number: int = 0) -> Listing:
+def list_tar(path: Path, number: int = 0, encoding: str | None = None) -> Listing:
     """Regular members and links to them; those of a tar inside it as ``NAME/MEMBER``, as in ImageNet's tar of tars.
 
     Args:
         path: of the archive.
         number: of this file in the places.
+        encoding: of the names; None for UTF-8.
 
     Raises:
-        ValueError: if it is damaged, cut off or compressed, or a name in it is not UTF-8.
+        ValueError: if it is damaged, cut off or compressed, or names need another encoding.
     """
     listing = Listing([], [], set())
     with path.open("rb") as file:
         refuse_compressed(path, file.read(8))
         size = os.fstat(file.fileno()).st_size
-        _list_members(file, 0, size, str(path), number, listing, prefix="")
+        _list_members(file, 0, size, str(path), number, listing, encoding)
     return _without_doubles(listing)
 
 
 def _list_members(
-    file: BinaryIO, start: int, end: int, where: str, number: int, listing: Listing, *, prefix: str
-) -> None:
+    file: BinaryIO, start: int, end: int, where: str, number: int, listing: Listing, encoding: str | None,
+    prefix: str = "",
+) -> None:  # fmt: skip
     links: dict[str, str] = {}
-    for member in tar_members(file, start, end, where):
+    for member in tar_members(file, start, end, where, encoding):
         name = clean(prefix + member.name)
         if _in_junk(name):
             continue
-        _check_name(name, where)
+        if not _is_utf8(name):
+            raise _other_encoding(os.fsencode(name), where)
         if member.isdir():
             listing.folders.add(name)
         elif member.islnk():
@@ -205,7 +221,7 @@ def _list_members(
         elif not member.isreg() or member.issparse():
             listing.skipped.append(Skipped(name, "neither a plain file nor a link"))
         elif is_tar(name) and not prefix:
-            _list_inner(file, member, where, number, listing)
+            _list_inner(file, member, where, number, listing, encoding)
         elif member.size > LARGEST_ITEM:
             listing.skipped.append(Skipped(name, _too_large(member.size)))
         else:
@@ -231,7 +247,9 @@ def _follow(links: dict[str, str], listing: Listing) -> None:
             listing.skipped.append(Skipped(name, f"a link to {target!r}, which is no file of the archive"))
 
 
-def _list_inner(file: BinaryIO, member: tarfile.TarInfo, where: str, number: int, listing: Listing) -> None:
+def _list_inner(
+    file: BinaryIO, member: tarfile.TarInfo, where: str, number: int, listing: Listing, encoding: str | None
+) -> None:
     name = clean(member.name)
     inner = tar_stem(name) + "/"
     listing.folders.add(inner[:-1])  # also where it cannot be read: the numbers of the classes after it depend on it
@@ -241,7 +259,7 @@ def _list_inner(file: BinaryIO, member: tarfile.TarInfo, where: str, number: int
     if compression is not None:
         listing.skipped.append(Skipped(name, f"a tar compressed by {compression} inside a tar: unpack it"))
         return
-    _list_members(file, member.offset_data, end, f"{where}/{name}", number, listing, prefix=inner)
+    _list_members(file, member.offset_data, end, f"{where}/{name}", number, listing, encoding, inner)
 
 
 def is_tar(name: str) -> bool:
@@ -254,7 +272,7 @@ def tar_stem(name: str) -> str:
     return _TAR.sub("", name)
 
 
-def refuse_compressed(path: Path, head: bytes) -> None:
+def refuse_compressed(path: Path | str, head: bytes) -> None:
     """Raise a ValueError for a file that begins like a compressed one."""
     if (compression := compression_of(head)) is not None:
         raise ValueError(
@@ -268,12 +286,14 @@ def compression_of(head: bytes) -> str | None:
     return next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), None)
 
 
-def tar_members(file: BinaryIO, start: int, end: int, where: str) -> Iterator[tarfile.TarInfo]:
+def tar_members(
+    file: BinaryIO, start: int, end: int, where: str, encoding: str | None = None
+) -> Iterator[tarfile.TarInfo]:
     """All members between two offsets of a file, also of tars that were appended to each other."""
     while start < end:
         file.seek(start)
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
+            with tarfile.open(fileobj=file, mode="r:", encoding=encoding) as tar:
                 while (member := tar.next()) is not None and member.offset < end:
                     tar.members.clear()  # type: ignore[attr-defined]  # a million of them would fill the memory
                     if member.isreg() and member.offset_data + member.size > end:

@@ -55,7 +55,7 @@ class _Found(NamedTuple):
 
 
 def images_of(
-    kind: str, reader: Reader, listing: Listing, path: Path, choice: bool | str, *, shards: bool = False,
+    kind: str, reader: Reader, listing: Listing, path: str, choice: bool | str, *, shards: bool = False,
     prefixes: Sequence[str] = (),
 ) -> RawSource:  # fmt: skip
     """The images of a folder or of archives, with their labels.
@@ -108,7 +108,7 @@ def images_of(
             found = _by_field(samples, path, choice, read)
         if found is None and choice is True and not by_key and "json" in beside and not _folders_tell(inner):
             samples = samples_of(files)[0]
-            if json_field(samples, read, str(path)) is not None:
+            if json_field(samples, read, path) is not None:
                 return images_of(kind, reader, listing, path, "json", shards=shards, prefixes=prefixes)
     if found is None:
         whole = listing if not prefixes else Listing([], [], set())
@@ -149,13 +149,13 @@ def _tables(files: Iterable[Listed]) -> dict[str, Listed]:
 
 
 def _by_table(
-    tables: dict[str, Listed], images: list[Listed], path: Path, choice: bool | str, read: Read
+    tables: dict[str, Listed], images: list[Listed], path: str, choice: bool | str, read: Read
 ) -> _Found | None:
     """Labels from ``dataset.json``, or from ``metadata.csv`` or ``.jsonl``; None if they have none."""
     field = choice if isinstance(choice, str) and choice != "json" else None
     name = "dataset.json" if "dataset.json" in tables and field is None else sorted(tables)[-1]
     file = tables[name]
-    where = str(path / file.name)
+    where = f"{path}/{file.name}"
     of = dataset_json(read(file), where) if name == "dataset.json" else metadata_labels(read(file), where, field)
     if of is None:
         if choice is True and name != "dataset.json":
@@ -177,18 +177,18 @@ def _by_table(
     return _Found(images, numbers, names, missing, (f"labels from {where}",))
 
 
-def _by_field(samples: list[Sample], path: Path, choice: bool | str, read: Read) -> _Found | None:
+def _by_field(samples: list[Sample], path: str, choice: bool | str, read: Read) -> _Found | None:
     """Labels from the members of the samples; None if there are none."""
     if choice is True:
-        field = label_field(samples, read, str(path))
+        field = label_field(samples, read, path)
     else:
-        field = json_field(samples, read, str(path), must=True) if choice == "json" else str(choice)
+        field = json_field(samples, read, path, must=True) if choice == "json" else str(choice)
     if field is None:
         return None
     values = label_values(samples, field, read)
     if field == choice and all(value is None for value in values):
         raise ValueError(f"{path} has no labels in {field!r}: {how_to_choose('auto', 'folder', 'json:FIELD', 'none')}")
-    numbers, names = number_labels(values, str(path), names=_names_of(path))
+    numbers, names = number_labels(values, path, names=_names_of(Path(path)))
     notes = () if field == "cls" else (f"labels from KEY.{field}",)
     return _Found([sample.image for sample in samples], numbers, names, notes=notes)
 
@@ -220,7 +220,7 @@ def _folders_tell(names: Sequence[str]) -> bool:
     )
 
 
-def _by_folder(images: list[Listed], names: Sequence[str], listing: Listing, path: Path, choice: bool | str) -> _Found:
+def _by_folder(images: list[Listed], names: Sequence[str], listing: Listing, path: str, choice: bool | str) -> _Found:
     """Classes by folder; none if all images lie in one.
 
     Raises:
@@ -274,7 +274,7 @@ def _empty_classes(common: list[str], listing: Listing) -> set[str]:
     return {name for name in found | held.keys() if name not in held or not held[name] <= _DOCUMENTS}
 
 
-def _check_empty_siblings(common: list[str], listing: Listing, path: Path) -> None:
+def _check_empty_siblings(common: list[str], listing: Listing, path: str) -> None:
     """Refuse one folder of images beside others without: they may be classes that would vanish."""
     for i, name in enumerate(common):
         if others := _empty_classes(common[:i], listing) - {name}:
@@ -284,12 +284,12 @@ def _check_empty_siblings(common: list[str], listing: Listing, path: Path) -> No
             )
 
 
-def nothing_usable(path: Path, listing: Listing) -> ValueError:
+def nothing_usable(path: str, listing: Listing) -> ValueError:
     """The error for a source without images, saying what it holds."""
     suffixes = Counter(suffix_of(file.name) or "(no suffix)" for file in listing.files)
     found = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5)) or "no files"
     if archives := sorted(file.name for file in listing.files if file.name.endswith(".zip") or is_tar(file.name)):
-        found += f"; archives are prepared one at a time, such as {path / archives[0]}"
+        found += f"; archives are prepared one at a time, such as {path}/{archives[0]}"
     if listing.skipped:
         found += f"; {len(listing.skipped)} unusable, such as {listing.skipped[0].name} ({listing.skipped[0].reason})"
     return ValueError(f"{path} holds no images that can be read. Found: {found}. Supported: {SUPPORTED}")

@@ -8,6 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from itertools import pairwise
 from typing import Annotated, Any, NamedTuple
 
@@ -68,7 +69,7 @@ def number_labels(
     Raises:
         ValueError: if none of them can be used.
     """
-    values = [value[0] if type(value) in (list, tuple) and len(value) == 1 else value for value in values]
+    values = [_simple(value) for value in values]
     found = [plain_label(value) for value in values]
     counts = Counter(type(value) for value in found)
     if counts[str] > (0 if words else counts[int]) or not counts[int]:
@@ -91,6 +92,18 @@ def number_labels(
             f"none of the {len(found)} labels in {where} can be used{reason}. Without labels: --labels none"
         )
     return numbers, class_names
+
+
+def _simple(value: Any) -> Any:
+    """Without a list of one, as text instead of its bytes, and as an int instead of a whole decimal number."""
+    if type(value) in (list, tuple) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return NoLabel(f"its label is {value[:20]!r}, which is no text")
+    return int(value) if isinstance(value, Decimal) and value == value.to_integral_value() else value
 
 
 def plain_label(value: Any) -> int | str | NoLabel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,12 +69,12 @@ class ParquetReader:
         return column
 
 
-def open_parquet(files: Sequence[Path], root: Path, choice: bool | str = True) -> RawSource:
+def open_parquet(named: Mapping[str, Path], root: str, choice: bool | str = True) -> RawSource:
     """Parquet files as a source, in the order of their names and rows.
 
     Args:
-        files: to read.
-        root: a folder that holds all of them.
+        named: the files, each by its name below ``root``.
+        root: folder or URL that holds all of them.
         choice: of the labels: True, False or the name of a column.
 
     Raises:
@@ -82,19 +82,19 @@ def open_parquet(files: Sequence[Path], root: Path, choice: bool | str = True) -
         ValueError: if one is damaged, has no column of images, the labels are ambiguous, or the files are of several
             splits.
     """
-    files = sorted(files)
-    path = files[0] if len(files) == 1 else root
-    check_files([file.relative_to(root).as_posix() for file in files], root)
+    named = dict(sorted(named.items()))
+    files = list(named.values())
+    path = f"{root}/{next(iter(named))}" if len(named) == 1 else root
+    check_files(named, root)
     tables = [_open(file) for file in files]
-    column = _image_column(tables[0], files[0])
-    label_column = _label_column(tables[0], files[0], column, choice)
+    column = _image_column(tables[0], path)
+    label_column = _label_column(tables[0], path, column, choice)
     _check_columns(tables, files, [name for name in (column, label_column) if name is not None], label_column)
     rows, blocks, values = [], [], list[Any]()
-    for number, (file, table) in enumerate(zip(files, tables, strict=True)):
+    for number, (name, table) in enumerate(zip(named, tables, strict=True)):
         if label_column is not None:
-            values += table.read(columns=[label_column], use_threads=False).column(0).to_pylist()
-        name = file.relative_to(root).as_posix()
-        for group, size, numbers in _groups(table, file):
+            values += _values(table, label_column)
+        for group, size, numbers in _groups(table, files[number]):
             blocks.append((len(numbers), size))
             rows += [(f"{name}:{row}", (number, group, within)) for within, row in enumerate(numbers)]
     if not rows:
@@ -122,12 +122,20 @@ def open_parquet(files: Sequence[Path], root: Path, choice: bool | str = True) -
     return RawSource("parquet files", ParquetReader(files, column), items, names, tuple(skipped), tuple(cuts), notes)
 
 
+def _values(table: pq.ParquetFile, column: str) -> list[Any]:
+    """Of a column, or of a field of a struct, as ``label.id``."""
+    values = table.read(columns=[column], use_threads=False).column(0).to_pylist()
+    if column in table.schema_arrow.names:
+        return values
+    return [value and value[column.partition(".")[2]] for value in values]
+
+
 def _check_columns(
     tables: Sequence[pq.ParquetFile], files: Sequence[Path], columns: Sequence[str], label_column: str | None
 ) -> None:
     """All files have the columns, and number the classes alike."""
     for table, file in zip(tables, files, strict=True):
-        missing = [name for name in columns if name not in table.schema_arrow.names]
+        missing = [name for name in columns if name not in _kinds(table)]
         if missing:
             raise ValueError(f"{file} has no column {missing[0]!r}, {files[0].name} has one: they are no one data set")
         if label_column is not None and _class_names(table, label_column) != _class_names(tables[0], label_column):
@@ -150,7 +158,7 @@ def _open(path: Path) -> pq.ParquetFile:
         raise ValueError(f"{path} is not a readable parquet file: {error}") from error
 
 
-def _image_column(table: pq.ParquetFile, path: Path) -> str:
+def _image_column(table: pq.ParquetFile, path: str) -> str:
     import pyarrow as pa
 
     def is_image(kind: pa.DataType) -> bool:
@@ -171,7 +179,7 @@ def _image_column(table: pq.ParquetFile, path: Path) -> str:
     return chosen
 
 
-def _label_column(table: pq.ParquetFile, path: Path, image: str, choice: bool | str) -> str | None:
+def _label_column(table: pq.ParquetFile, path: str, image: str, choice: bool | str) -> str | None:
     """The column of the labels, None for no labels.
 
     Raises:
@@ -179,28 +187,51 @@ def _label_column(table: pq.ParquetFile, path: Path, image: str, choice: bool | 
     """
     import pyarrow as pa
 
-    columns = [name for name in table.schema_arrow.names if name != image]
-    if choice is False or choice in columns:
-        return None if choice is False else str(choice)
-    if choice is not True:
-        raise ValueError(f"{path} has no column {choice!r} of labels: {how_to_choose(*columns[:8], 'none')}")
+    kinds = {name: kind for name, kind in _kinds(table).items() if name.partition(".")[0] != image}
+    if choice is False:
+        return None
+    if choice is not True and choice not in kinds:
+        raise ValueError(f"{path} has no column {choice!r} of labels: {how_to_choose(*list(kinds)[:8], 'none')}")
+    column = str(choice) if choice is not True else _likely_label(table, path, kinds)
+    if column is not None and pa.types.is_struct(kinds[column]):
+        fields = [name for name in kinds if name.startswith(column + ".")]
+        raise ValueError(f"column {column!r} of {path} has several fields: {how_to_choose(*fields[:8], 'none')}")
+    return column
+
+
+def _likely_label(table: pq.ParquetFile, path: str, kinds: Mapping[str, pa.DataType]) -> str | None:
+    """The column that its type of classes or its name says to be the label; None if no column may be one."""
+    from pyarrow import types
+
+    columns = [name for name in kinds if name in table.schema_arrow.names]
     of_classes = [name for name in columns if _class_names(table, name)]
-    if (found := choose_field(of_classes or columns, str(path))) is not None or not of_classes:
-        types = pa.types
-        usual = (types.is_integer, types.is_string, types.is_boolean, types.is_dictionary)
-        kinds = {field.name: field.type for field in table.schema_arrow}
-        others = [
-            name
-            for name in columns
-            if found is None and name.lower() not in _NO_LABELS and any(is_kind(kinds[name]) for is_kind in usual)
-        ]
-        if others:
-            raise ValueError(f"{path} has no column called label; its columns: {', '.join(columns)}. If one holds it, "
-                             + how_to_choose(*others[:8], "none"))  # fmt: skip
+    if len(of_classes) == 1:
+        return of_classes[0]
+    if (found := choose_field(of_classes or columns, path)) is not None:
         return found
-    if len(of_classes) > 1:
+    if of_classes:
         raise ValueError(f"{path} has several columns of classes: {how_to_choose(*of_classes, 'none')}")
-    return of_classes[0]
+    usual = (types.is_integer, types.is_string, types.is_large_string, types.is_boolean, types.is_dictionary,
+             types.is_decimal, types.is_struct)  # fmt: skip
+    others = [
+        name for name in columns if name.lower() not in _NO_LABELS and any(is_kind(kinds[name]) for is_kind in usual)
+    ]
+    if others:
+        raise ValueError(f"{path} has no column called label; its columns: {', '.join(columns)}. If one holds it, "
+                         + how_to_choose(*others[:8], "none"))  # fmt: skip
+    return None
+
+
+def _kinds(table: pq.ParquetFile) -> dict[str, pa.DataType]:
+    """The types of columns and, as ``label.id``, of the fields of structs."""
+    import pyarrow as pa
+
+    found: dict[str, pa.DataType] = {}
+    for column in table.schema_arrow:
+        found[column.name] = column.type
+        if pa.types.is_struct(column.type):
+            found |= {f"{column.name}.{field.name}": field.type for field in column.type.fields}
+    return found
 
 
 def _groups(table: pq.ParquetFile, path: Path) -> list[tuple[int, int, range]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 _WORDS = {
     "train": ("train", "training", "trainset"),
@@ -16,10 +16,16 @@ _WORDS = {
     "images": ("images", "image", "imgs", "img"),
     "masks": ("masks", "mask", "labels", "annotations", "annotation", "segmentation", "segmentations", "gt",
               "groundtruth", "depth", "edges"),
+    "high resolution": ("hr", "hq", "highres", "hires"),
+    "low resolution": ("lr", "lq", "lowres", "lores"),
+    "input": ("input", "inputs", "source", "noisy", "blur", "blurred"),
+    "target": ("target", "targets", "clean", "sharp"),
     "thumbnails": ("thumbnails", "thumbnail", "thumbs", "preview", "previews"),
 }  # fmt: skip
 _SPLIT_OF_WORD = {word: split for split, words in _WORDS.items() for word in words}
-_ROLES = {"images", "masks", "thumbnails"}
+_ROLES = {"images", "masks", "thumbnails", "high resolution", "low resolution", "input", "target"}
+_PAIRED = {"high resolution", "low resolution", "input", "target"}
+"""Of images in pairs; beside other folders their words are names of classes."""
 _BESIDE_A_SPLIT = {"set", "data", "split", "folder", "partial", "jpeg", "class", "object", "of", "x", "a", "b"}
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 NUMBERED = re.compile(r"(^|[-_.])\d+$")
@@ -43,7 +49,7 @@ def split_of(name: str, *, anywhere: bool = False) -> str | None:
     return (real or splits)[-1]
 
 
-def check_folders(names: Iterable[str], where: Path) -> None:
+def check_folders(names: Iterable[str], where: str) -> None:
     """Refuse folders beside each other that are splits of one data set, or its images and their masks.
 
     Raises:
@@ -51,6 +57,8 @@ def check_folders(names: Iterable[str], where: Path) -> None:
     """
     names = sorted(names)
     found = {name: split for name in names if (split := split_of(name)) is not None}
+    if len(found) < len(names):
+        found = {name: split for name, split in found.items() if split not in _PAIRED}
     all_splits = len(names) > 1 and all(split_of(name, anywhere=True) for name in names)
     alike: dict[str, dict[str, str]] = {}  # the rest of the name: seg_train, seg_test, seg_pred are splits too
     for name in names:
@@ -62,10 +70,13 @@ def check_folders(names: Iterable[str], where: Path) -> None:
             found |= group
     if len(set(found.values())) > 1 or all_splits:
         chosen = sorted(found) or names
-        raise ValueError(f"{where} holds the splits {', '.join(chosen)}: give one of them, such as {where / chosen[0]}")
+        raise ValueError(
+            f"{where} holds the splits {', '.join(chosen)}: give one of them, such as {where}/{chosen[0]}; if they are "
+            "classes, choose --labels folder (in a recipe: data.labels=folder)"
+        )
 
 
-def check_tree(files: Iterable[str], where: Path) -> None:
+def check_tree(files: Iterable[str], where: str) -> None:
     """:func:`check_folders` for the folders beside each other at every depth, given the files' names."""
     below: dict[str, set[str]] = {}
     for folder in {name.rpartition("/")[0] for name in files}:
@@ -74,10 +85,10 @@ def check_tree(files: Iterable[str], where: Path) -> None:
             if part:
                 below.setdefault("/".join(parts[:i]), set()).add(part)
     for parent, names in sorted(below.items()):
-        check_folders(names, where / parent)
+        check_folders(names, f"{where}/{parent}".rstrip("/"))
 
 
-def check_files(files: Iterable[str], where: Path) -> None:
+def check_files(files: Iterable[str], where: str) -> None:
     """Refuse parquet files or shards (names below ``where``) of several splits.
 
     Raises:
@@ -97,5 +108,5 @@ def check_files(files: Iterable[str], where: Path) -> None:
         if split is not None:
             found.setdefault(split, way)
     if len(found) > 1:
-        ways = ", ".join(f"'{where / way}'" for way in found.values())
+        ways = ", ".join(f"'{where}/{way}'" for way in found.values())
         raise ValueError(f"{where} holds several splits ({', '.join(sorted(found))}): give one of {ways}")
