@@ -34,7 +34,15 @@ from shortcutflow.data.images import Crop, ImageError, ImageFormat, encode_image
 from shortcutflow.data.manifest import MANIFEST, Manifest
 from shortcutflow.data.remote import is_url
 from shortcutflow.data.shard_folder import ShardFolder
-from shortcutflow.data.shards import Skipped, EncodedSample, EncodedBatch, WrittenShard, shard_name, write_shard, written_shard
+from shortcutflow.data.shards import (
+    EncodedBatch,
+    EncodedSample,
+    Skipped,
+    WrittenShard,
+    shard_name,
+    write_shard,
+    written_shard,
+)
 from shortcutflow.data.sources import open_source
 from shortcutflow.data.sources.labels import LabelChoice
 from shortcutflow.data.sources.parquet import CACHE
