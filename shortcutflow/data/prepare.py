@@ -337,7 +337,7 @@ class _Job:
                 "changed since: remove the folder, or name another"
             )
         try:
-            shards = ShardFolder(self.folder, cache=self.folder)
+            shards = ShardFolder(self.folder)
         except (FileNotFoundError, ValueError):
             return None  # not finished, or a shard was lost since, which is made again
         if shards.wrong_sizes():
