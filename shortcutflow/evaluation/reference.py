@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,7 +134,8 @@ def make_reference(
     _require_ours(path)
 
     def extract(index: range, seconds: dict[str, float]) -> tuple[Extracted, int]:
-        batches = list(_batches(images.read(index)))
+        # Images of the same size together, in their order.
+        batches = [np.stack(list(same)) for _, same in groupby(images.read(index), key=np.shape)]
         for batch in batches:
             if side is not None and batch.shape[1:3] != side:
                 raise ValueError(
@@ -165,31 +166,19 @@ def make_reference(
     remove_checkpoint(file)
 
 
-def _batches(images: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """Images of the same size together, in their order."""
-    batch: list[np.ndarray] = []
-    for image in images:
-        if batch and image.shape != batch[0].shape:
-            yield np.stack(batch)
-            batch = []
-        batch.append(image)
-    yield np.stack(batch)
-
-
 def _write(path: Path, found: FeatureSet, images: RealImages, protocol: EvaluationProtocol) -> None:
     """Write the files of a reference; the statistics come last, so that a reference with them is complete."""
     statistics = found.moments.statistics()
-    record: dict[str, Any] = {
-        "source": images.name, "protocol": protocol.name, "extractor": protocol.extractor.name,
-        "images": images.count, "statistics_sha256": statistics_hash(statistics), "features": len(found.kept),
-        "fingerprint": images.fingerprint(), "version": shortcutflow.__version__,
-    }  # fmt: skip
+    digest = statistics_hash(statistics)
+    record = _record_of(
+        images.name, digest, protocol=protocol.name, extractor=protocol.extractor.name, images=images.count,
+        features=len(found.kept), fingerprint=images.fingerprint(), version=shortcutflow.__version__,
+    )  # fmt: skip
     path.unlink(missing_ok=True)
     features = path.with_suffix(".safetensors")
     features.unlink(missing_ok=True)
     if len(found.kept):
-        metadata = {"statistics_sha256": record["statistics_sha256"]}
-        write_whole(features, save({"features": found.features}, metadata=metadata))
+        write_whole(features, save({"features": found.features}, metadata={"statistics_sha256": digest}))
     write_whole(path.with_suffix(".json"), json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     save_statistics(path, statistics)
 
@@ -226,30 +215,28 @@ def load_reference(path: Path, protocol: EvaluationProtocol, *, with_features: b
 
 
 def _record(path: Path, digest: str) -> dict[str, Any]:
+    """What the file beside the statistics says of them; all is unknown without one."""
     file = path.with_suffix(".json")
-    record = _unknown(str(path), digest)
     if not file.is_file():
-        return record
+        return _record_of(str(path), digest)
     try:
         values = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
+        values.pop("probe", None)  # of earlier versions, as the name of the next
+        record = _record_of(values.pop("pictures", None) or values.pop("source"), **values)
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file} does not describe a reference ({error}); remove it if it is something else") from None
-    values.pop("probe", None)  # of version 0.1, as the name of the next
-    values = {"source" if name == "pictures" else name: value for name, value in values.items()}
-    if unknown := values.keys() - record.keys():
-        raise ValueError(
-            f"{file} does not describe a reference (it says {min(unknown)!r}); remove it if it is another's"
-        )
-    if values.get("statistics_sha256") != digest:
+    if record["statistics_sha256"] != digest:
         raise ValueError(f"{file} describes other statistics than {path} holds: make the reference again")
-    return record | values
+    return record
 
 
-def _unknown(source: str, digest: str) -> dict[str, Any]:
-    """The record of statistics of which nothing else is known."""
+def _record_of(
+    source: str, statistics_sha256: str, *, protocol: str | None = None, extractor: str | None = None,
+    images: int | None = None, features: int = 0, fingerprint: str | None = None, version: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     return {
-        "source": source, "protocol": None, "extractor": None, "images": None, "statistics_sha256": digest,
-        "features": 0, "fingerprint": None, "version": None,
+        "source": source, "protocol": protocol, "extractor": extractor, "images": images,
+        "statistics_sha256": statistics_sha256, "features": features, "fingerprint": fingerprint, "version": version,
     }  # fmt: skip
 
 
@@ -301,7 +288,7 @@ def clean_fid_reference(name: str, protocol: EvaluationProtocol, side: tuple[int
     statistics = Statistics(np.asarray(mu, np.float64), np.asarray(sigma, np.float64))
     require_statistics(f"{CLEAN_FID}{name}", statistics)
     source = f"{CLEAN_FID}{name}"
-    return Reference(statistics, None, _unknown(source, statistics_hash(statistics)), source)
+    return Reference(statistics, None, _record_of(source, statistics_hash(statistics)), source)
 
 
 def file_name(text: str) -> str:

@@ -49,15 +49,15 @@ def with_nan(sigma: np.ndarray) -> np.ndarray:
 
 
 WRONG = {
-    "no sigma": ({"sigma": None}, "one array 'sigma'; it holds: mu"),
+    "no sigma": ({"sigma": None}, "an array 'sigma'; it holds: mu"),
     "other width": ({"mu": np.zeros(4)}, r"mu must be \(k,\)"),
     "matrix as mean": ({"mu": np.zeros((5, 1))}, r"mu must be \(k,\)"),
     "not symmetric": ({"sigma": not_symmetric(moments()[1])}, "not symmetric"),
     "nan": ({"sigma": with_nan(moments()[1])}, "not finite"),
     "negative variance": ({"sigma": -moments()[1]}, "negative variance"),
     "whole numbers": ({"mu": np.zeros(5, int)}, "float32 or float64"),
-    "objects": ({"mu": np.array([{}, 1], object)}, "float32 or float64"),
-    "three axes": ({"sigma": np.zeros((5, 5, 1))}, "has shape"),
+    "objects": ({"mu": np.array([{}, 1], object)}, "Object arrays cannot be loaded"),
+    "three axes": ({"sigma": np.zeros((5, 5, 1))}, r"they are \(5,\) and \(5, 5, 1\)"),
 }
 
 
@@ -80,6 +80,15 @@ def test_headers_that_promise_more_than_there_is(tmp_path: Path) -> None:
             archive.writestr("sigma.npy", content)
         with pytest.raises(ValueError, match=r"s\.npz"):
             load_statistics(tmp_path / "s.npz")
+
+
+def test_an_array_that_would_unpack_to_too_much(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "s.npz", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("mu.npy", "w") as mu:
+        for _ in range(520):
+            mu.write(bytes(2**20))
+    assert (tmp_path / "s.npz").stat().st_size < 2**20
+    with pytest.raises(ValueError, match="at most 8192 features are allowed"):
+        load_statistics(tmp_path / "s.npz")
 
 
 def test_every_cut_and_other_files(tmp_path: Path) -> None:

@@ -1,13 +1,12 @@
 """Precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020) of two sets of features.
 
-Both draw a ball around each sample, as wide as the way to its k-th nearest neighbour of the same set, and ask which
+Both draw a ball around each sample, as wide as the way to its k-th nearest neighbour of the same set, and count which
 samples of the other set lie inside.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -34,21 +33,6 @@ class Manifold(NamedTuple):
     recall: float
     density: float
     coverage: float
-
-
-@dataclass(frozen=True)
-class _Tiles:
-    """Rows of features in float64 with ``centre`` taken off, ``batch`` at a time: (rows' slice, (rows, k))."""
-
-    features: np.ndarray
-    centre: Tensor
-    batch: int
-
-    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        for start in range(0, len(self.features), self.batch):
-            rows = slice(start, min(start + self.batch, len(self.features)))
-            tile = torch.from_numpy(self.features[rows].astype(np.float64)).to(self.centre.device)
-            yield rows, tile - self.centre
 
 
 def manifold_metrics(
@@ -87,37 +71,15 @@ def manifold_metrics(
         raise ValueError(f"features must have the same width, got {real.shape[1]} and {fake.shape[1]}")
     # One centre does for both: where a fake sample is far from it, no real one is near that sample's ball.
     centre = torch.from_numpy(real.mean(0, dtype=np.float64)).to(device)
-    real_tiles, fake_tiles = _Tiles(real, centre, batch), _Tiles(fake, centre, batch)
-    nearest = _neighbours(real_tiles, max(k_precision, k_density))
-    fake_radius = _neighbours(fake_tiles, k_precision)[:, -1]
-    radii = (nearest[:, k_precision - 1], fake_radius, nearest[:, k_density - 1])
-    return _compare(real_tiles, fake_tiles, radii=radii, k_density=k_density)
-
-
-def _neighbours(points: _Tiles, k: int) -> Tensor:
-    """Squared distances (n, k) of each row to its k nearest others, nearest first."""
-    found = []
-    for rows, x in points:
-        best = x.new_empty(len(x), 0)
-        for columns, y in points:
-            squared, _ = _distances(x, y)
-            if rows == columns:
-                squared.fill_diagonal_(torch.inf)
-            best = torch.cat([best, squared.topk(min(k, len(y)), largest=False).values], 1)
-            best = best.sort(1).values[:, :k]
-        found.append(best)
-    return torch.cat(found)
-
-
-def _compare(real: _Tiles, fake: _Tiles, *, radii: tuple[Tensor, Tensor, Tensor], k_density: int) -> Manifold:
-    """Who lies in whose balls; radii are squared: real (precision), fake (recall), real (density)."""
-    real_radius, fake_radius, density_radius = radii
-    n, m = len(real.features), len(fake.features)
-    precise, recalled, covered = (torch.zeros(size, dtype=torch.bool, device=real_radius.device) for size in (m, n, n))
+    nearest = _neighbours(real, max(k_precision, k_density), centre, batch)
+    fake_radius = _neighbours(fake, k_precision, centre, batch)[:, -1]
+    real_radius, density_radius = nearest[:, k_precision - 1], nearest[:, k_density - 1]
+    n, m = len(real), len(fake)
+    precise, recalled, covered = (torch.zeros(size, dtype=torch.bool, device=device) for size in (m, n, n))
     inside = 0
-    for rows, x in real:
-        for columns, y in fake:
-            squared, tie = _distances(x, y)
+    for rows, a in _tiles(real, centre, batch):
+        for columns, b in _tiles(fake, centre, batch):
+            squared, tie = _distances(a, b)
             nearer = squared - tie
             precise[columns] |= (nearer <= real_radius[rows, None]).any(0)
             recalled[rows] |= (nearer <= fake_radius[columns]).any(1)
@@ -126,6 +88,28 @@ def _compare(real: _Tiles, fake: _Tiles, *, radii: tuple[Tensor, Tensor, Tensor]
             inside += int(strictly.sum())
     precision, recall, coverage = (float(found.double().mean()) for found in (precise, recalled, covered))
     return Manifold(precision, recall, inside / (k_density * m), coverage)
+
+
+def _tiles(features: np.ndarray, centre: Tensor, batch: int) -> Iterator[tuple[slice, Tensor]]:
+    """``batch`` rows at a time in float64, with ``centre`` taken off: their slice, and (rows, k)."""
+    for start in range(0, len(features), batch):
+        rows = slice(start, min(start + batch, len(features)))
+        yield rows, torch.from_numpy(features[rows].astype(np.float64)).to(centre.device) - centre
+
+
+def _neighbours(features: np.ndarray, k: int, centre: Tensor, batch: int) -> Tensor:
+    """Squared distances (n, k) of each row to its k nearest others, nearest first."""
+    found = []
+    for rows, x in _tiles(features, centre, batch):
+        best = x.new_empty(len(x), 0)
+        for columns, y in _tiles(features, centre, batch):
+            squared, _ = _distances(x, y)
+            if rows == columns:
+                squared.fill_diagonal_(torch.inf)
+            best = torch.cat([best, squared.topk(min(k, len(y)), largest=False).values], 1)
+            best = best.sort(1).values[:, :k]
+        found.append(best)
+    return torch.cat(found)
 
 
 def _distances(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from shortcutflow.io.atomic import write_whole
 WIDEST = 8192
 """Features; Inception's pool has 2048."""
 
+_MEMBERS = ("mu.npy", "sigma.npy")
 BLOCK = 4096
 """Rows that are turned into float64 at once: 64 MB of Inception features."""
 
@@ -30,22 +31,34 @@ class Statistics(NamedTuple):
 
 
 def load_statistics(path: Path | str) -> Statistics:
-    """Read ``mu`` and ``sigma``, without unpickling and without believing more than the file can hold.
+    """Read ``mu`` and ``sigma``, without unpickling, and no more than ``WIDEST`` features.
 
     Raises:
+        FileNotFoundError: if there is no such file.
         ValueError: with one line that says what is wrong: no .npz, an array missing, of the wrong shape or type,
             numbers that are not finite, or a covariance that is not symmetric.
     """
     path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
     try:
-        with zipfile.ZipFile(path) as archive:
-            mu, sigma = _member(archive, "mu"), _member(archive, "sigma")
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, NotImplementedError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise ValueError(f"{path} holds no FID statistics: {error}") from None
-    require_statistics(str(path), Statistics(mu, sigma))
-    return Statistics(mu, sigma)
+        with zipfile.ZipFile(path) as file:
+            largest = max((info.file_size for info in file.infolist() if info.filename in _MEMBERS), default=0)
+        if largest > 8 * WIDEST**2 + 1000:
+            raise ValueError(f"an array has {largest} bytes; at most {WIDEST} features are allowed")
+        with np.load(path, allow_pickle=False) as archive:
+            for name in ("mu", "sigma"):
+                if name not in archive.files:
+                    raise ValueError(f"there must be an array {name!r}; it holds: {', '.join(archive.files[:5])}")
+            mu, sigma = archive["mu"], archive["sigma"]
+    except (ValueError, EOFError, OSError, MemoryError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise ValueError(f"{path} holds no FID statistics: {' '.join(str(error).split())}") from None
+    for name, array in (("mu", mu), ("sigma", sigma)):
+        if array.dtype.newbyteorder("=") not in (np.dtype("f4"), np.dtype("f8")):
+            raise ValueError(f"{path}: {name} must hold float32 or float64, it is {array.dtype}")
+    found = Statistics(mu.astype(np.float64), sigma.astype(np.float64))
+    require_statistics(str(path), found)
+    return found
 
 
 def save_statistics(path: Path | str, statistics: Statistics) -> None:
@@ -175,28 +188,3 @@ class Moments:
             self.mean, self.scatter = np.zeros(width), np.zeros((width, width))
         elif width != len(self.mean):
             raise ValueError(f"features must have the same width, got {len(self.mean)} and then {width}")
-
-
-def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    infos = [info for info in archive.infolist() if info.filename == f"{name}.npy"]
-    if len(infos) != 1:
-        there = ", ".join(info.filename.removesuffix(".npy") for info in archive.infolist()[:5])
-        raise ValueError(f"there must be one array {name!r}; it holds: {there}")
-    with archive.open(infos[0]) as file:
-        version = np.lib.format.read_magic(file)
-        if version != (1, 0):
-            raise ValueError(f"{name} is written in version {version} of .npy, not (1, 0)")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        if dtype.newbyteorder("=") not in (np.dtype("f4"), np.dtype("f8")):
-            raise ValueError(f"{name} must hold float32 or float64, it is {dtype}")
-        if len(shape) > 2 or any(size > WIDEST for size in shape):
-            raise ValueError(f"{name} has shape {shape}; at most {WIDEST} features are allowed")
-        count = int(np.prod(shape, dtype=np.int64))
-        # The header is checked against the size the archive states before any memory is asked for.
-        if count * dtype.itemsize > infos[0].file_size:
-            raise ValueError(f"{name} claims {count} numbers, more than its {infos[0].file_size} bytes hold")
-        content = file.read(count * dtype.itemsize)
-    if len(content) < count * dtype.itemsize:
-        raise ValueError(f"{name} is cut off")
-    array = np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
-    return array.astype(np.float64)
