@@ -14,7 +14,7 @@ MANIFEST = "manifest.json"
 VERSION = 2
 LARGEST_MANIFEST = 256 * 2**20
 MOST_SAMPLES = 2**22
-"""In one shard; the order of an epoch is computed from what a manifest says, so it must not say anything."""
+"""In one shard. The order of an epoch is computed from a manifest's numbers, which therefore must be bounded."""
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 
 
@@ -136,9 +136,9 @@ class Manifest(BaseModel):
             return cls.model_validate_json(content)
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            said = first["msg"].removeprefix("Value error, ")
-            raise ValueError(f"{where} is not a valid manifest: {place + ': ' if place else ''}{said}") from error
+            field = "".join(f"{part}." for part in first["loc"]).removesuffix(".")
+            message = first["msg"].removeprefix("Value error, ")
+            raise ValueError(f"{where} is not a valid manifest: {field + ': ' if field else ''}{message}") from error
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

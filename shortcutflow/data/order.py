@@ -3,7 +3,7 @@
 The shards are shuffled and cut into blocks of several; then the samples of each block are shuffled. So a place in an
 epoch leads to its sample without reading anything before it: that is what makes a resume exact and fast, and what lets
 any number of processes take their shares of the same order. Which shards form a block is drawn anew each epoch, so
-batches mix other samples each time.
+batches mix other samples in each epoch.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Block(NamedTuple):
 
     Attributes:
         start: the block's first place in the epoch.
-        shards: numbers of its shards.
-        samples: (n, 2) int64, the shard and the number within it of each sample, in order.
+        shards: indexes of its shards.
+        samples: (n, 2) int64, the index of the shard, and in it, of each sample, in order.
     """
 
     start: int
@@ -56,9 +56,9 @@ class EpochOrder:
         self._blocks: OrderedDict[tuple[int, int], Block] = OrderedDict()
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The samples at positions (b,), counted from the start of training: epochs (b,), and (b, 2) shard and number.
+        """The samples at positions (b,), counted from the start of training.
 
-        Positions of one batch lie close together, so hardly ever in more than two blocks.
+        Returns epochs (b,), and (b, 2) the index of the shard, and in it. Positions of one batch lie close together, so hardly ever in more than two blocks.
         """
         epochs, places = np.divmod(positions, self.samples)
         found = np.empty((len(positions), 2), dtype=np.int64)

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from shortcutflow.data.ahead import OneAhead
+from shortcutflow.data.augment import Augmentation
 from shortcutflow.data.order import EpochOrder
+from shortcutflow.data.prefetch import Prefetch
 from shortcutflow.data.reader import DamagedSampleError, ShardReader, UnreadableShardError
 from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.shards import Sample
-from shortcutflow.data.variation import Variation
 from shortcutflow.distributed import cores_per_process
 from shortcutflow.types import Batch, Share
 
@@ -98,21 +98,21 @@ class ShardStream:
         if batch_size % world_size:
             raise ValueError(f"a global batch of {batch_size} cannot be shared equally by {world_size} processes")
         shards = folder if isinstance(folder, ShardFolder) else ShardFolder(folder)
-        for complaint in shards.wrong_sizes():
+        for message in shards.wrong_sizes():
             if on_error == "raise":
-                raise ValueError(complaint)
-            logger.warning(complaint)
+                raise ValueError(message)
+            logger.warning(message)
         reader = ShardReader(shards)
         self.manifest, self.samples = shards.manifest, shards.manifest.samples
         self.damaged: set[str] = set()
         """Of each sample, or shard, that could not be read so far: its name and why."""
-        variation = Variation(self.manifest, seed=seed, horizontal_flip=horizontal_flip)
+        augmentation = Augmentation(self.manifest, seed=seed, horizontal_flip=horizontal_flip)
         sizes = [shard.samples for shard in self.manifest.shards]
         order = EpochOrder(sizes, seed=seed, shuffle_buffer=shuffle_buffer)
-        cached = self.manifest.samples * variation.bytes_per_sample <= cache_bytes
+        cached = self.manifest.samples * augmentation.bytes_per_sample <= cache_bytes
         # By position; the map-style data set behind the stream, for a DataLoader of one's own.
         self.batches = RankBatches(
-            reader, order, variation, batch_size, Share(rank, world_size), skip=on_error == "skip", cached=cached
+            reader, order, augmentation, batch_size, Share(rank, world_size), skip=on_error == "skip", cached=cached
         )
         self._batch_size, self._device = batch_size, torch.device(device)
         self._cached, self._workers = cached, (0 if cached else workers_to_spare()) if workers is None else workers
@@ -139,7 +139,7 @@ class ShardStream:
 
     def batch_at(self, position: int) -> Batch:
         """This rank's share of the global batch that starts at a position; the stream stays where it is."""
-        if isinstance(self._coming, OneAhead):
+        if isinstance(self._coming, Prefetch):
             self._coming.settle()  # it uses the same files and cache
         return self._on_device(self.batches[position])
 
@@ -162,7 +162,7 @@ class ShardStream:
 
     def _forget(self) -> None:
         """Drop what was made ahead."""
-        if isinstance(self._coming, OneAhead):
+        if isinstance(self._coming, Prefetch):
             self._coming.close()
         self._coming = None
 
@@ -178,7 +178,7 @@ class ShardStream:
             # Not used for anything; without one the loader would draw from the global generator.
             generator=torch.Generator(),
         )
-        return OneAhead(iter(loader), self._device) if self._cached and not self._workers else iter(loader)
+        return Prefetch(iter(loader), self._device) if self._cached and not self._workers else iter(loader)
 
 
 def workers_to_spare() -> int:
@@ -206,14 +206,14 @@ class RankBatches(Dataset[HostBatch]):
         self,
         reader: ShardReader,
         order: EpochOrder,
-        variation: Variation,
+        augmentation: Augmentation,
         batch_size: int,
         share: Share,
         *,
         skip: bool,
         cached: bool,
     ) -> None:
-        self._reader, self._order, self._variation, self._skip = reader, order, variation, skip
+        self._reader, self._order, self._augmentation, self._skip = reader, order, augmentation, skip
         self._is_remote = reader.folder.is_remote
         self._batch_size, self._share = batch_size, share
         self._cache: dict[tuple[int, int, int], Sample] | None = {} if cached else None
@@ -221,20 +221,20 @@ class RankBatches(Dataset[HostBatch]):
         self._first = np.cumsum([0, *self._sizes[:-1]])
         # By copy: whether one is readable must not depend on which was read before.
         self._damaged: set[tuple[int, int, int]] = set()
-        self._lost: set[int] = set()
-        self._complaints: list[str] = []
+        self._unreadable: set[int] = set()
+        self._errors: list[str] = []
 
     def __getitem__(self, position: int) -> HostBatch:
         positions = np.arange(position, position + self._batch_size)[self._share.rows]
         epochs, places = self._order.at(positions)
         self._fetch_ahead(position)
-        draws = self._variation.draw(epochs, self._first[places[:, 0]] + places[:, 1])
-        known = len(self._complaints)
-        wanted = zip(places.tolist(), self._variation.copies(draws), strict=True)
+        draws = self._augmentation.draw(epochs, self._first[places[:, 0]] + places[:, 1])
+        known = len(self._errors)
+        wanted = zip(places.tolist(), self._augmentation.copies(draws), strict=True)
         samples = [self._sample(shard, number, copy) for (shard, number), copy in wanted]
-        data = self._variation.apply([sample.data for sample in samples], draws)
+        data = self._augmentation.apply([sample.data for sample in samples], draws)
         keys = tuple(sample.key for sample in samples)
-        return HostBatch(data, self._conditions(samples), keys, tuple(self._complaints[known:]))
+        return HostBatch(data, self._conditions(samples), keys, tuple(self._errors[known:]))
 
     def _sample(self, shard: int, number: int, copy: int) -> Sample:
         if self._cache is None:
@@ -254,11 +254,11 @@ class RankBatches(Dataset[HostBatch]):
                 if not self._skip:
                     raise
                 if isinstance(error, UnreadableShardError):
-                    self._lost.add(place[0])
+                    self._unreadable.add(place[0])
                 else:
                     self._damaged.add((*place, copy))
-                self._complaints.append(str(error))
-        raise DamagedSampleError(f"none of the {sum(self._sizes)} samples can be read: {self._complaints[0]}")
+                self._errors.append(str(error))
+        raise DamagedSampleError(f"none of the {sum(self._sizes)} samples can be read: {self._errors[0]}")
 
     def _from(self, shard: int, number: int) -> Iterator[tuple[int, int]]:
         """All samples from this one on: the rest of its shard, its beginning, the shards after it."""
@@ -266,7 +266,7 @@ class RankBatches(Dataset[HostBatch]):
             now = (shard + step) % len(self._sizes)
             first = number if step == 0 else 0
             for i in range(self._sizes[now]):
-                if now in self._lost:
+                if now in self._unreadable:
                     break
                 yield now, (first + i) % self._sizes[now]
 

@@ -13,11 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shortcutflow.data.augment import Augmentation, Draws
 from shortcutflow.data.manifest import LatentsInfo, Manifest
 from shortcutflow.data.order import EpochOrder
 from shortcutflow.data.shards import EncodedBatch, shard_name, write_shard
 from shortcutflow.data.stream import ShardStream
-from shortcutflow.data.variation import Draws, Variation
 from shortcutflow.types import Batch, Share
 from tests.data.test_stream import write_numbers
 
@@ -292,11 +292,11 @@ def another_order(self: Share) -> slice:
     return slice(self.total - 1 - self.number, None, self.total)
 
 
-def by_place_in_the_batch(self: Variation, epochs: np.ndarray, samples: np.ndarray) -> Draws:
+def by_place_in_the_batch(self: Augmentation, epochs: np.ndarray, samples: np.ndarray) -> Draws:
     return right_draw(self, epochs, np.arange(len(samples)))
 
 
-right_draw = Variation.draw
+right_draw = Augmentation.draw
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ right_draw = Variation.draw
         (ShardStream, "state_dict", position_after_the_next),
         (Share, "rows", property(overlapping)),
         (Share, "rows", property(another_order)),
-        (Variation, "draw", by_place_in_the_batch),
+        (Augmentation, "draw", by_place_in_the_batch),
     ],
     ids=["position", "overlapping shares", "shares in another order", "draws by place"],
 )

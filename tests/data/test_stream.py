@@ -210,7 +210,7 @@ def test_a_data_set_is_opened_once_a_process(tmp_path: Path, monkeypatch: pytest
 
 
 def ahead_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("one-ahead")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 def test_a_cached_data_set_is_read_one_batch_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +233,7 @@ def test_a_cached_data_set_is_read_one_batch_ahead(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(RankBatches, "__getitem__", recorded)
     assert next(stream).keys == expected[0].keys
     for position in (0, 8):
-        assert made.get(timeout=30) == (position, "one-ahead_0"), "without the next batch being asked for"
+        assert made.get(timeout=30) == (position, "prefetch_0"), "without the next batch being asked for"
     for i in range(1, 10):
         assert next(stream).keys == expected[i].keys
         assert stream.batch_at(8 * (19 - i)).keys == expected[19 - i].keys, "the stream stays where it is"

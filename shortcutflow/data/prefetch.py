@@ -1,4 +1,4 @@
-"""One item of an iterator ahead, made in a thread: for work that worker processes would each keep a cache for."""
+"""Prefetching one item of an iterator in a thread, where worker processes would each keep a cache of their own."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 Item = TypeVar("Item")
 
 
-class OneAhead(Generic[Item]):
-    """An iterator whose next item is already being made; what that raises is raised when the item is asked for.
+class Prefetch(Generic[Item]):
+    """An iterator whose next item is already being made; what that raises is raised by the ``next`` that takes it.
 
     The thread ends with this object too.
 
@@ -22,7 +22,7 @@ class OneAhead(Generic[Item]):
     """
 
     def __init__(self, items: Iterator[Item], device: torch.device) -> None:
-        self._items, self._pool = items, ThreadPoolExecutor(1, thread_name_prefix="one-ahead")
+        self._items, self._pool = items, ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
             self._pool.submit(torch.cuda.set_device, index)
@@ -41,5 +41,5 @@ class OneAhead(Generic[Item]):
         self._pool.shutdown(cancel_futures=True)
 
     def settle(self) -> None:
-        """Wait until the thread is idle; it stays so until the next item is asked for."""
+        """Wait until the thread is idle; it stays so until the next item is taken."""
         wait([self._coming])

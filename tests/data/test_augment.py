@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from shortcutflow.data.augment import Augmentation
 from shortcutflow.data.index import read_index
 from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.shards import Sample, write_shards
 from shortcutflow.data.stream import ShardStream
-from shortcutflow.data.variation import Variation
 from shortcutflow.types import Batch
 from tests.data.test_damage import flip_byte
 from tests.data.test_order import write_moments
@@ -51,24 +51,24 @@ def epoch_of(folder: Path, epoch: int, batch_size: int, *, flip: bool, seed: int
     return dict(rows[:total])
 
 
-def flips(variation: Variation, epoch: int) -> np.ndarray:
-    draws = variation.draw(np.full(COUNT, epoch), np.arange(COUNT))
+def flips(augmentation: Augmentation, epoch: int) -> np.ndarray:
+    draws = augmentation.draw(np.full(COUNT, epoch), np.arange(COUNT))
     return np.array(draws.mirrored)
 
 
 def test_half_of_the_samples_are_mirrored_anew_in_each_epoch(images: Path) -> None:
-    variation = Variation(Manifest.read(images), seed=0, horizontal_flip=True)
-    drawn = [flips(variation, epoch) for epoch in range(4)]
+    augmentation = Augmentation(Manifest.read(images), seed=0, horizontal_flip=True)
+    drawn = [flips(augmentation, epoch) for epoch in range(4)]
     four_deviations = 4 * np.sqrt(0.25 / COUNT)
     for i, one in enumerate(drawn):
         assert abs(one.mean() - 0.5) < four_deviations
         for other in drawn[:i]:
             assert abs((one == other).mean() - 0.5) < four_deviations, "epochs are independent of each other"
     assert abs((drawn[0][1:] == drawn[0][:-1]).mean() - 0.5) < four_deviations, "and so are samples"
-    other_seed = flips(Variation(Manifest.read(images), seed=1, horizontal_flip=True), 0)
+    other_seed = flips(Augmentation(Manifest.read(images), seed=1, horizontal_flip=True), 0)
     assert abs((other_seed == drawn[0]).mean() - 0.5) < four_deviations, "and seeds"
-    assert (flips(variation, 2) == drawn[2]).all()
-    assert not flips(Variation(Manifest.read(images), seed=0, horizontal_flip=False), 0).any()
+    assert (flips(augmentation, 2) == drawn[2]).all()
+    assert not flips(Augmentation(Manifest.read(images), seed=0, horizontal_flip=False), 0).any()
 
 
 def test_flipped_pixels_are_exactly_mirrored(images: Path) -> None:
@@ -119,9 +119,9 @@ def test_latents_are_drawn_from_their_posteriors(moments: Path) -> None:
 def test_the_mirrored_copy_is_taken_exactly_when_mirrored(tmp_path: Path) -> None:
     """Its mean tells it apart; with next to no variance, the latent is the mean."""
     manifest = write_moments(tmp_path / "moments", [30, 20], log_variance=-30.0)
-    variation = Variation(manifest, seed=0, horizontal_flip=True)
+    augmentation = Augmentation(manifest, seed=0, horizontal_flip=True)
     for epoch in range(3):
-        mirrored = variation.draw(np.full(50, epoch), np.arange(50)).mirrored
+        mirrored = augmentation.draw(np.full(50, epoch), np.arange(50)).mirrored
         assert 0.2 < np.mean(mirrored) < 0.8
         rows = epoch_of(tmp_path / "moments", epoch, 10, flip=True)
         assert len(rows) == 50

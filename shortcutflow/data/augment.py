@@ -25,7 +25,7 @@ class Draws(NamedTuple):
     mirrored: list[bool]
 
 
-class Variation:
+class Augmentation:
     """Flips and latent draws for the samples of one manifest.
 
     Args:
