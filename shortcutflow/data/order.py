@@ -58,7 +58,10 @@ class EpochOrder:
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The samples at positions (b,), counted from the start of training.
 
-        Returns epochs (b,), and (b, 2) the index of the shard, and in it. Positions of one batch lie close together, so hardly ever in more than two blocks.
+        Positions of one batch lie close together, so hardly ever in more than two blocks.
+
+        Returns:
+            Epochs (b,), and (b, 2) the indexes of the shards and of the samples in them.
         """
         epochs, places = np.divmod(positions, self.samples)
         found = np.empty((len(positions), 2), dtype=np.int64)
