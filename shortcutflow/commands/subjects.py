@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from shortcutflow.io.atomic import require_ours
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from shortcutflow.evaluation.subject import Subject
     from shortcutflow.interop.model import Model
 
@@ -56,3 +58,12 @@ def check_out(out: Path, suffixes: tuple[str, ...]) -> None:
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
     require_ours(out)
+
+
+def write_image(pixels: np.ndarray, out: Path, subject: Subject) -> None:
+    """Write (h, w, 3) uint8 as a PNG, and print of which network it is."""
+    from shortcutflow.evaluation.sample_grid import save_image
+
+    save_image(pixels, out)
+    step = "" if subject.step is None else f" at step {subject.step}"
+    print(f"{out}: {subject.folder or subject.name}{step}, weights {subject.weights}")

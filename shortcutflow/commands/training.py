@@ -9,7 +9,7 @@ import typer
 
 import shortcutflow
 from shortcutflow.commands.recipes import DryRun, ObjectiveName, Overrides, Resume, RunDir, Smoke, load_recipe
-from shortcutflow.commands.subjects import check_out, open_subject
+from shortcutflow.commands.subjects import check_out, open_subject, write_image
 from shortcutflow.config import RunConfig
 from shortcutflow.io.atomic import atomic_file
 from shortcutflow.launch import Options, run_recipe
@@ -32,30 +32,27 @@ def sample_command(
     model: Annotated[
         str, typer.Argument(help="A run's or model's folder, a folder of runs (the newest is taken), or a hub id.")
     ],
-    steps: Annotated[list[int] | None, typer.Option(help="Sampling budgets, a row each. [default: 1 4 128]")] = None,
+    steps: Annotated[list[int] | None, typer.Option(help="Numbers of steps, a row each. [default: 1 4 128]")] = None,
     labels: Annotated[list[int] | None, typer.Option(help="A label a sample. [default: all in turn]")] = None,
     count: Annotated[int | None, typer.Option(help="Samples a row, where no labels are given. [default: 10]")] = None,
-    out: Annotated[Path, typer.Option(help="The picture to write (PNG).")] = Path("samples.png"),
-    seed: Annotated[int, typer.Option(help="Of the noise; every budget starts from the same.")] = 0,
+    out: Annotated[Path, typer.Option(help="The image to write (PNG).")] = Path("samples.png"),
+    seed: Annotated[int, typer.Option(help="Of the noise, the same in each row.")] = 0,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0,
     weights: Annotated[
         str | None, typer.Option(help="An EMA's name, 'current', or a .safetensors file. [default: the run's]")
     ] = None,
     device: Annotated[str | None, typer.Option(help="[default: a GPU if there is one]")] = None,
 ) -> None:
-    """Sample a run or a model at several budgets into one picture."""
+    """Sample a run or a model with several numbers of steps into one image."""
     from shortcutflow.distributed import Rank
-    from shortcutflow.evaluation.drawing.grids import save_picture
-    from shortcutflow.evaluation.drawing.sheet import sample_sheet
+    from shortcutflow.evaluation.sample_grid import sample_grid
 
     check_out(out, (".png",))
     subject = open_subject(model, weights, Rank().device(device))
-    picture = sample_sheet(
-        subject, budgets=steps or [1, 4, 128], labels=labels, count=count, seed=seed, guidance_scale=guidance_scale
+    grid = sample_grid(
+        subject, steps=steps or [1, 4, 128], labels=labels, count=count, seed=seed, guidance_scale=guidance_scale
     )
-    save_picture(picture, str(out))
-    step = "" if subject.step is None else f" at step {subject.step}"
-    print(f"{out}: {subject.folder or subject.name}{step}, weights {subject.weights}")
+    write_image(grid, out, subject)
 
 
 def average_command(

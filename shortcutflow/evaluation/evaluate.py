@@ -17,8 +17,6 @@ import shortcutflow
 from shortcutflow.config import ProtocolEvaluation, RunConfig
 from shortcutflow.distributed import World, joined
 from shortcutflow.evaluation.distances.inception_score import require_scores
-from shortcutflow.evaluation.drawing.grids import save_picture
-from shortcutflow.evaluation.drawing.sheet import sample_sheet
 from shortcutflow.evaluation.feature_set import WORK, checkpoint_file, extract_all, remove_checkpoint, timed
 from shortcutflow.evaluation.features.protocols import EvaluationProtocol, open_protocol
 from shortcutflow.evaluation.metrics import WITH_FEATURES, WITH_REFERENCE, check_metrics, compute_metrics
@@ -31,6 +29,7 @@ from shortcutflow.evaluation.reference import (
     reference_of,
 )
 from shortcutflow.evaluation.report import report_of, report_path, write_report
+from shortcutflow.evaluation.sample_grid import sample_grid, save_image
 from shortcutflow.evaluation.samples import Sampler
 from shortcutflow.evaluation.subject import subject_of_run
 from shortcutflow.io.atomic import claim, require_ours
@@ -289,10 +288,8 @@ def evaluate_run(folder: Path) -> dict[str, Any] | None:
             world=world,
         )  # fmt: skip
         if world.is_first:
-            classes = subject.info.num_classes
-            columns = {"count": COLUMNS} if classes is None else {"labels": [i % classes for i in range(COLUMNS)]}
-            sheet = sample_sheet(
-                subject, budgets=settings.steps, seed=config.seed, guidance_scale=settings.guidance_scale, **columns
+            grid = sample_grid(
+                subject, steps=settings.steps, count=COLUMNS, seed=config.seed, guidance_scale=settings.guidance_scale
             )
-            save_picture(sheet, folder / SAMPLES_FILE)
+            save_image(grid, folder / SAMPLES_FILE)
         return report

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from shortcutflow.data.source import DataInfo
 from shortcutflow.sampling import FreshNoise, sample
 from shortcutflow.seeds import seed_for
 from shortcutflow.types import Network, SamplerKind
@@ -50,6 +51,59 @@ def labels_of(samples: int | range, num_classes: int | None, device: torch.devic
         return None
     numbers = _numbers(samples)
     return torch.arange(numbers.start, numbers.stop, numbers.step, device=device) % num_classes
+
+
+def initial_noise(
+    info: DataInfo,
+    *,
+    labels: Sequence[int] | None = None,
+    count: int | None = None,
+    default: int = 10,
+    noises_per_label: int = 1,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor | None]:
+    """Noise and labels of the samples 0, 1, ... of a seed that a plot begins with.
+
+    Args:
+        info: shape and classes of the samples.
+        labels: one for each sample; None takes ``count`` samples with all labels in turn.
+        count: number of samples where no labels are given; None is ``default``.
+        default: see ``count``.
+        noises_per_label: label i belongs to so many consecutive noises.
+        seed: of the noise.
+        device: of noise and labels.
+
+    Returns:
+        x_0 (noises_per_label n, *shape), and y (n,) int64 or None.
+
+    Raises:
+        ValueError: for samples that are not images, labels out of range or of a network without labels, labels and a
+            count together, or a count below 1.
+    """
+    if not info.is_picture:
+        condition = f", conditioned on tensors of shape {info.condition_shape}" if info.condition_shape else ""
+        raise ValueError(f"only images can be drawn: these samples have shape {info.shape}{condition}")
+    if labels is not None and count is not None:
+        raise ValueError("give either labels or a count: each label is one sample")
+    if count is not None and count < 1:
+        raise ValueError(f"the number of samples must be at least 1, got {count}")
+    if labels is None:
+        n = default if count is None else count
+        y = labels_of(n, info.num_classes, device)
+    else:
+        check_labels(labels, info.num_classes)
+        y, n = torch.tensor(labels, device=device), len(labels)
+    return noise_of(seed, noises_per_label * n, info.shape, device), y
+
+
+def check_labels(labels: Sequence[int], num_classes: int | None) -> None:
+    """Raise ValueError unless all labels are classes of the network."""
+    if num_classes is None:
+        raise ValueError("this network was trained without labels: leave --labels out")
+    wrong = [label for label in labels if not 0 <= label < num_classes]
+    if wrong:
+        raise ValueError(f"labels must be from 0 to {num_classes - 1}, got {', '.join(map(str, wrong))}")
 
 
 def _numbers(samples: int | range) -> range:

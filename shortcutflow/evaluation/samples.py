@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from shortcutflow.data.autoencoder import Autoencoder, load_autoencoder
-from shortcutflow.evaluation.drawing.grids import to_uint8
 from shortcutflow.evaluation.feature_set import timed
 from shortcutflow.evaluation.features.extractors import Extracted
 from shortcutflow.evaluation.features.protocols import EvaluationProtocol
 from shortcutflow.evaluation.generate import generate, labels_of, noise_of
 from shortcutflow.evaluation.real_images import save_pngs
+from shortcutflow.evaluation.sample_grid import to_uint8
 from shortcutflow.evaluation.subject import Subject
 from shortcutflow.guidance import require_scale
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from shortcutflow.config import CONFIG_FILE, RunConfig
 from shortcutflow.data.source import DataInfo
 from shortcutflow.distributed import NEVER, Rank, World, joined
-from shortcutflow.evaluation.decoded import ImageDecoder
+from shortcutflow.evaluation.decode import ImageDecoder
 from shortcutflow.io.atomic import require_absent
 from shortcutflow.run_dir import CHECKPOINTS, write_weights
 from shortcutflow.train import checkpoint
@@ -34,11 +34,11 @@ from shortcutflow.train.parts import (
     save_snapshots,
     saver_for,
 )
-from shortcutflow.train.pictures import save_pictures, shows_grid, training_pictures
 from shortcutflow.train.position import Position
 from shortcutflow.train.reporter import Reporter
 from shortcutflow.train.signals import StoppedBySignal, StopRequest
 from shortcutflow.train.step import agree, backward_pass, update
+from shortcutflow.train.visualize import grid_file, shows_grid, visualize
 
 RANKS = "ranks"
 """The folder of a run where each process leaves its signs of life."""
@@ -155,7 +155,8 @@ def _run_steps(
     )
     stop = stack.enter_context(StopRequest())
     bar = stack.enter_context(_progress_bar(start, settings.steps, shown=world.is_first))
-    reporter, decoder = Reporter(config, parts, world, position), ImageDecoder(parts.info, world.device)
+    decoder = ImageDecoder(parts.info, world.device) if world.is_first else None
+    reporter = Reporter(config, parts, world, position)
 
     for step in range(start, settings.steps):
         done, is_last = step + 1, step + 1 == settings.steps
@@ -192,11 +193,18 @@ def _run_steps(
         if is_last or stopping or (settings.checkpoint_every and done % settings.checkpoint_every == 0):
             heartbeat.beat(step, "save")
             save(config, parts, saver, position, done, bad_steps.skipped)
-        if shows_grid(config, done):
+        if shows_grid(config, parts.info, done):
             heartbeat.beat(step, "evaluate")
-            made = training_pictures(config, parts.weights(config.sample_weights), world.device)
+            images = visualize(
+                config,
+                parts.info,
+                parts.weights(config.sample_weights),
+                world.device,
+                decoder,
+                grid_file(run_dir, done),
+            )
             if log is not None:
-                for name, pixels in save_pictures(config, made, run_dir, done, decoder).items():
+                for name, pixels in images.items():
                     log.picture(done, name, pixels)
         if stopping and not is_last:
             saver.wait()

@@ -22,7 +22,7 @@ from shortcutflow.data.autoencoder import (
 )
 from shortcutflow.data.manifest import LatentsInfo
 from shortcutflow.data.source import DataInfo, ShardsData
-from shortcutflow.evaluation.decoded import ImageDecoder
+from shortcutflow.evaluation.decode import ImageDecoder
 from shortcutflow.evaluation.samples import Sampler
 from shortcutflow.evaluation.subject import Subject
 

@@ -28,7 +28,7 @@ from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.source import DataInfo
 from shortcutflow.data.stream import BatchStream
 from shortcutflow.data.webdataset import WebdatasetData, expand
-from shortcutflow.evaluation.drawing.real import all_data
+from shortcutflow.evaluation.plots import all_data
 from shortcutflow.evaluation.real_images import open_images
 from tests.data.test_remote import Server
 from tests.data.test_remote_commands import fake_command

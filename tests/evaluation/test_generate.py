@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from shortcutflow.evaluation.drawing.grids import sample_grid, to_uint8
 from shortcutflow.evaluation.generate import generate, labels_of, noise_of
+from shortcutflow.evaluation.sample_grid import image_grid, to_uint8
 from shortcutflow.seeds import generator_for
 
 
@@ -57,7 +57,7 @@ def test_samples_made_in_parts_are_those_of_the_whole() -> None:
 
 def test_grid_shows_each_image_in_its_place() -> None:
     rows = [torch.full((3, 1, 8, 8), value) for value in (-1.0, 0.0, 1.0, 9.0)]
-    picture = sample_grid(rows, ["a", "b", "c", "d"], cell=16)
+    picture = image_grid(rows, ["a", "b", "c", "d"], cell=16)
     assert picture.dtype == np.uint8
     height, width, channels = picture.shape
     assert (height, channels) == (4 * 18 + 2, 3)

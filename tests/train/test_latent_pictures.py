@@ -18,10 +18,9 @@ from shortcutflow.config import with_overrides
 from shortcutflow.data import standin
 from shortcutflow.data.autoencoder import load_autoencoder
 from shortcutflow.data.source import DataInfo
-from shortcutflow.evaluation import decoded
-from shortcutflow.evaluation.decoded import BATCH_SIZE, ImageDecoder
-from shortcutflow.evaluation.drawing.grids import sample_grid
-from shortcutflow.evaluation.drawing.sheet import sample_sheet
+from shortcutflow.evaluation import decode
+from shortcutflow.evaluation.decode import BATCH_SIZE, ImageDecoder
+from shortcutflow.evaluation.sample_grid import image_grid, sample_grid
 from shortcutflow.evaluation.samples import Sampler
 from shortcutflow.evaluation.subject import subject_of_run
 from shortcutflow.run_dir import load_run
@@ -41,12 +40,12 @@ class Counter:
         self.devices.append(device)
         autoencoder = load_autoencoder(name, device=device, **options)
         network: Any = autoencoder._network
-        decode = network.decode
+        original = network.decode
 
         def counted(latents: torch.Tensor) -> Any:
             self.batches.append(len(latents))
             self.seen_on.add(latents.device.type)
-            return decode(latents)
+            return original(latents)
 
         network.decode = counted
         return autoencoder
@@ -55,7 +54,7 @@ class Counter:
 @pytest.fixture
 def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
     counter = Counter()
-    monkeypatch.setattr(decoded, "load_autoencoder", counter)
+    monkeypatch.setattr(decode, "load_autoencoder", counter)
     return counter
 
 
@@ -78,8 +77,9 @@ def test_a_run_of_latents(tmp_path: Path, vae: Path, counter: Counter, monkeypat
     train(config, tmp_path / "run")
     assert counter.devices == [torch.device("cpu")], "one load for both grids, on the run's device"
     assert counter.seen_on == {"cpu"}
-    # 2 budgets of 10 samples; 2 real samples at 5 times in 3 rows, and themselves; 2 pairs of 7 columns.
+    # 10 samples for 1 and 2 steps; 2 real samples at 5 times in 3 rows, and themselves; 2 pairs of 7 columns.
     latents_a_grid = 20 + 2 * (5 * 3 + 1) + 14
+    assert latents_a_grid + 20 == 86, "and 86 for four numbers of steps"
     assert BATCH_SIZE < sum(counter.batches) <= 2 * latents_a_grid
     assert len(counter.batches) <= 2 * -(-latents_a_grid // BATCH_SIZE)
     assert max(counter.batches) == BATCH_SIZE
@@ -107,8 +107,8 @@ def test_a_run_of_latents(tmp_path: Path, vae: Path, counter: Counter, monkeypat
     # The picture of a sample is its latent's, decoded by the autoencoder itself.
     subject = subject_of_run(load_run(tmp_path / "run"))
     latents = Sampler(subject).samples(1, range(3))
-    expected = sample_grid([load_autoencoder(vae).decode(latents)], ["1 step"])
-    np.testing.assert_array_equal(sample_sheet(subject, budgets=[1], count=3), expected)
+    expected = image_grid([load_autoencoder(vae).decode(latents)], ["1 step"])
+    np.testing.assert_array_equal(sample_grid(subject, steps=[1], count=3), expected)
 
     # Latents of another autoencoder are none to go on with.
     other = {"sha256": "1" * 64, "scaling_factor": 0.5}

@@ -1,4 +1,4 @@
-"""Samples as images: latents go through their autoencoder, all others are images already."""
+"""Samples as images: latents are decoded by their autoencoder, all others are images already."""
 
 from __future__ import annotations
 

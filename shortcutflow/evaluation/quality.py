@@ -1,0 +1,168 @@
+"""Curves of quality against the number of sampling steps, from the reports of several runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shortcutflow.evaluation.runs import REPORT_FILE
+from shortcutflow.io.json import read_object
+from shortcutflow.run_dir import find_run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
+MAX_REPORT_BYTES = 2**24
+DISTANCES = {"fid": "FID", "frechet": "Fréchet distance", "kid": "KID"}
+"""Metrics of which lower is better, by the name of their axis."""
+DEFAULT_METRICS = (*DISTANCES, "label_accuracy", "score")
+"""The first of these that all reports have is drawn if no metric is named."""
+WIDE_RANGE = 8
+"""A distance whose largest value is so many times its smallest has a logarithmic axis."""
+
+
+def find_report(path: Path, *, protocol: str | None = None) -> Path:
+    """The report of a run.
+
+    Args:
+        path: the file itself, a run's or a model's folder, or a folder of runs (the newest is taken).
+        protocol: which of several reports: ``evaluation-PROTOCOL.json``.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if there are several and none was named.
+    """
+    if path.is_file():
+        return path
+    stem = Path(REPORT_FILE).stem
+    pattern = f"{stem}*.json" if protocol is None else f"{stem}-{protocol}.json"
+    folder = path if any(path.glob(f"{stem}*.json")) else find_run(path)
+    found = sorted(folder.glob(pattern))
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no {pattern}: measure the run first, with shortcutflow evaluate")
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise ValueError(f"{path} holds several reports, {names}: name the file, or its protocol with --protocol")
+    return found[0]
+
+
+def read_report(file: Path) -> dict[str, Any]:
+    """Read a report: an object with ``rows``, one for each number of ``steps``.
+
+    Raises:
+        ValueError: if the file does not hold one.
+    """
+    report = read_object(file, "an evaluation", longest=MAX_REPORT_BYTES)
+    rows = report.get("rows")
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{file} is not the report of an evaluation: it must have rows, an object each")
+    for row in rows:
+        steps = row.get("steps")
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise ValueError(f"{file}: each of its rows must have steps, a number from 1 on; got {steps!r}")
+    return report
+
+
+def curves_of(report: dict[str, Any]) -> dict[str, dict[int, float]]:
+    """A report's values by metric and number of steps; those that are not finite numbers are left out."""
+    curves: dict[str, dict[int, float]] = {}
+    for row in sorted(report["rows"], key=lambda row: row["steps"]):
+        for name, value in row.get("values", row).items():
+            if name != "steps" and type(value) in (int, float) and math.isfinite(value):
+                curves.setdefault(name, {})[row["steps"]] = value
+    return curves
+
+
+def draw_quality(files: Sequence[Path], *, metric: str | None = None) -> Figure:
+    """Draw a metric of several runs against the number of steps, a curve for each report.
+
+    Args:
+        files: the reports, all measured alike.
+        metric: which; None takes the first usual one that all have.
+
+    Raises:
+        ValueError: for no reports, reports that were not measured alike, or a metric that one does not have.
+        ImportError: without matplotlib.
+    """
+    if not files:
+        raise ValueError("nothing to draw: give at least one run")
+    reports = [read_report(file) for file in files]
+    _check_comparable(files, reports)
+    curves = [curves_of(report) for report in reports]
+    metric = _metric_of(files, curves, metric)
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
+    except ImportError as error:
+        raise ImportError("curves are drawn by matplotlib: pip install 'shortcutflow[plot]'") from error
+    figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    names = [file.absolute().parent.name for file in files]
+    if len(set(names)) < len(names):
+        names = [str(file.absolute().with_suffix("")) for file in files]
+    for name, curve in zip(names, curves, strict=True):
+        axes.plot(list(curve[metric]), list(curve[metric].values()), marker="o", label=name)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(sorted({steps for curve in curves for steps in curve[metric]})))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    values = [value for curve in curves for value in curve[metric].values()]
+    if metric in DISTANCES and min(values) > 0 and max(values) > WIDE_RANGE * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif min(values) >= 0:
+        axes.set_ylim(bottom=0)
+    axes.set_xlabel("sampling steps")
+    axes.set_ylabel(f"{DISTANCES[metric]} (lower is better)" if metric in DISTANCES else metric.replace("_", " "))
+    axes.grid(visible=True, alpha=0.4)
+    # Names may hold dollars, which matplotlib would read as mathematics.
+    for text in axes.legend().get_texts():
+        text.set_parse_math(False)
+    facts = _facts(reports[0])
+    title = f"{facts['protocol']}, {facts['samples']} samples" if facts["samples"] else facts["protocol"]
+    axes.set_title(str(title)[:160], fontsize=8, parse_math=False, wrap=True)
+    return figure
+
+
+def _facts(report: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same for values of two reports to be comparable; None where a report does not say."""
+    protocol, reference = report.get("protocol"), report.get("reference")
+    protocol = protocol if isinstance(protocol, dict) else {"name": protocol}
+    settings = report.get("settings") if isinstance(report.get("settings"), dict) else report
+    return {
+        "protocol": protocol.get("name"),
+        "extractor": protocol.get("extractor"),
+        "reference statistics": reference.get("statistics_sha256") if isinstance(reference, dict) else None,
+        "samples": (settings or report).get("samples"),
+    }
+
+
+def _check_comparable(files: Sequence[Path], reports: Sequence[dict[str, Any]]) -> None:
+    """Raise ValueError, naming both, if two reports were not measured alike."""
+    first = _facts(reports[0])
+    for file, report in zip(files[1:], reports[1:], strict=True):
+        facts = _facts(report)
+        if facts != first:
+            one, other = (", ".join(f"{name} {of[name]}" for name in of if of[name]) for of in (first, facts))
+            raise ValueError(
+                f"values that were not measured alike cannot be compared: {files[0]} by {one}; {file} by {other}. "
+                "Evaluate both alike"
+            )
+
+
+def _metric_of(files: Sequence[Path], curves: Sequence[dict[str, Any]], metric: str | None) -> str:
+    """The metric to draw: the one that was named, or the first usual one that all reports have."""
+    shared = [name for name in curves[0] if all(name in curve for curve in curves)]
+    if metric is None:
+        metric = next((name for name in DEFAULT_METRICS if name in shared), None)
+    if metric is None:
+        raise ValueError(f"name what to draw with --metric; these reports all have: {', '.join(shared) or 'nothing'}")
+    for file, curve in zip(files, curves, strict=True):
+        if metric not in curve:
+            raise ValueError(f"{file} has no metric {metric!r}; all reports have: {', '.join(shared) or 'none'}")
+    return metric
