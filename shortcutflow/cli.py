@@ -20,7 +20,7 @@ from shortcutflow.config import RunConfig
 from shortcutflow.launch import Options, run_recipe
 
 NUMBER = re.compile(r"[\d.,e+-]+")
-METRIC = re.compile(r"(fid|kid|is|precision|recall|density|coverage|,)+")
+METRIC = re.compile(r"(fid|kid|is|precision|recall|density|coverage|label_accuracy|,)+")
 LISTS = {"--steps": NUMBER, "--labels": NUMBER, "--metrics": METRIC}
 """Options that take several values: ``--steps 1 4 128`` is ``--steps 1 --steps 4 --steps 128``. After the first value
 the list ends at a word that cannot be one, such as a run's folder."""

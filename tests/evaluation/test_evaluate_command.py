@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from recipes.digits import recipe
-from shortcutflow.cli import main
+from shortcutflow.cli import main, spread_lists
 from shortcutflow.config import ProtocolEvaluation, RunConfig
 from shortcutflow.evaluation.features.protocols import open_protocol
+from shortcutflow.evaluation.metrics import METRICS
 from shortcutflow.evaluation.samples import Sampler
 from shortcutflow.interop.model import load
 from shortcutflow.train.loop import train
@@ -65,6 +66,12 @@ def test_a_model_folder_gives_the_numbers_of_its_run(run: Path, tmp_path: Path) 
         assert command_of("evaluate", str(place), *shared) == 0
         rows.append(json.loads((place / "evaluation-pixels.json").read_text())["rows"][0]["values"])
     assert rows[0] == rows[1]
+
+
+def test_every_metric_may_be_listed() -> None:
+    assert spread_lists(["evaluate", "--metrics", *METRICS, "runs/x"]) == [
+        "evaluate", *(word for name in METRICS for word in ("--metrics", name)), "runs/x",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
