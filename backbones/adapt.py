@@ -109,6 +109,10 @@ class Adapted(nn.Module):
         self._embedding: Tensor | None = None
         self._used = False
 
+    def zero_step_embedding(self, finest_steps: int) -> None:
+        """See :meth:`Condition.zero_step_embedding`; to start from a flow model, before the network is sharded."""
+        self.condition.zero_step_embedding(finest_steps)
+
     def forward(self, x_t: Tensor, t: Tensor, d: Tensor, y: Tensor | None = None) -> Tensor:
         """The average velocity over [t, t + d]: x_t (b, *shape), t and d (b,), y as the network or its labels want."""
         if x_t.shape[1:] != self.shape or t.shape != (len(x_t),) or d.shape != t.shape:

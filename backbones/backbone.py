@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from backbones.diffusion import Diffusion
-from backbones.embeddings import Condition
+from backbones.embeddings import Condition, SinusoidalEmbedding
 
 
 class Backbone(nn.Module):
@@ -83,6 +83,15 @@ class Backbone(nn.Module):
     def reset_parameters(self) -> None:
         """Fill every parameter and buffer anew, also after ``to_empty``."""
         raise NotImplementedError
+
+    def zero_step_embedding(self, finest_steps: int) -> None:
+        """See :meth:`Condition.zero_step_embedding`; to start from a flow model, before the network is sharded."""
+        self.condition.zero_step_embedding(finest_steps)
+
+    @property
+    def step_embedding(self) -> SinusoidalEmbedding:
+        """The embedding of the step size."""
+        return self.condition.step
 
     def shard_plan(self) -> list[nn.Module]:
         """The repeated parts, in the order they run: units for FSDP's ``fully_shard``, compilation and checkpoints."""

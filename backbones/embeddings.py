@@ -153,6 +153,29 @@ class Condition(nn.Module):
                 if isinstance(layer, nn.Linear):
                     layer.reset_parameters()
 
+    @torch.no_grad()
+    def zero_step_embedding(self, finest_steps: int) -> None:
+        """Embed every step size as d = 1/finest_steps, so that a network trained as a flow stays that flow for every d.
+
+        The last layer's weights become zero and its bias what it returned; their gradient is not zero, so they learn.
+
+        Args:
+            finest_steps: M of the flow's training; 1 for a network that was always given d = 1 (``ignore_step_size``).
+
+        Raises:
+            ValueError: for M that is no power of two, or if ``ignore_step_size`` is set.
+        """
+        if not isinstance(finest_steps, int) or finest_steps < 1 or finest_steps & (finest_steps - 1):
+            raise ValueError(f"finest_steps must be a power of two, got {finest_steps!r}")
+        if self.ignore_step_size:
+            raise ValueError(
+                "the network was built with ignore_step_size=True and would never learn it: build it without"
+            )
+        level = torch.full((1,), math.log2(finest_steps), device=self.step.out.weight.device)
+        embedding = self.step(level)[0]
+        nn.init.zeros_(self.step.out.weight)
+        self.step.out.bias.copy_(embedding)
+
     def forward(self, t: Tensor, d: Tensor, y: Tensor | None, time: Tensor | None = None) -> Tensor:
         """t, d (b,) and y (b,) int64 or (b, *condition_shape) or None, to (b, width).
 

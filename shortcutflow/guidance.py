@@ -89,7 +89,7 @@ def guided_velocity(
     if scale == 0:
         return predict(net, x_t, t, d, null)
     both = predict(net, torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([d, d]), torch.cat([y, null]))
-    with_y, with_null = both.chunk(2)
+    with_y, with_null = both[: len(x_t)], both[len(x_t) :]  # which torch.export follows for any number of rows
     return with_null + scale * (with_y - with_null)
 
 

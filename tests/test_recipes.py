@@ -18,7 +18,7 @@ import backbones
 from shortcutflow.commands.recipes import RECIPE_GROUP, load_recipe
 from shortcutflow.config import RunConfig, validated
 from shortcutflow.data.imagefolder import ImageFolderData
-from shortcutflow.interop.pretrained.convert import convert_pretrained
+from shortcutflow.interop.convert import convert
 from shortcutflow.train.speed import PEAK_BFLOAT16
 from tests.interop.public_layouts import PublicTransformer
 
@@ -195,7 +195,7 @@ def test_sit_converts_to_the_recipes_network(tmp_path: Path) -> None:
     config = load_recipe("finetune_from_sit")
     net = PublicTransformer(size=32, width=64, depth=1, heads=1, classes=1000)
     torch.save(net.state_dict(), tmp_path / "SiT.pt")
-    converted, _ = convert_pretrained(tmp_path / "SiT.pt", tmp_path / "model", heads=1)
+    converted, _ = convert(tmp_path / "SiT.pt", tmp_path / "model", heads=1)
     small = {"width": 64, "depth": 1, "heads": 1}
     assert converted.backbone.name == config.backbone.name
     assert converted.backbone.options == config.backbone.options | small

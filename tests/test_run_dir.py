@@ -15,7 +15,6 @@ from shortcutflow.cli import main
 from shortcutflow.commands.subjects import open_subject
 from shortcutflow.config import RunConfig
 from shortcutflow.data.digits import write_digits
-from shortcutflow.interop.released.export import export_jax
 from shortcutflow.run_dir import WEIGHTS_FILE, load_run
 from shortcutflow.train.loop import train
 from shortcutflow.train.starts import load_start, open_teacher
@@ -66,7 +65,6 @@ def test_a_copied_run_needs_no_data(stopped: tuple[Path, Path], tmp_path: Path) 
         with pytest.raises(SystemExit) as stop:
             main(["sample", str(copy), "--steps", "1", "--out", str(tmp_path / "samples.png")])
         assert stop.value.code == 0
-        export_jax(copy, tmp_path / "run.pkl")
         (copy / "data.json").write_text('{"shape": "8x8", "num_classes": 10}')
         with pytest.raises(ValueError, match=r"data\.json does not describe"):
             sf.load(copy)

@@ -11,26 +11,22 @@ import typer
 def convert_command(
     checkpoint: Annotated[
         Path,
-        typer.Argument(help="A pickle of the released JAX code, a .pt of SiT or DiT, or a diffusers folder or hub id."),
+        typer.Argument(help="A pickle of the authors' JAX code, a .pt of SiT or DiT, or a diffusers folder or hub id."),
     ],
-    out: Annotated[Path, typer.Option(help="The model's folder to write.")],
-    kind: Annotated[str | None, typer.Option(help="sit or dit, if the name of a .pt does not tell.")] = None,
-    heads: Annotated[int | None, typer.Option(help="Of attention. [default: found, or the usual number]")] = None,
+    out: Annotated[Path, typer.Option(help="The model folder to write.")],
+    kind: Annotated[str | None, typer.Option(help="sit or dit, if the name of a .pt does not say.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Of attention. [default: usual for the hidden size]")] = None,
     image_size: Annotated[int | None, typer.Option(help="Side of a sample. [default: the usual one]")] = None,
     finest_steps: Annotated[int, typer.Option(help="M, the training's denoise_timesteps.")] = 128,
 ) -> None:
     """Turn the authors' checkpoints, or pretrained flow and diffusion models, into safetensors and a config."""
-    from shortcutflow.interop.pretrained.convert import convert_pretrained, is_pretrained
-    from shortcutflow.interop.released.convert import convert
+    from shortcutflow.interop.convert import convert
 
-    sizes: dict[str, Any] = {"heads": heads, "image_size": image_size, "finest_steps": finest_steps}
-    if is_pretrained(checkpoint):
-        # A word here; what it may be is checked where it is used.
-        config, notes = convert_pretrained(checkpoint, out, **(sizes | {"kind": kind}))
-    elif kind is not None:
-        raise ValueError(f"--kind is for .pt files of SiT and DiT, {checkpoint} is none")
-    else:
-        config, notes = convert(checkpoint, out, **sizes)
+    # Any string; what it may be is checked where it is used.
+    sit_or_dit: Any = kind
+    config, notes = convert(
+        checkpoint, out, kind=sit_or_dit, heads=heads, image_size=image_size, finest_steps=finest_steps
+    )
     for note in notes:
         print(f"assumed {note}")
     step = "" if config.step is None else f", step {config.step}"
@@ -40,7 +36,7 @@ def convert_command(
 def export_command(
     folder: Annotated[Path, typer.Argument(help="A model's or a run's folder.")],
     out: Annotated[Path, typer.Option(help="The file to write; for diffusers a folder.")],
-    format: Annotated[str, typer.Option(help="diffusers, onnx, torch (torch.export) or jax (the released code).")],
+    format: Annotated[str, typer.Option(help="diffusers, onnx or torch (torch.export).")],
     weights: Annotated[str | None, typer.Option(help="Which of the model's weights. [default: the config's]")] = None,
     steps: Annotated[
         list[float] | None, typer.Option(help="Of onnx and torch: a number of steps, or step sizes. [default: 1]")

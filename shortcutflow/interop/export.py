@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 FORMATS: Mapping[str, tuple[str, ...]] = {
-    "jax": (), "diffusers": ("weights", "decoder"), "onnx": ("weights", "steps", "guidance_scale", "decoder"),
+    "diffusers": ("weights", "decoder"), "onnx": ("weights", "steps", "guidance_scale", "decoder"),
     "torch": ("weights", "steps", "guidance_scale", "decoder"),
 }  # fmt: skip
-"""Formats and the options that each has: the released code's checkpoint, a diffusers pipeline, ONNX, torch.export."""
+"""Formats and the options that each has: a diffusers pipeline, ONNX, torch.export."""
 
 
 def export_model(
@@ -43,13 +43,12 @@ def export_model(
     given: dict[str, Any] = {"weights": weights, "steps": steps, "guidance_scale": guidance_scale, "decoder": decoder}
     given = {name: value for name, value in given.items() if value is not None}
     if wrong := [name for name in given if name not in FORMATS[format]]:
-        takes = ", ".join(FORMATS[format]) or "none"
+        takes = ", ".join(FORMATS[format])
         raise ValueError(f"format {format!r} has no option {', '.join(wrong)}; its options: {takes}")
     if steps is not None and len(steps) == 1 and steps[0] == int(steps[0]):
         given["steps"] = int(steps[0])
     # Each loads packages that the others do not need.
     module, function = {
-        "jax": ("released.export", "export_jax"),
         "diffusers": ("exports.to_diffusers", "export_diffusers"),
         "onnx": ("exports.to_onnx", "export_onnx"),
         "torch": ("exports.to_program", "export_program"),

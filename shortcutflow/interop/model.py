@@ -23,7 +23,6 @@ from shortcutflow.interop.model_folder import (
 )
 from shortcutflow.io.atomic import require_absent
 from shortcutflow.io.safetensors import read_tensors
-from shortcutflow.network import build_network
 from shortcutflow.run_dir import info_of_run, read_weights
 from shortcutflow.sampling import draw_noise, sample
 
@@ -74,6 +73,28 @@ class Model:
     def finest_steps(self) -> int:
         """M of the training."""
         return self.config.finest_steps
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether the network takes labels or other conditions."""
+        return self.num_classes is not None or self.config.condition_shape is not None
+
+    @property
+    def null_condition(self) -> float | None:
+        """What y is without a condition: the null label as an integer, what fills a tensor, or None."""
+        if self.num_classes is not None:
+            return self.num_classes if self.null_y is None else int(self.null_y)
+        return None if self.config.condition_shape is None else (self.null_y or 0.0)
+
+    def example_inputs(self, rows: int) -> tuple[Tensor, Tensor | None]:
+        """Noise (rows, *shape) and conditions to try the model with, always the same; labels include the null label."""
+        generator = Generator().manual_seed(rows)
+        noise = torch.randn(rows, *self.shape, generator=generator)
+        if self.num_classes is not None:
+            return noise, (torch.arange(rows) + self.num_classes - 1) % (self.num_classes + 1)
+        if self.config.condition_shape is not None:
+            return noise, torch.randn(rows, *self.config.condition_shape, generator=generator)
+        return noise, None
 
     def sample(
         self,
@@ -171,10 +192,7 @@ def load_folder(
         if len(config.shape) != 3:
             raise ValueError(f"image_size is for images, this model makes samples of shape {config.shape}")
         config = config.model_copy(update={"shape": (config.shape[0], image_size, image_size)})
-    network = build_network(
-        config.backbone, shape=config.shape, num_classes=config.num_classes,
-        condition_shape=config.condition_shape, finest_steps=config.finest_steps, seed=0,
-    )  # fmt: skip
+    network = config.build_network()
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:

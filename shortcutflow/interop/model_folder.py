@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import nn
 
 from shortcutflow.config import CONFIG_FILE, CURRENT, RunConfig
 from shortcutflow.data.manifest import LatentsInfo
 from shortcutflow.data.source import DataInfo
 from shortcutflow.io.json import read_object
-from shortcutflow.network import BackboneConfig
+from shortcutflow.network import BackboneConfig, build_network
 from shortcutflow.types import SamplerKind
 
 REPORTS = "evaluation*.json"
@@ -76,6 +77,17 @@ class ModelConfig(BaseModel):
         if self.default_weights not in self.weights:
             raise ValueError(f"default_weights is {self.default_weights!r}; weights: {', '.join(self.weights)}")
         return self
+
+    def build_network(self) -> nn.Module:
+        """The network with new weights, always the same.
+
+        Raises:
+            ValueError: for an unknown backbone, listing the installed ones, or options it does not take.
+        """
+        return build_network(
+            self.backbone, shape=self.shape, num_classes=self.num_classes, condition_shape=self.condition_shape,
+            finest_steps=self.finest_steps, seed=0,
+        )  # fmt: skip
 
     def save(self, folder: Path) -> None:
         """Write it into a folder."""

@@ -8,7 +8,6 @@ from torch import nn
 
 from shortcutflow.config import CONFIG_FILE, RunConfig
 from shortcutflow.interop.model import Model, load
-from shortcutflow.interop.start import start_from_flow
 from shortcutflow.run_dir import find_run
 
 
@@ -36,6 +35,25 @@ def load_start(config: RunConfig, network: nn.Module, teacher: Model | None) -> 
     network.load_state_dict(start.network.state_dict())
     if made_ready:
         start_from_flow(network, start.finest_steps)
+
+
+def start_from_flow(network: nn.Module, finest_steps: int) -> None:
+    """Make a network that was trained as a flow return, at every step size, what it returned at d = 1/M.
+
+    Args:
+        network: changed in place, before it is sharded.
+        finest_steps: M of the flow's training.
+
+    Raises:
+        ValueError: for a network that cannot do this, or M that is no power of two.
+    """
+    zero = getattr(network, "zero_step_embedding", None)
+    if zero is None:
+        raise ValueError(
+            f"a {type(network).__name__} cannot start from a flow: it has no method zero_step_embedding(finest_steps), "
+            "as this project's backbones and networks of backbones.adapt() have"
+        )
+    zero(finest_steps)
 
 
 def open_teacher(config: RunConfig) -> Model | None:

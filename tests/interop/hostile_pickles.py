@@ -217,7 +217,7 @@ def leafwise(tree: Any, change: Callable[[np.ndarray], np.ndarray]) -> Any:
 
 def main(folder: Path) -> None:
     """Convert them all; prints what each said, and the most memory held."""
-    from shortcutflow.interop.released.convert import convert
+    from shortcutflow.interop.convert import convert
 
     canary = folder / "canary"
     said: dict[str, str | None] = {}

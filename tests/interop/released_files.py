@@ -15,6 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from shortcutflow.interop.dit_layout import DiTSizes
+from shortcutflow.interop.jax_checkpoint import params_of
+
 ScaleByAdamState = namedtuple("ScaleByAdamState", "count mu nu", module="optax._src.transform")
 ScaleByScheduleState = namedtuple("ScaleByScheduleState", "count", module="optax._src.transform")
 EmptyState = namedtuple("EmptyState", "", module="optax._src.base")
@@ -38,7 +41,7 @@ class FrozenDict:
 class NamePickler(pickle._Pickler):  # type: ignore[name-defined, misc]
     """Writes names of classes and functions as they are, numpy's private module as numpy 1 or 2 calls it."""
 
-    def __init__(self, file: io.BytesIO, *, numpy: int = 1, protocol: int = 4) -> None:
+    def __init__(self, file: Any, *, numpy: int = 1, protocol: int = 4) -> None:
         super().__init__(file, protocol)
         self._core = {1: "numpy.core", 2: "numpy._core"}[numpy]
 
@@ -86,7 +89,7 @@ def parameters(
     return tree
 
 
-def checkpoint(params: Any, params_ema: Any, *, mu: Any = None, step: int = 7) -> dict[str, Any]:
+def checkpoint(params: Any, params_ema: Any, *, mu: Any = None, nu: Any = None, step: int = 7) -> dict[str, Any]:
     """What the released code pickles."""
 
     def zeros(tree: Any) -> Any:
@@ -96,7 +99,7 @@ def checkpoint(params: Any, params_ema: Any, *, mu: Any = None, step: int = 7) -
 
     count = np.asarray(step - 1, np.int32)
     plain = params.unfreeze() if isinstance(params, FrozenDict) else params
-    mu, nu = (zeros(plain) if mu is None else mu), zeros(plain)
+    mu, nu = (zeros(plain) if tree is None else tree for tree in (mu, nu))
     if isinstance(params, FrozenDict):
         mu, nu = FrozenDict(mu), FrozenDict(nu)
     adam = ScaleByAdamState(count, mu, nu)
@@ -123,20 +126,30 @@ def write(path: Path, value: Any, **style: Any) -> Path:
 
 
 def write_sparse_xl(path: Path) -> None:
-    """DiT-XL/2 on ImageNet with its optimizer, all zero: 10.8 GB of which the disk keeps a few kilobytes."""
-    from shortcutflow.interop.released.sizes import Sizes, expected_shapes
-    from shortcutflow.interop.released.writer import pickle_released
-
-    shapes = expected_shapes(Sizes(width=1152, depth=28, hidden=4608, patch=2, channels=4, num_classes=1000))
+    """DiT-XL/2 on ImageNet with its optimizer, all zero: 10.8 GB of which the disk keeps a few megabytes."""
+    sizes = DiTSizes(1152, 28, 4608, 2, 4, 4, 1000)
+    arrays = {key: param.shape for param in params_of(sizes).values() for key in param.keys}
+    tree: dict[str, Any] = {}
+    for name, shape in arrays.items():
+        *folders, last = name.split("/")
+        part = tree
+        for folder in folders:
+            part = part.setdefault(folder, {})
+        # A view of one number, so that it takes no memory until it is pickled.
+        part[last] = np.broadcast_to(np.float32(0), shape)
 
     class Sparse(io.FileIO):
         def write(self, content: Any) -> int:
-            if len(content) < 4096:
+            if len(content) < 2**16 or np.frombuffer(content, np.uint8).any():
                 return super().write(content)
-            assert not np.frombuffer(content, np.uint8).any()
             self.seek(len(content), io.SEEK_CUR)
             return len(content)
 
-    arrays = {name: lambda shape=shape: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    class ZeroPickler(NamePickler):
+        def memoize(self, obj: Any) -> None:
+            """Nothing but names: what was pickled is not kept."""
+            if isinstance(obj, type) or callable(obj):
+                super().memoize(obj)
+
     with Sparse(path, "w") as file:
-        pickle_released(file, params=arrays, params_ema=arrays, step=1, timestamp=0.0)  # type: ignore[arg-type]
+        ZeroPickler(file).dump(checkpoint(tree, tree, mu=tree, nu=tree))

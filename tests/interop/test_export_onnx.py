@@ -17,10 +17,9 @@ from shortcutflow.cli import main
 from shortcutflow.data.autoencoder import load_autoencoder
 from shortcutflow.interop.export import FORMATS, export_model
 from shortcutflow.interop.exports import to_onnx as module
-from shortcutflow.interop.exports.generator import Generator
+from shortcutflow.interop.exports.exportable import ExportableSampler, trace
 from shortcutflow.interop.exports.to_onnx import export_onnx
 from shortcutflow.interop.exports.to_program import export_program
-from shortcutflow.interop.exports.traced import trace
 from tests.interop.exported import FAMILIES, autoencoder_in, model_in, noise_for, without_this_library
 
 pytest.importorskip("onnxscript")
@@ -120,13 +119,13 @@ save_file({"samples": program.module()(given["noise"], given["y"]).contiguous()}
 
 
 def test_what_gives_other_samples_is_thrown_away(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def of_another_network(self: Generator, noise: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+    def of_another_network(self: ExportableSampler, noise: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
         with torch.no_grad():
             self.network.get_parameter("patch_embedding.weight")[0, 0] += 0.05
         return expected(self, noise, y)
 
-    expected = Generator.expected
-    monkeypatch.setattr(Generator, "expected", of_another_network)
+    expected = ExportableSampler.expected
+    monkeypatch.setattr(ExportableSampler, "expected", of_another_network)
     with pytest.raises(ValueError, match="gives other samples than the library's sampler"):
         export_program(source, tmp_path / "x.pt2")
     assert not list(tmp_path.iterdir())
@@ -168,8 +167,8 @@ def test_files_that_are_refused(source: Path, tmp_path: Path, monkeypatch: pytes
 def test_formats(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert set(FORMATS) == {"jax", "diffusers", "onnx", "torch"}
-    with pytest.raises(ValueError, match="unknown format 'onnyx'; known: jax, diffusers, onnx, torch"):
+    assert set(FORMATS) == {"diffusers", "onnx", "torch"}
+    with pytest.raises(ValueError, match="unknown format 'onnyx'; known: diffusers, onnx, torch"):
         export_model(source, tmp_path / "x", "onnyx")
     with pytest.raises(ValueError, match="'diffusers' has no option steps; its options: weights, decoder"):
         export_model(source, tmp_path / "x", "diffusers", steps=[4])

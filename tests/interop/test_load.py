@@ -16,8 +16,6 @@ from shortcutflow.cli import main
 from shortcutflow.interop.hub import FILES, HubModel
 from shortcutflow.interop.model import Model
 from shortcutflow.interop.model_folder import ModelConfig
-from shortcutflow.interop.released.checkpoint import read_released
-from shortcutflow.interop.released.export import export_jax
 from shortcutflow.network import BackboneConfig, build_network
 from shortcutflow.run_dir import load_run, write_weights
 
@@ -252,21 +250,6 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
             sf.load(folder)
 
 
-def test_export_of_a_run(run: Path, tmp_path: Path) -> None:
-    """Both sets of weights of a run, as the released code has them."""
-    from tests.parity.recorded import build
-
-    export_jax(run, tmp_path / "run.pkl")
-    released = read_released(tmp_path / "run.pkl")
-    sizes = {"channels": 1, "image_size": 8, "num_classes": 10, "hidden_size": 16, "depth": 1}
-    heads = sf.load(run).config.backbone.options["heads"]
-    more = {"num_heads": heads, "patch_size": released.sizes.patch, "mlp_ratio": 4}
-    for weights, arrays in (("current", released.params), ("ema", released.params_ema)):
-        net = build(sizes | more, {name: array.read() for name, array in arrays.items()})
-        state = sf.load(run, weights=weights).network.state_dict()
-        assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
-
-
 def test_exports_that_are_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def fails(*argv: str) -> str:
         with pytest.raises(SystemExit) as stop:
@@ -274,14 +257,13 @@ def test_exports_that_are_refused(run: Path, tmp_path: Path, capsys: pytest.Capt
         assert stop.value.code == 2
         return capsys.readouterr().err
 
-    folder, out = str(model_in(tmp_path / "m")), str(tmp_path / "x.pkl")
-    assert "this library's own conventions" in fails(folder, "--out", out, "--format", "jax")
+    folder, out = str(model_in(tmp_path / "m")), str(tmp_path / "x.pt2")
     assert "unknown format 'onnyx'; known: " in fails(folder, "--out", out, "--format", "onnyx")
-    assert "there is no folder" in fails(str(run), "--format", "jax", "--out", str(tmp_path / "none/x.pkl"))
+    assert "there is no folder" in fails(str(run), "--format", "torch", "--out", str(tmp_path / "none/x.pt2"))
     assert "--format" in fails(folder, "--out", out), "no format is taken without a word"
-    (tmp_path / "x.pkl").write_bytes(b"mine")
-    assert "exists already" in fails(str(run), "--format", "jax", "--out", out)
-    assert (tmp_path / "x.pkl").read_bytes() == b"mine"
+    (tmp_path / "x.pt2").write_bytes(b"mine")
+    assert "exists already" in fails(str(run), "--format", "torch", "--out", out)
+    assert (tmp_path / "x.pt2").read_bytes() == b"mine"
 
 
 def test_load_is_found_late() -> None:

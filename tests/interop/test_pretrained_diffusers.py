@@ -17,7 +17,7 @@ from torch import Tensor
 import backbones
 import shortcutflow as sf
 from shortcutflow.cli import main
-from shortcutflow.interop.pretrained.convert import convert_pretrained, is_pretrained
+from shortcutflow.interop.convert import convert
 from tests.interop.public_layouts import Schedule, randomise
 
 diffusers = pytest.importorskip("diffusers")
@@ -118,7 +118,7 @@ def test_unets(options: str, tmp_path: Path) -> None:
     network, scheduler = unet(**UNETS[options]), diffusers.DDPMScheduler()
     network.save_pretrained(tmp_path / "net")
     scheduler.save_pretrained(tmp_path / "net")
-    config, notes = convert_pretrained(tmp_path / "net", tmp_path / "out")
+    config, notes = convert(tmp_path / "net", tmp_path / "out")
     assert (config.backbone.name, config.shape, config.vae) == ("diffusers_unet", (3, 8, 8), None)
     assert any("the mean of its rows" in note for note in notes) == (options == "labels")
     model = sf.load(tmp_path / "out")
@@ -136,7 +136,7 @@ def test_unets(options: str, tmp_path: Path) -> None:
 def test_schedules_and_predictions(kind: str, schedule: str, tmp_path: Path) -> None:
     network = dit() if kind == "dit" else unet()
     scheduler = diffusers.DDIMScheduler(**SCHEDULES[schedule])
-    convert_pretrained(pipeline(tmp_path / "pipe", network, scheduler, "unet"), tmp_path / "out")
+    convert(pipeline(tmp_path / "pipe", network, scheduler, "unet"), tmp_path / "out")
     assert_same(sf.load(tmp_path / "out"), network, scheduler, labels=kind == "dit")
 
 
@@ -145,7 +145,7 @@ def test_schedules_and_predictions(kind: str, schedule: str, tmp_path: Path) -> 
 def test_dits(size: int, tmp_path: Path) -> None:
     """256 pixels are 32x32 latents, 512 pixels 64x64."""
     network = dit(sample_size=size, num_layers=2 if size == 8 else 1)
-    config, _ = convert_pretrained(pipeline(tmp_path / "pipe", network), tmp_path / "out")
+    config, _ = convert(pipeline(tmp_path / "pipe", network), tmp_path / "out")
     assert (config.backbone.name, config.shape, config.num_classes, config.null_y) == ("dit", (4, size, size), 5, 5)
     model, original = sf.load(tmp_path / "out"), original_of(network, 4)
     x, t, y = (part[:2] for part in inputs(model.shape, labels=True))
@@ -162,7 +162,7 @@ def test_dits(size: int, tmp_path: Path) -> None:
 def test_ddim_is_eulers_method(tmp_path: Path) -> None:
     """diffusers' scheduler from time to time, and steps along the velocity between the same times."""
     network, scheduler = unet(), diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
-    convert_pretrained(pipeline(tmp_path / "pipe", network, scheduler, "unet"), tmp_path / "out")
+    convert(pipeline(tmp_path / "pipe", network, scheduler, "unet"), tmp_path / "out")
     model, schedule = sf.load(tmp_path / "out"), Schedule()
     scheduler.set_timesteps(10)
     z = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
@@ -177,7 +177,7 @@ def test_ddim_is_eulers_method(tmp_path: Path) -> None:
 def test_a_converted_unet_is_trained_as_any_network(tmp_path: Path) -> None:
     """Gradients, also through checkpoints; units, compiled blocks, operations counted; the step size let in."""
     network = unet()
-    convert_pretrained(pipeline(tmp_path / "pipe", network, part="unet"), tmp_path / "out")
+    convert(pipeline(tmp_path / "pipe", network, part="unet"), tmp_path / "out")
     net: Any = sf.load(tmp_path / "out").network
     (x, t, _), gradients = inputs((3, 8, 8), labels=False), []
     for checkpoints in (False, True):
@@ -210,8 +210,7 @@ def test_old_files(tmp_path: Path) -> None:
         state = {name.replace(new, before): tensor for name, tensor in state.items()}
     assert any(".proj_attn." in name for name in state)
     torch.save(state, file)
-    assert is_pretrained(tmp_path / "net")
-    _, notes = convert_pretrained(tmp_path / "net", tmp_path / "out")
+    _, notes = convert(tmp_path / "net", tmp_path / "out")
     assert any("there is no scheduler_config.json" in note for note in notes)
     assert_same(sf.load(tmp_path / "out"), network, diffusers.DDPMScheduler(), labels=False)
 
@@ -222,17 +221,17 @@ def test_old_files(tmp_path: Path) -> None:
     state = original.state_dict() | {"pos_embed.pos_embed": original.pos_embed.pos_embed}
     torch.save(state, weights.with_suffix(".bin"))
     weights.unlink()
-    convert_pretrained(folder, tmp_path / "dit")
+    convert(folder, tmp_path / "dit")
     assert_same(sf.load(tmp_path / "dit"), original, diffusers.DDIMScheduler(), labels=True)
 
 
 def test_the_autoencoder_of_a_pipeline(tmp_path: Path) -> None:
     folder = pipeline(tmp_path / "pipe", dit(num_layers=1))
-    assert convert_pretrained(folder, tmp_path / "one")[0].vae == "stabilityai/sd-vae-ft-mse"
+    assert convert(folder, tmp_path / "one")[0].vae == "stabilityai/sd-vae-ft-mse"
     (folder / "vae").mkdir()
     (folder / "vae" / "config.json").write_text("{}")
-    assert convert_pretrained(folder, tmp_path / "two")[0].vae == str(folder / "vae")
-    assert convert_pretrained(folder / "transformer", tmp_path / "three")[0].shape == (4, 8, 8)
+    assert convert(folder, tmp_path / "two")[0].vae == str(folder / "vae")
+    assert convert(folder / "transformer", tmp_path / "three")[0].shape == (4, 8, 8)
 
 
 @torch.no_grad()
@@ -243,7 +242,7 @@ def test_folders_as_people_have_them(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def velocities(source: Path, weights: str | None = None) -> tuple[Tensor, tuple[str, ...]]:
         out = tmp_path / f"out of {source.name} {weights}"
-        _, notes = convert_pretrained(source, out)
+        _, notes = convert(source, out)
         return sf.load(out, weights=weights).network(x, t, t, y), notes
 
     network.save_pretrained(tmp_path / "plain")
@@ -283,7 +282,6 @@ def test_folders_as_people_have_them(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     huggingface_hub = pytest.importorskip("huggingface_hub")
     monkeypatch.chdir(tmp_path)
-    assert is_pretrained(Path("a/b"))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(root / "snapshots" / "abc"))
     assert torch.equal(velocities(Path("a/b"))[0], expected)
 
@@ -355,7 +353,7 @@ SCHEDULERS: dict[str, tuple[dict[str, Any], str]] = {
 
 def refusal(source: Path, out: Path, **options: Any) -> str:
     with pytest.raises((ValueError, OSError)) as raised:
-        convert_pretrained(source, out, **options)
+        convert(source, out, **options)
     assert len(str(raised.value).splitlines()) == 1
     assert not out.exists()
     return str(raised.value)
@@ -400,7 +398,6 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
     assert "is no folder of a diffusers network or pipeline" in refusal(tmp_path / "empty", out)
     (tmp_path / "empty" / "model.pt").touch()
     assert "it holds model.pt: give the file" in refusal(tmp_path / "empty", out)
-    assert is_pretrained(tmp_path / "empty"), "a folder is never the authors' pickle"
 
 
 def test_without_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 import backbones
 import shortcutflow as sf
 from backbones.diffusion import Diffusion
-from shortcutflow.interop.pretrained.convert import convert_pretrained
+from shortcutflow.interop.convert import convert
 from tests.interop.public_layouts import PublicTransformer, Schedule, saved
 
 SCHEDULE = Schedule()
@@ -49,7 +49,7 @@ def noise_of(network: PublicTransformer, batch: int = 2, seed: int = 1) -> Tenso
 def opened(network: PublicTransformer, folder: Path, **options: Any) -> sf.Model:
     """The network, saved, converted and loaded."""
     heads = network.blocks[0].attn.heads
-    convert_pretrained(saved(network, folder / "net.pt"), folder / "out", **({"kind": "dit", "heads": heads} | options))
+    convert(saved(network, folder / "net.pt"), folder / "out", **({"kind": "dit", "heads": heads} | options))
     return sf.load(folder / "out")
 
 
@@ -200,7 +200,7 @@ def test_the_step_size_can_be_learnt(tmp_path: Path) -> None:
 
 
 def test_what_the_folder_says(tmp_path: Path) -> None:
-    config, notes = convert_pretrained(saved(PublicTransformer(), tmp_path / "DiT-XL-2-256x256.pt"), tmp_path / "out")
+    config, notes = convert(saved(PublicTransformer(), tmp_path / "DiT-XL-2-256x256.pt"), tmp_path / "out")
     assert config.backbone.options["diffusion"]["predicts"] == "noise"
     assert (config.shape, config.num_classes, config.null_y, config.vae) == (
         (4, 8, 8), 5, 5, "stabilityai/sd-vae-ft-mse",

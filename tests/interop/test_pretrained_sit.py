@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import shortcutflow as sf
-from shortcutflow.interop.pretrained.convert import convert_pretrained, is_pretrained
+from shortcutflow.interop.convert import convert
+from shortcutflow.interop.torch_file import is_torch_file
 from tests.interop.public_layouts import PublicTransformer, saved
 
 TIMES = (0.5, 0.0, 1.0, 1e-3, 0.25, 0.75, 127 / 128)
@@ -47,7 +48,7 @@ def inputs(network: PublicTransformer, batch: int = 3) -> tuple[Tensor, Tensor]:
 def opened(network: PublicTransformer, folder: Path, **options: Any) -> sf.Model:
     """The network, saved, converted and loaded."""
     options = {"kind": "sit", "heads": network.blocks[0].attn.heads} | options
-    convert_pretrained(saved(network, folder / "net.pt"), folder / "out", **options)
+    convert(saved(network, folder / "net.pt"), folder / "out", **options)
     return sf.load(folder / "out")
 
 
@@ -79,7 +80,7 @@ def test_what_would_be_wrong_is_seen(tmp_path: Path) -> None:
         "transposed": model.network(x.mT, t, t, y).mT,
     }
     for name, options in {"heads": {"heads": 4}, "kind": {"kind": "dit"}}.items():
-        convert_pretrained(tmp_path / "net.pt", tmp_path / name, **({"kind": "sit", "heads": 2} | options))
+        convert(tmp_path / "net.pt", tmp_path / name, **({"kind": "sit", "heads": 2} | options))
         wrong[name] = sf.load(tmp_path / name).network(x, t, t, y)
     for name, got in wrong.items():
         assert (got - expected).abs().max() > 1e-2, name
@@ -122,7 +123,7 @@ def test_the_step_size_can_be_learnt(tmp_path: Path) -> None:
 
 
 def test_what_the_folder_says(tmp_path: Path) -> None:
-    config, notes = convert_pretrained(saved(PublicTransformer(), tmp_path / "SiT-S-2.pt"), tmp_path / "a" / "out")
+    config, notes = convert(saved(PublicTransformer(), tmp_path / "SiT-S-2.pt"), tmp_path / "a" / "out")
     assert sf.load(tmp_path / "a" / "out").config == config
     assert (config.shape, config.num_classes, config.null_y) == ((4, 8, 8), 5, 5)
     assert config.flow_only
@@ -131,7 +132,7 @@ def test_what_the_folder_says(tmp_path: Path) -> None:
     assert "diffusion" not in config.backbone.options
     assert any("heads: 2" in note for note in notes)
     pixels = saved(PublicTransformer(channels=3), tmp_path / "sit.pt")
-    assert convert_pretrained(pixels, tmp_path / "pixels").config.vae is None
+    assert convert(pixels, tmp_path / "pixels").config.vae is None
 
 
 @torch.no_grad()
@@ -142,14 +143,14 @@ def test_training_checkpoints_and_their_averages(tmp_path: Path) -> None:
     ema = {f"module.{name}": tensor for name, tensor in average.state_dict().items()}
     optimizer = torch.optim.AdamW(current.parameters())
     saved(current, file, ema=ema, opt=optimizer.state_dict(), args=argparse.Namespace(model="SiT-XL/2", lr=1e-4))
-    convert_pretrained(file, tmp_path / "out", kind="sit", heads=2)
+    convert(file, tmp_path / "out", kind="sit", heads=2)
     x, y = inputs(current)
     t = torch.full((3,), 0.5)
     for name, original in {None: average, "ema": average, "current": current}.items():
         got = sf.load(tmp_path / "out", weights=name).network(x, t, t, y)
         assert (got - original(x, t, y)).abs().max() < 1e-5
     saved(current.bfloat16(), tmp_path / "half.pt")
-    convert_pretrained(tmp_path / "half.pt", tmp_path / "half", kind="sit", heads=2)
+    convert(tmp_path / "half.pt", tmp_path / "half", kind="sit", heads=2)
     expected = current.float()(x, t, y)
     # Positions are computed anew, in float32.
     assert (sf.load(tmp_path / "half").network(x, t, t, y) - expected).abs().max() < 0.05
@@ -160,7 +161,7 @@ def test_safetensors_too(tmp_path: Path) -> None:
 
     original = PublicTransformer()
     save_file(original.state_dict(), tmp_path / "sit.safetensors")
-    convert_pretrained(tmp_path / "sit.safetensors", tmp_path / "out", heads=2)
+    convert(tmp_path / "sit.safetensors", tmp_path / "out", heads=2)
     x, y = inputs(original)
     t = torch.full((3,), 0.5)
     assert (sf.load(tmp_path / "out").network(x, t, t, y) - original(x, t, y)).abs().max() < 1e-5
@@ -181,7 +182,7 @@ def test_names_of_other_training_scripts(layout: dict[str, Any], prefix: str, tm
         return {key: filled(part) for key, part in value.items()} if isinstance(value, dict) else value
 
     torch.save(filled(layout), tmp_path / "net.pt")
-    config, _ = convert_pretrained(tmp_path / "net.pt", tmp_path / "out", kind="sit", heads=2)
+    config, _ = convert(tmp_path / "net.pt", tmp_path / "out", kind="sit", heads=2)
     average = any("ema" in key for key in layout)
     assert config.default_weights == ("ema" if average else "current")
     assert len(config.weights) == (2 if average and len(layout) == 2 else 1)
@@ -192,7 +193,7 @@ def test_positions_that_were_rounded_before(dtype: torch.dtype, tmp_path: Path) 
     """A float32 file of a network that was held in half precision; a table that was learnt is refused as before."""
     state = {name: tensor.to(dtype).float() for name, tensor in PublicTransformer().state_dict().items()}
     torch.save(state, tmp_path / "net.pt")
-    convert_pretrained(tmp_path / "net.pt", tmp_path / "out", kind="sit", heads=2)
+    convert(tmp_path / "net.pt", tmp_path / "out", kind="sit", heads=2)
     torch.save(state | {"pos_embed": state["pos_embed"] + 1e-3}, tmp_path / "net.pt")
     assert "not the fixed sine-cosine table" in refusal(tmp_path / "net.pt", tmp_path / "again", heads=2)
 
@@ -204,7 +205,7 @@ def refusal(source: Path, out: Path, **options: Any) -> str:
     """The one line that a source is refused with; nothing is left behind."""
     before = sorted(source.parent.iterdir()) if source.parent.is_dir() else []
     with pytest.raises((ValueError, OSError)) as raised:
-        convert_pretrained(source, out, **({"kind": "sit"} | options))
+        convert(source, out, **({"kind": "sit"} | options))
     assert len(str(raised.value).splitlines()) == 1
     assert 20 < len(str(raised.value)) < 600
     assert (sorted(source.parent.iterdir()) if source.parent.is_dir() else []) == before
@@ -263,7 +264,7 @@ def test_files_that_are_no_state_dict(tmp_path: Path) -> None:
     """The format before torch 1.6, programs, and a network that was saved whole: each with its true reason."""
     file, network = tmp_path / "net.pt", PublicTransformer()
     torch.save(network.state_dict(), file, _use_new_zipfile_serialization=False)
-    assert is_pretrained(file)
+    assert is_torch_file(file)
     assert "format from before version 1.6" in refusal(file, tmp_path / "out")
     torch.save(network, file)
     assert "PublicTransformer'" in (said := refusal(file, tmp_path / "out"))
@@ -306,7 +307,8 @@ def test_arguments_that_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_what_looks_like_one(tmp_path: Path) -> None:
-    assert is_pretrained(saved(PublicTransformer(), tmp_path / "net.pt"))
-    (tmp_path / "released.pkl").write_bytes(b"\x80\x04\x95")
-    assert not is_pretrained(tmp_path / "released.pkl")
-    assert not is_pretrained(tmp_path / "nothing")
+    assert is_torch_file(saved(PublicTransformer(), tmp_path / "net.pt"))
+    (tmp_path / "authors.pkl").write_bytes(b"\x80\x04\x95")
+    assert not is_torch_file(tmp_path / "authors.pkl")
+    assert "no file of torch.save" in refusal(tmp_path / "authors.pkl", tmp_path / "out")
+    assert not is_torch_file(tmp_path / "nothing")

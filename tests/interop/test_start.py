@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import backbones
-from shortcutflow.interop.start import start_from_flow
+from shortcutflow.train.starts import start_from_flow
 from tests.backbones_contract.cases import FIRST, Case, one_of_each_family
 
 STEP_SIZES = (1 / 128, 1 / 16, 0.25, 1.0)
@@ -26,7 +26,7 @@ def test_every_step_size_is_that_of_the_flow(case: Case) -> None:
     net = case.awake()
     before = [out.detach() for out in outputs(net, case)]
     assert (before[0] - before[-1]).abs().max() > 1e-4, "before, they differ"
-    start_from_flow(net, 128)
+    net.zero_step_embedding(128)
     after = outputs(net, case)
     assert (after[0] - before[0]).abs().max() < 1e-5 * max(1.0, float(before[0].abs().max()))
     assert all(torch.equal(out, after[0]) for out in after)
@@ -48,14 +48,14 @@ def test_what_the_flow_was_told() -> None:
     case = DIT
     net = case.awake()
     quarter, whole = outputs(net, case)[2:]
-    start_from_flow(net, 4)
+    net.zero_step_embedding(4)
     assert (outputs(net, case)[0] - quarter).abs().max() < 1e-5
     ignoring, net = case.awake(ignore_step_size=True), case.awake()
     assert torch.equal(outputs(ignoring, case)[0], whole)
-    start_from_flow(net, 1)
+    net.zero_step_embedding(1)
     assert (outputs(net, case)[0] - whole).abs().max() < 1e-5
     with pytest.raises(ValueError, match="built with ignore_step_size=True"):
-        start_from_flow(ignoring, 1)
+        ignoring.zero_step_embedding(1)
 
 
 @torch.no_grad()
@@ -65,13 +65,13 @@ def test_an_adapted_network() -> None:
     x, t = torch.ones(3, 4), torch.full((3,), 0.5)
     told, other = net(x, t, t / 64), net(x, t, t)
     assert not torch.allclose(told, other)
-    start_from_flow(net, 128)
+    net.zero_step_embedding(128)
     assert torch.allclose(net(x, t, t), told, atol=1e-5)
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(ValueError, match="a Linear has no embedding of the step size"):
+    with pytest.raises(ValueError, match="a Linear cannot start from a flow: it has no method"):
         start_from_flow(nn.Linear(2, 2), 128)
     for wrong in (0, 100, 2.0):
         with pytest.raises(ValueError, match="must be a power of two"):
-            start_from_flow(DIT.build(), wrong)  # type: ignore[arg-type]
+            DIT.build().zero_step_embedding(wrong)  # type: ignore[arg-type]

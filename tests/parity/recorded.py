@@ -14,7 +14,9 @@ from torch import Tensor
 
 import shortcutflow as sf
 from backbones.dit import DiT
-from shortcutflow.interop.released.names import check_names, depth_of, entries, to_ours, to_theirs
+from shortcutflow.interop.conversion import count_blocks
+from shortcutflow.interop.dit_layout import DiTSizes
+from shortcutflow.interop.jax_checkpoint import params_of, sizes_of
 from shortcutflow.objectives.flow_matching import FlowDraw
 from shortcutflow.objectives.released import released_bootstrap_sizes
 from shortcutflow.objectives.shortcut_draw import ShortcutDraw
@@ -22,19 +24,23 @@ from shortcutflow.objectives.shortcut_draw import ShortcutDraw
 
 def from_released(params: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     """Flax parameters, flattened with '/', as a state dict of the backbone "dit" with ``released=True``."""
-    wanted = entries(depth_of(params))
-    names = {name for entry in wanted for name in entry.theirs}
-    check_names(params, names)
-    return {entry.ours: torch.from_numpy(to_ours(entry, params.__getitem__)) for entry in wanted}
+    sources = params_of(sizes_of({name: array.shape for name, array in params.items()}))
+    return {name: source.read(lambda key: torch.from_numpy(params[key])) for name, source in sources.items()}
 
 
 def to_released(state: Mapping[str, Tensor], *, patch: int) -> dict[str, np.ndarray]:
     """Such a state dict on images, or its gradients, as flax parameters."""
-    wanted = entries(depth_of(state, prefix="blocks."))
-    check_names(state, {entry.ours for entry in wanted})
+    width, values = state["patch_embedding.weight"].shape
+    channels, labels = values // patch**2, len(state["condition.label.weight"]) - 1
+    hidden = len(state["blocks.0.mlp.0.bias"])
+    sizes = DiTSizes(width, count_blocks(state, "blocks."), hidden, patch, channels, channels, labels)
     params: dict[str, np.ndarray] = {}
-    for entry in wanted:
-        params |= to_theirs(entry, state[entry.ours].detach().float().cpu().numpy(), patch=patch)
+    sources = params_of(sizes)
+    assert state.keys() == sources.keys()
+    for name, source in sources.items():
+        for key, part in zip(source.keys, state[name].detach().float().cpu().chunk(len(source.keys)), strict=True):
+            array = part.mT if key.endswith("/kernel") else part
+            params[key] = array.reshape(source.shape).contiguous().numpy()
     return params
 
 

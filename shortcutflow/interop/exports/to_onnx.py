@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from shortcutflow import __version__
-from shortcutflow.interop.exports.generator import Generator, load_generator
-from shortcutflow.interop.exports.traced import quietly
+from shortcutflow.interop.exports.exportable import ExportableSampler, without_warnings
 from shortcutflow.io.atomic import atomic_output
 
 OPSET = 18
@@ -28,7 +27,7 @@ def export_onnx(
     guidance_scale: float = 1.0,
     decoder: str | None = None,
 ) -> str:
-    """Write (noise, y) -> samples for a fixed number of steps; gives what there is to say.
+    """Write (noise, y) -> samples for a fixed number of steps; returns a summary in one line.
 
     The inputs are ``noise`` (batch, *shape) float32 and, if the model has conditions, ``y``: labels (batch,) int64 or
     (batch, *condition_shape) float32. The output is ``samples``. Weights above 2 GB lie beside the file, in NAME.data.
@@ -46,32 +45,34 @@ def export_onnx(
     if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
         raise ImportError(f"writing ONNX needs {' and '.join(missing)}: pip install 'shortcutflow[onnx]'")
     with atomic_output(out) as path:
-        generator = load_generator(folder, weights=weights, steps=steps, guidance_scale=guidance_scale, decoder=decoder)
-        _write(generator, path)
-        said = "not compared with the library's sampler, as onnxruntime is not installed"
+        sampler = ExportableSampler.load(
+            folder, weights=weights, steps=steps, guidance_scale=guidance_scale, decoder=decoder
+        )
+        _write(sampler, path)
+        compared = "not compared with the library's sampler, as onnxruntime is not installed"
         if find_spec("onnxruntime") is not None:
-            said = f"differs from the library's sampler by {generator.check(_runner(path)):.1g} at most"
-    return f"{out}: {len(generator.sizes)}-step generator, {said}"
+            compared = f"differs from the library's sampler by {sampler.check(_runner(path)):.1g} at most"
+    return f"{out}: {len(sampler.sizes)}-step sampler, {compared}"
 
 
-def _write(generator: Generator, path: Path) -> None:
-    program = generator.trace()
+def _write(sampler: ExportableSampler, path: Path) -> None:
+    program = sampler.trace()
     try:
-        with quietly():
+        with without_warnings():
             written: Any = torch.onnx.export(
                 program, dynamo=True, opset_version=OPSET, output_names=["samples"], verbose=False,
                 custom_translation_table={torch.ops.aten.searchsorted.Tensor: _searchsorted},
             )  # fmt: skip
     except torch.onnx.errors.OnnxExporterError as error:
-        name = generator.model.config.backbone.name
-        said = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"backbone {name!r} has no translation into ONNX: {said[:300]}") from error
+        name = sampler.model.config.backbone.name
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"backbone {name!r} has no translation into ONNX: {reason[:300]}") from error
     model = written.model
     model.producer_name, model.producer_version = "shortcutflow", __version__
     model.doc_string = "A shortcut model's sampler: noise, and y if there is one, to samples."
     _name_batch(model)
     _forget_sources(model)
-    model.metadata_props.update(generator.metadata())
+    model.metadata_props.update(sampler.metadata())
     written.save(path)
 
 

@@ -12,6 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shortcutflow.config import CURRENT
+
+KEYS = {
+    **dict.fromkeys(("ema", "ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "params_ema"), "ema"),
+    **dict.fromkeys(("model", "state_dict", "model_state_dict", "net", "network", "module", "params"), CURRENT),
+}
+"""Where training checkpoints keep their weights, and what these are called here; the first that is there counts."""
 LONGEST_PICKLE = 2**26
 """Bytes that may describe the tensors; their numbers lie outside of the pickle."""
 MOST_MEMBERS = 100_000
@@ -23,34 +30,33 @@ LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """First bytes of a file of ``torch.save`` before version 1.6."""
 
 
-def read_tensors(path: Path, *, inside: Mapping[str, str] | None = None) -> dict[str, dict[str, Tensor]]:
+def read_state_dicts(path: Path) -> dict[str, dict[str, Tensor]]:
     """The state dicts of a file, their numbers left in the file until they are used.
 
-    Args:
-        path: of the file.
-        inside: keys under which a training checkpoint keeps state dicts, and how the result names them; the first of
-            them that is there counts. A file that is a state dict itself is named "current".
+    Returns:
+        Tensors by name, as "current" or "ema" by the keys under which a training checkpoint keeps them; "current" for a
+        file that is a state dict itself.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: in one line, if it is no such file, is damaged, asks for code, or claims more than it holds.
+        ValueError: in one line, if it is no such file, is damaged, refers to code, or claims more than it holds.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     if path.suffix == ".safetensors":
-        return {"current": _checked(_of_safetensors(path), path)}
+        return {CURRENT: _checked(_of_safetensors(path), path)}
     _check_archive(path)
     content = _loaded(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, no dictionary of tensors")
     found: dict[str, dict[str, Tensor]] = {}
-    for key, name in (inside or {}).items():
+    for key, name in KEYS.items():
         value = content.get(key)
         while isinstance(value, Mapping) and (inner := [value[k] for k in NESTED if isinstance(value.get(k), Mapping)]):
             value = inner[0]
         if isinstance(value, Mapping) and name not in found:
             found[name] = _checked(value, path)
-    return found or {"current": _checked(content, path)}
+    return found or {CURRENT: _checked(content, path)}
 
 
 def is_torch_file(path: Path) -> bool:

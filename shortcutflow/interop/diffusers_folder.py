@@ -23,9 +23,9 @@ from typing import Any
 from torch import Tensor
 
 from shortcutflow.data.autoencoder import DEFAULT_VAE
-from shortcutflow.interop.pretrained.diffusers_names import check_unread, name_of_today, of_dit, of_unet
-from shortcutflow.interop.pretrained.foreign import Foreign
-from shortcutflow.interop.pretrained.torch_file import read_tensors
+from shortcutflow.interop.conversion import Conversion, ReadTensor
+from shortcutflow.interop.diffusers_params import check_ignored, current_name, describe_dit, describe_unet
+from shortcutflow.interop.torch_file import read_state_dicts
 from shortcutflow.io.json import read_object
 
 CONFIG, INDEX, SCHEDULER = "config.json", "model_index.json", "scheduler_config.json"
@@ -46,8 +46,12 @@ SCHEDULERS = (
 """Those that are given by betas."""
 
 
-def describe_folder(source: Path, *, image_size: int | None = None) -> tuple[Foreign, dict[str, dict[str, Tensor]]]:
-    """What a folder holds, and its tensors by name, as "current".
+def read_folder(source: Path, *, image_size: int | None = None) -> tuple[Conversion, dict[str, ReadTensor]]:
+    """What a folder holds, and its weights by name: "current", and "ema" where a training script left them.
+
+    Args:
+        source: the folder.
+        image_size: side of a sample; None takes the config's.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -59,34 +63,36 @@ def describe_folder(source: Path, *, image_size: int | None = None) -> tuple[For
     diffusion, notes = _diffusion(source, folder)
     tensors, variant = _weights(folder)
     notes += [f"weights: those of the variant {variant}; there are no others"] if variant else []
-    foreign, tensors = _described(folder, config, tensors, diffusion, image_size)
+    conversion, read = _described(folder, config, tensors, diffusion, image_size)
     about = {"predicts": str(diffusion["predicts"])}
-    foreign = dataclasses.replace(foreign, notes=(*notes, *foreign.notes), vae=_vae(source, foreign.shape), about=about)
-    sets = {"current": tensors}
-    average = folder.with_name(f"{folder.name}_ema")
-    if folder != source and (average / CONFIG).is_file():
-        sets["ema"] = _described(average, config, _weights(average)[0], diffusion, image_size)[1]
-    return foreign, sets
+    conversion = dataclasses.replace(
+        conversion, notes=(*notes, *conversion.notes), vae=_vae(source, conversion.shape), about=about
+    )
+    sets = {"current": read}
+    ema = folder.with_name(f"{folder.name}_ema")
+    if folder != source and (ema / CONFIG).is_file():
+        sets["ema"] = _described(ema, config, _weights(ema)[0], diffusion, image_size)[1]
+    return conversion, sets
 
 
 def _described(
     folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], diffusion: dict[str, Any], image_size: int | None
-) -> tuple[Foreign, dict[str, Tensor]]:
-    """The network of these tensors, checked, and the tensors under the names of today."""
+) -> tuple[Conversion, ReadTensor]:
+    """The network of these tensors, checked."""
     try:
         match config.get("_class_name"):
             case "DiTTransformer2DModel" | "Transformer2DModel":
-                foreign = of_dit(config, tensors, diffusion, image_size)
+                conversion = describe_dit(config, tensors, diffusion, image_size)
             case "UNet2DModel":
-                tensors = {name_of_today(name): tensor for name, tensor in tensors.items()}
-                foreign = of_unet(config, tensors, diffusion, image_size)
+                tensors = {current_name(name): tensor for name, tensor in tensors.items()}
+                conversion = describe_unet(config, tensors, diffusion, image_size)
             case other:
                 raise ValueError(f"it holds a {other!r}; known: DiTTransformer2DModel, UNet2DModel")
-        foreign.check(tensors)
-        check_unread(tensors, foreign)
+        conversion.check({name: tensor.shape for name, tensor in tensors.items()})
+        check_ignored(tensors, conversion)
     except (ValueError, TypeError) as error:  # the second of values that are no numbers
         raise ValueError(f"{folder}: {error}") from None
-    return foreign, tensors
+    return conversion, tensors.__getitem__
 
 
 def downloaded(hub_id: str) -> Path:
@@ -162,7 +168,7 @@ def _weights(folder: Path) -> tuple[dict[str, Tensor], str | None]:
     best = min(found, key=rank)
     path, variant = folder / best[0], best["variant"] or best["index_variant"]
     if not best["index"]:
-        (tensors,) = read_tensors(path).values()
+        (tensors,) = read_state_dicts(path).values()
         return tensors, variant
     placed = read_object(path, "the parts of a diffusers model", longest=LONGEST_INDEX).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
@@ -171,7 +177,7 @@ def _weights(folder: Path) -> tuple[dict[str, Tensor], str | None]:
     for file in sorted(set(placed.values())):
         if file != Path(file).name:
             raise ValueError(f"{path} names {file!r}, which is not beside it")
-        (part,) = read_tensors(folder / file).values()
+        (part,) = read_state_dicts(folder / file).values()
         tensors |= part
     if missing := sorted(placed.keys() - tensors.keys()):
         raise ValueError(f"{path}: its files lack {', '.join(missing[:3])}")

@@ -1,0 +1,288 @@
+"""Reading the pickles of the authors' JAX code without running anything that is in them.
+
+This is Python's own unpickler with a closed :meth:`find_class` and fewer operations: the ten names that such a file
+refers to stand for the inert classes below, every other name and operation is refused. It is the unpickler written in
+Python (``pickle._Unpickler``, from which joblib derives its reader too), because the one in C cannot be kept from
+allocating what a few bytes claim (the index of a memo entry, the length of a string) and reads every array into memory.
+Here, the numbers of arrays stay in the file, so that memory does not depend on its size.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+NUMBERS = ("b1", "f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")
+"""Types of the numbers of an array."""
+LONGEST_STRING = 256
+"""Bytes of a string or a name."""
+MOST_READS = 500_000
+"""Of a file; a network of 28 blocks with its optimizer has about 100,000."""
+DEEPEST, MOST_VALUES = 16, 200_000
+"""Nesting and number of the values that a file stands for."""
+
+
+def load_pickle(path: Path) -> Any:
+    """The value in a pickle: dicts with strings as keys, tuples, numbers, None, :class:`StoredArray`, `StateTuple`.
+
+    Raises:
+        ValueError: in one line, naming the file, the place and what is wrong: an operation or a name that arrays do not
+            need, lengths that do not fit the file, values that are too many or nested too deep.
+    """
+    with path.open("rb") as opened:
+        file = _BoundedFile(opened, path.stat().st_size)
+        try:
+            if file.read(1) != pickle.PROTO or file.read(1)[0] not in (3, 4, 5):
+                raise ValueError("not a pickle of protocol 3, 4 or 5")
+            value = _Unpickler(file, path).load()
+            if file.tell() != file.size:
+                raise ValueError(f"{file.size - file.tell()} bytes follow its end")
+            return _checked(value)
+        except Exception as error:  # a made-up file can make an unpickler fail in any way
+            reason = " ".join(str(error).split())[:400] or type(error).__name__
+            raise ValueError(f"{path}: refused at byte {file.tell()}: {reason}") from None
+
+
+class StoredBytes(NamedTuple):
+    """Bytes that are still in the file."""
+
+    path: Path
+    offset: int
+    length: int
+
+
+class Dtype:
+    """``numpy.dtype`` of a plain number."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        if code not in NUMBERS:
+            raise ValueError(f"arrays of {code!r}; allowed are {', '.join(NUMBERS)}")
+        self.dtype = np.dtype(code)
+
+    def restore(self, state: Any) -> None:
+        """Take the byte order from the state that numpy pickles."""
+        if type(state) is not tuple or state[1:2] not in (("<",), (">",), ("|",), ("=",)) or state[2:4] != (None, None):
+            raise ValueError("a type of numbers has a state that no plain number has")
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class StoredArray:
+    """``numpy.ndarray`` whose numbers are still in the file.
+
+    Attributes:
+        shape: of the array.
+        dtype: of a number, with its byte order.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def restore(self, state: Any) -> None:
+        """Take shape, type and place from the state (version, shape, dtype, is_fortran, bytes) that numpy pickles.
+
+        Raises:
+            ValueError: if the file does not hold as many bytes as shape and type need.
+        """
+        _, shape, dtype, fortran, content = state
+        if type(shape) is not tuple or len(shape) > 8 or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError("an array's shape is no short tuple of whole numbers")
+        if not isinstance(dtype, Dtype) or not isinstance(content, StoredBytes):
+            raise ValueError("an array has no type or no bytes")
+        needed = math.prod(shape) * dtype.dtype.itemsize  # of whole numbers without a limit: nothing overflows
+        if needed != content.length:
+            raise ValueError(f"an array of shape {shape} takes {needed} bytes, the file holds {content.length} for it")
+        self.shape, self.dtype, self._content, self._fortran = shape, dtype.dtype, content, bool(fortran)
+
+    def read(self) -> np.ndarray:
+        """The array, in memory of its own, in this machine's byte order."""
+        path, offset, _ = self._content
+        numbers = np.fromfile(path, self.dtype, math.prod(self.shape), offset=offset)
+        numbers = numbers.astype(self.dtype.newbyteorder("="), copy=False)
+        return numbers.reshape(self.shape[::-1]).T if self._fortran else numbers.reshape(self.shape)
+
+
+class FrozenDict(dict[str, Any]):
+    """flax's dictionary."""
+
+    def __init__(self, values: Any = None) -> None:
+        super().__init__()
+        if values is not None:
+            self.restore({"_dict": values})
+
+    def restore(self, state: Any) -> None:
+        """Take the entries from the state of flax's class, or of one with slots."""
+        values = (state[1] if type(state) is tuple else state)["_dict"]
+        if type(values) is not dict:
+            raise ValueError("a FrozenDict holds something that is no dictionary")
+        self.update(values)
+
+
+class StateTuple(tuple[Any, ...]):
+    """One of optax's named tuples."""
+
+    __slots__ = ()
+
+    def __new__(cls, *values: Any) -> StateTuple:
+        return super().__new__(cls, values)
+
+
+class AdamState(StateTuple):
+    """optax's ``ScaleByAdamState``: count, mean gradients mu, mean squares nu."""
+
+    __slots__ = ()
+
+
+def _reconstruct(*_: Any) -> StoredArray:
+    """numpy's, up to protocol 4; what makes the array of it is its state."""
+    return StoredArray()
+
+
+def _frombuffer(content: StoredBytes, dtype: Dtype, shape: tuple[int, ...], order: str) -> StoredArray:
+    """numpy's, from protocol 5 on."""
+    array = StoredArray()
+    array.restore((1, shape, dtype, order == "F", content))
+    return array
+
+
+ALLOWED: dict[str, Any] = {
+    **dict.fromkeys(("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"), _reconstruct),
+    **dict.fromkeys(("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer"), _frombuffer),
+    "numpy.ndarray": None,
+    "numpy.dtype": Dtype,
+    "flax.core.frozen_dict.FrozenDict": FrozenDict,
+    "optax._src.transform.ScaleByAdamState": AdamState,
+    "optax._src.transform.ScaleByScheduleState": StateTuple,
+    "optax._src.base.EmptyState": StateTuple,
+}
+"""The names that a file may refer to, and what stands for them."""
+
+
+class _Operations(dict[int, Callable[..., Any]]):
+    """Of an unpickler, by their codes."""
+
+    def __missing__(self, code: int) -> Any:
+        raise ValueError(f"it asks for the operation {code:#x}, which no dictionary of arrays needs")
+
+
+_PythonUnpickler: Any = pickle._Unpickler
+
+
+class _Unpickler(_PythonUnpickler):
+    """Knows the operations of a dictionary of arrays."""
+
+    dispatch = _Operations({
+        code[0]: _PythonUnpickler.dispatch[code[0]]
+        for code in (
+            pickle.MARK, pickle.STOP, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1,
+            pickle.BININT2, pickle.LONG1, pickle.BINFLOAT, pickle.SHORT_BINUNICODE, pickle.BINUNICODE,
+            pickle.EMPTY_DICT, pickle.EMPTY_TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.TUPLE,
+            pickle.MEMOIZE, pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET, pickle.GLOBAL,
+            pickle.STACK_GLOBAL, pickle.REDUCE, pickle.NEWOBJ,
+        )
+    })  # fmt: skip
+
+    def __init__(self, file: _BoundedFile, path: Path) -> None:
+        super().__init__(file)
+        self._bounded, self._path = file, path
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What stands for a name.
+
+        Raises:
+            ValueError: for any but those of :data:`ALLOWED`.
+        """
+        if f"{module}.{name}" not in ALLOWED:
+            raise ValueError(f"it names {f'{module}.{name}'!r}, which no checkpoint needs")
+        return ALLOWED[f"{module}.{name}"]
+
+    def _load_frame(self) -> None:
+        self.read(8)  # a hint at how much to read at once
+
+    def _load_bytes(self, width: int) -> None:
+        """Leave bytes in the file, which begin with their length in so many bytes."""
+        length = int.from_bytes(self.read(width), "little")
+        self.append(StoredBytes(self._path, self._bounded.skip(length), length))
+
+    def _load_items(self) -> None:
+        self._set_items(self.pop_mark())
+
+    def _load_item(self) -> None:
+        self._set_items([self.stack.pop(-2), self.stack.pop()])
+
+    def _set_items(self, flat: list[Any]) -> None:
+        target = self.stack[-1]
+        # Also because hashing deeply nested tuples has no bound.
+        if not isinstance(target, dict) or not all(type(key) is str for key in flat[::2]):
+            raise ValueError("it fills something that is no dictionary with strings as keys")
+        target.update(zip(flat[::2], flat[1::2], strict=True))
+
+    def _load_state(self) -> None:
+        state = self.stack.pop()
+        self.stack[-1].restore(state)
+
+    dispatch |= {
+        pickle.FRAME[0]: _load_frame, pickle.SETITEM[0]: _load_item, pickle.SETITEMS[0]: _load_items,
+        pickle.BUILD[0]: _load_state, pickle.SHORT_BINBYTES[0]: lambda self: self._load_bytes(1),
+        pickle.BINBYTES[0]: lambda self: self._load_bytes(4), pickle.BINBYTES8[0]: lambda self: self._load_bytes(8),
+        pickle.BYTEARRAY8[0]: lambda self: self._load_bytes(8),
+    }  # fmt: skip
+
+
+class _BoundedFile:
+    """A file of which only so many short pieces are read."""
+
+    def __init__(self, file: Any, size: int) -> None:
+        self._file, self.size, self._reads = file, size, 0
+        self.tell = file.tell
+
+    def read(self, count: int) -> bytes:
+        """So many bytes."""
+        self._reads += 1
+        if self._reads > MOST_READS:
+            raise ValueError(f"it has more than {MOST_READS} parts, which no checkpoint has")
+        if count > LONGEST_STRING:
+            raise ValueError(f"a string of {count} bytes; {LONGEST_STRING} are allowed")
+        content = self._file.read(count)
+        if len(content) < count:
+            raise ValueError("the file is cut off")
+        return content
+
+    def readline(self) -> bytes:
+        """A line, which is the name of a module or of something in it."""
+        line = self._file.readline(LONGEST_STRING)
+        if not line.endswith(b"\n"):
+            raise ValueError(f"a name is cut off, or longer than {LONGEST_STRING} bytes")
+        return line
+
+    def skip(self, count: int) -> int:
+        """Pass over bytes; returns their offset."""
+        offset = self.tell()
+        if count > self.size - offset:
+            raise ValueError(f"it claims {count} bytes where {self.size - offset} are left: cut off or made up")
+        self._file.seek(count, 1)
+        return offset
+
+
+def _checked(value: Any) -> Any:
+    """The value, if it is no deeper and stands for no more than a checkpoint does.
+
+    A file of a few bytes can name one value many times over, in itself even, so that what it stands for has no end.
+    """
+    for count, (part, depth) in enumerate(_walk(value, 0)):
+        if count > MOST_VALUES or depth > DEEPEST:
+            raise ValueError(f"it stands for more than {MOST_VALUES} values, or is nested more than {DEEPEST} deep")
+        if isinstance(part, StoredArray) and not hasattr(part, "shape"):
+            raise ValueError("it holds a half-built array")
+    return value
+
+
+def _walk(value: Any, depth: int) -> Iterator[tuple[Any, int]]:
+    yield value, depth
+    if isinstance(value, dict | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _walk(part, depth + 1)
