@@ -165,15 +165,15 @@ def _smoke_batch(config: RunConfig) -> int:
 
 def _with_data(config: RunConfig) -> RunConfig:
     """The same run, with stand-in data if its own is not there."""
-    from shortcutflow.data.standin import stand_in_for
+    from shortcutflow.data.fake_data import fake_data_for
 
     labelled = config.objective.condition_dropout > 0 or getattr(config.objective, "guidance_scale", 1) != 1
-    stand_in = stand_in_for(config.data, labelled=labelled)
-    if stand_in is None:
+    fake = fake_data_for(config.data, labelled=labelled)
+    if fake is None:
         return config
     if _is_first():
-        print(stand_in.said, flush=True)
-    return config.model_copy(update={"data": stand_in.data})
+        print(fake[1], flush=True)
+    return config.model_copy(update={"data": fake[0]})
 
 
 def _with_models(config: RunConfig) -> RunConfig:

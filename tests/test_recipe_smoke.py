@@ -21,10 +21,10 @@ from torch import Tensor
 from shortcutflow.cli import main
 from shortcutflow.commands.recipes import load_recipe
 from shortcutflow.config import RunConfig
+from shortcutflow.data.fake_data import fake_data_for, write_images, write_latents
 from shortcutflow.data.imagefolder import ImageFolderData
 from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.source import ShardsData
-from shortcutflow.data.standin import stand_in_for, write_images, write_latents
 from shortcutflow.data.stream import ShardStream
 from shortcutflow.evaluation.generate import generate, labels_of, noise_of
 from shortcutflow.launch import Options, run_recipe, smoke
@@ -259,13 +259,13 @@ def test_what_has_no_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         load_recipe("digits").data,
         load_recipe("policy_sequences").data,
     ):
-        assert stand_in_for(data, labelled=True) is None
+        assert fake_data_for(data, labelled=True) is None
     assert not (tmp_path / "data").exists()
     missing = ShardsData(folder=tmp_path / "missing", vae="v", shuffle_buffer=7)
-    plain, labelled = (stand_in_for(missing, labelled=labelled) for labelled in (False, True))
+    plain, labelled = (fake_data_for(missing, labelled=labelled) for labelled in (False, True))
     assert plain is not None
     assert labelled is not None
-    assert (plain.data.describe().num_classes, labelled.data.describe().num_classes) == (None, 1000)
-    assert plain.data.shuffle_buffer == 7
-    assert stand_in_for(missing, labelled=False) == plain
-    assert stand_in_for(plain.data, labelled=False) is None
+    assert (plain[0].describe().num_classes, labelled[0].describe().num_classes) == (None, 1000)
+    assert plain[0].shuffle_buffer == 7
+    assert fake_data_for(missing, labelled=False) == plain
+    assert fake_data_for(plain[0], labelled=False) is None

@@ -9,7 +9,6 @@ latent from it at every step, as the released code does, and scales it so that l
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from shortcutflow.data.manifest import LatentsInfo
+from shortcutflow.io.json import read_object
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 """Hub id of the autoencoder of the paper, with scaling factor 0.18215; ``stabilityai/sd-vae-ft-ema`` is its sister."""
@@ -198,12 +198,12 @@ def _check_made(latents: LatentsInfo, autoencoder: Autoencoder, *, other_decoder
     message = f"these latents were made with the autoencoder {latents.vae}, not with {autoencoder.name} ({values})"
     if not other_decoder or differing != ["sha256"]:
         raise ValueError(f"{message}: give the folder of the one that made them")
-    logger.warning("%s; it decodes them, as was asked", message)
+    logger.warning("%s; it decodes them all the same", message)
 
 
 def _local_folder(name_or_folder: str | Path) -> Path:
-    """The folder with config and weights, downloaded if need be."""
-    folder = Path(name_or_folder)
+    """The folder with config and weights: a local one, or from the hub's cache, or downloaded."""
+    folder, name = Path(name_or_folder), str(name_or_folder)
     if folder.is_dir():
         for file in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / file).is_file():
@@ -211,36 +211,30 @@ def _local_folder(name_or_folder: str | Path) -> Path:
                     f"folder {folder} holds no {file}: an autoencoder's folder has {CONFIG_FILE} and {WEIGHTS_FILE}"
                 )
         return folder
-    _fetch(str(name_or_folder), CONFIG_FILE)
-    return Path(_fetch(str(name_or_folder), WEIGHTS_FILE)).parent
-
-
-def _fetch(repository: str, file: str) -> str:
-    """Path of a file of a hub repository: from the cache, without asking the hub, or downloaded."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    file = CONFIG_FILE
     try:
-        try:
-            return hf_hub_download(repository, file, local_files_only=True)
-        except FileNotFoundError:
-            return hf_hub_download(repository, file)
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            try:
+                path = hf_hub_download(name, file, local_files_only=True)
+            except FileNotFoundError:
+                path = hf_hub_download(name, file)
     except HFValidationError as error:
         raise FileNotFoundError(
-            f"there is no folder {repository}, and a hub id would read NAME/REPOSITORY, such as {DEFAULT_VAE}"
+            f"there is no folder {name}, and a hub id would read NAME/REPOSITORY, such as {DEFAULT_VAE}"
         ) from error
     except (OSError, HfHubHTTPError) as error:
         raise OSError(
-            f"autoencoder {repository} is not in the local cache and its {file} cannot be downloaded "
+            f"autoencoder {name} is not in the local cache and its {file} cannot be downloaded "
             f"({type(error).__name__}); give a local folder with {CONFIG_FILE} and {WEIGHTS_FILE} instead"
         ) from error
+    return Path(path).parent
 
 
 def _check_kind(config: Path) -> None:
     """Refuse the config of another network, which diffusers would load as far as names agree."""
-    try:
-        kind = json.loads(config.read_bytes()).get("_class_name")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{config} is not the config of an autoencoder: {error}") from error
+    kind = read_object(config, "an autoencoder").get("_class_name")
     if kind != "AutoencoderKL":
         raise ValueError(f"{config} describes {kind!r}; the autoencoder must be an 'AutoencoderKL'")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from shortcutflow.data import standin
+from shortcutflow.data import fake_data
 from shortcutflow.data.autoencoder import (
     DEFAULT_VAE,
     Autoencoder,
@@ -153,9 +153,9 @@ def test_latents_meet_only_their_autoencoder(
     tiny_network(shift_factor=0.1).save_pretrained(tmp_path / "shifted" / "vae")
     right = load_autoencoder(tmp_path / "a" / "vae")
     made = LatentsInfo(vae=right.name, sha256=right.sha256, scaling_factor=0.18215, mirrored=True)
-    monkeypatch.setattr(standin, "LATENTS", made)
-    monkeypatch.setattr(standin, "LATENT_SHAPE", (4, 4, 4))
-    standin.write_latents(tmp_path / "latents", None)
+    monkeypatch.setattr(fake_data, "LATENTS", made)
+    monkeypatch.setattr(fake_data, "LATENT_SHAPE", (4, 4, 4))
+    fake_data.write_latents(tmp_path / "latents", None)
 
     def info(vae: Path | str | None = None) -> DataInfo:
         return ShardsData(folder=tmp_path / "latents", vae=None if vae is None else str(vae)).describe()
@@ -184,7 +184,7 @@ def test_latents_meet_only_their_autoencoder(
         Sampler(subject)
     decoders = [Sampler(subject, vae=tmp_path / "a" / "copy"), Sampler(subject, vae=tmp_path / "b" / "vae")]
     assert [d.autoencoder is not None and d.autoencoder.sha256 == right.sha256 for d in decoders] == [True, False]
-    assert caplog.text.count("it decodes them, as was asked") == 1
+    assert caplog.text.count("it decodes them all the same") == 1
     with pytest.raises(ValueError, match=r"scaling_factor 0\.18215, here 0\.5"):
         Sampler(subject, vae=tmp_path / "scaled" / "vae")
 

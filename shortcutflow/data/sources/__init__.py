@@ -149,7 +149,7 @@ def _open_file(
         return open_parquet({name: file}, where.removesuffix(name).rstrip("/"), choice)
     if head.startswith(b"PK"):
         listing = _inside(list_zip(file, encoding), inside, where)
-        return images_of("a zip archive", ZipReader(file), listing, where, choice)
+        return images_of("a zip archive", ZipReader([file]), listing, where, choice)
     if head[257:262] == b"ustar" or name.endswith(".tar"):
         listing = _inside(list_tar(file, encoding=encoding), inside, where)
         return images_of("tar archives", RangeReader([file]), listing, where, choice, shards=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from shortcutflow.data.shards import Skipped
-from shortcutflow.data.sources.readers import LARGEST_ITEM, ZIP_DEFLATED, ZIP_STORED
+from shortcutflow.data.sources.readers import LARGEST_ITEM
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 """How compressed files begin."""
@@ -58,31 +58,31 @@ def list_folder(root: Path) -> Listing:
         ValueError: naming a file or folder whose name is not UTF-8.
     """
     listing = Listing([], [], set())
-    _walk(root, "", frozenset(), listing)
+
+    def walk(folder: str, prefix: str, above: frozenset[str]) -> None:
+        real = os.path.realpath(folder)
+        if real in above:  # a link to a folder that it lies in
+            return
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = prefix + entry.name
+                if is_junk(entry.name):
+                    continue
+                if not _is_utf8(name):
+                    raise ValueError(
+                        f"the name {os.fsencode(name)!r} in {folder} is not UTF-8: rename it, such as by convmv"
+                    )
+                if entry.is_dir():
+                    listing.folders.add(name)
+                    walk(entry.path, name + "/", above | {real})
+                elif entry.is_file():
+                    listing.files.append(Listed(name, (name, entry.stat().st_size)))
+                else:
+                    reason = "a link that leads nowhere" if entry.is_symlink() else "neither a plain file nor a link"
+                    listing.skipped.append(Skipped(name, reason))
+
+    walk(str(root), "", frozenset())
     return listing
-
-
-def _walk(folder: Path, prefix: str, above: frozenset[str], listing: Listing) -> None:
-    real = os.path.realpath(folder)
-    if real in above:  # a link to a folder that it lies in
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            name = prefix + entry.name
-            if is_junk(entry.name):
-                continue
-            if not _is_utf8(name):
-                raise ValueError(
-                    f"the name {os.fsencode(name)!r} in {folder} is not UTF-8: rename it, such as by convmv"
-                )
-            if entry.is_dir():
-                listing.folders.add(name)
-                _walk(Path(entry.path), name + "/", above | {real}, listing)
-            elif entry.is_file():
-                listing.files.append(Listed(name, (name, entry.stat().st_size)))
-            else:
-                reason = "a link that leads nowhere" if entry.is_symlink() else "neither a plain file nor a link"
-                listing.skipped.append(Skipped(name, reason))
 
 
 def _is_utf8(name: str) -> bool:
@@ -157,7 +157,7 @@ def _unreadable(member: zipfile.ZipInfo) -> str:
         return "a symbolic link in a zip archive" if kind == stat.S_IFLNK else "no regular file"
     if member.flag_bits & 1:
         return "encrypted"
-    if member.compress_type not in (ZIP_STORED, ZIP_DEFLATED):
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         return f"compressed by zip's method {member.compress_type}; only stored and deflated members are read"
     size = max(member.file_size, member.compress_size)
     return _too_large(member.file_size) if size > LARGEST_ITEM else ""
@@ -194,45 +194,46 @@ def list_tar(path: Path, number: int = 0, encoding: str | None = None) -> Listin
         ValueError: if it is damaged, cut off or compressed, or names need another encoding.
     """
     listing = Listing([], [], set())
+
+    def add(start: int, end: int, where: str, prefix: str = "") -> None:
+        links: dict[str, str] = {}
+        for member in tar_members(file, start, end, where, encoding):
+            name = clean(prefix + member.name)
+            if _in_junk(name):
+                continue
+            if not _is_utf8(name):
+                raise _other_encoding(os.fsencode(name), where)
+            if member.isdir():
+                listing.folders.add(name)
+            elif member.islnk():
+                links[name] = clean(prefix + member.linkname)
+            elif member.issym():
+                links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+            elif not member.isreg() or member.issparse():
+                listing.skipped.append(Skipped(name, "neither a plain file nor a link"))
+            elif is_tar(name) and not prefix:
+                inner = tar_stem(name)
+                listing.folders.add(inner)  # also if it cannot be read: numbers of later classes depend on it
+                file.seek(member.offset_data)  # the outer walk seeks back before its next header
+                if compression := compression_of(file.read(8)):
+                    listing.skipped.append(Skipped(name, f"a tar compressed by {compression} inside a tar: unpack it"))
+                else:
+                    add(member.offset_data, member.offset_data + member.size, f"{where}/{name}", inner + "/")
+            elif member.size > LARGEST_ITEM:
+                listing.skipped.append(Skipped(name, _too_large(member.size)))
+            else:
+                listing.files.append(Listed(name, (number, member.offset_data, member.size)))
+        _follow(links, listing)
+
     with path.open("rb") as file:
         refuse_compressed(path, file.read(8))
-        size = os.fstat(file.fileno()).st_size
-        _list_members(file, 0, size, str(path), number, listing, encoding)
+        add(0, os.fstat(file.fileno()).st_size, str(path))
     return _without_doubles(listing)
-
-
-def _list_members(
-    file: BinaryIO, start: int, end: int, where: str, number: int, listing: Listing, encoding: str | None,
-    prefix: str = "",
-) -> None:  # fmt: skip
-    links: dict[str, str] = {}
-    for member in tar_members(file, start, end, where, encoding):
-        name = clean(prefix + member.name)
-        if _in_junk(name):
-            continue
-        if not _is_utf8(name):
-            raise _other_encoding(os.fsencode(name), where)
-        if member.isdir():
-            listing.folders.add(name)
-        elif member.islnk():
-            links[name] = clean(prefix + member.linkname)
-        elif member.issym():
-            links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
-        elif not member.isreg() or member.issparse():
-            listing.skipped.append(Skipped(name, "neither a plain file nor a link"))
-        elif is_tar(name) and not prefix:
-            _list_inner(file, member, where, number, listing, encoding)
-        elif member.size > LARGEST_ITEM:
-            listing.skipped.append(Skipped(name, _too_large(member.size)))
-        else:
-            listing.files.append(Listed(name, (number, member.offset_data, member.size)))
-    if links:
-        _follow(links, listing)
 
 
 def _follow(links: dict[str, str], listing: Listing) -> None:
     """List links within an archive as the files that they lead to."""
-    places = {file.name: file.place for file in listing.files}
+    places = {file.name: file.place for file in listing.files} if links else {}
     for name, target in links.items():
         passed = {name}
         while target in links and target not in passed:
@@ -245,21 +246,6 @@ def _follow(links: dict[str, str], listing: Listing) -> None:
             listing.files.extend(Listed(name + file.name[len(target) :], file.place) for file in below)
         else:
             listing.skipped.append(Skipped(name, f"a link to {target!r}, which is no file of the archive"))
-
-
-def _list_inner(
-    file: BinaryIO, member: tarfile.TarInfo, where: str, number: int, listing: Listing, encoding: str | None
-) -> None:
-    name = clean(member.name)
-    inner = tar_stem(name) + "/"
-    listing.folders.add(inner[:-1])  # also where it cannot be read: the numbers of the classes after it depend on it
-    end = member.offset_data + member.size
-    file.seek(member.offset_data)  # the outer walk seeks back before its next header
-    compression = compression_of(file.read(8))
-    if compression is not None:
-        listing.skipped.append(Skipped(name, f"a tar compressed by {compression} inside a tar: unpack it"))
-        return
-    _list_members(file, member.offset_data, end, f"{where}/{name}", number, listing, encoding, inner)
 
 
 def is_tar(name: str) -> bool:

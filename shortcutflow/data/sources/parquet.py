@@ -6,13 +6,14 @@ import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shortcutflow.data.images import ImageError
 from shortcutflow.data.shards import Skipped
 from shortcutflow.data.sources.labels import NoLabel, choose_field, how_to_choose, number_labels
-from shortcutflow.data.sources.readers import LARGEST_ITEM, Block, RawItem, RawSource
+from shortcutflow.data.sources.readers import Block, RawItem, RawSource, check_bytes
 from shortcutflow.data.sources.splits import check_files
 
 if TYPE_CHECKING:
@@ -52,8 +53,7 @@ class ParquetReader:
         content = value.get("bytes") if isinstance(value, dict) else value
         if content is None:
             raise ImageError("the table holds no bytes of it" + (", only a path" if isinstance(value, dict) else ""))
-        if len(content) > LARGEST_ITEM:
-            raise ImageError(f"it has {len(content)} bytes, at most {LARGEST_ITEM} are read")
+        check_bytes(len(content))
         return content
 
     def _group(self, file: int, group: int) -> pa.ChunkedArray:
@@ -90,36 +90,40 @@ def open_parquet(named: Mapping[str, Path], root: str, choice: bool | str = True
     column = _image_column(tables[0], path)
     label_column = _label_column(tables[0], path, column, choice)
     _check_columns(tables, files, [name for name in (column, label_column) if name is not None], label_column)
-    rows, blocks, values = [], [], list[Any]()
+    found: list[RawItem] = []
+    sizes: dict[tuple[int | str, ...], int] = {}
+    values: list[Any] = []
     for number, (name, table) in enumerate(zip(named, tables, strict=True)):
         if label_column is not None:
             values += _values(table, label_column)
-        for group, size, numbers in _groups(table, files[number]):
-            blocks.append((len(numbers), size))
-            rows += [(f"{name}:{row}", (number, group, within)) for within, row in enumerate(numbers)]
-    if not rows:
+        row = 0
+        for group, (rows, size) in enumerate(_groups(table, files[number])):
+            found += [RawItem(f"{name}:{row + within}", None, (number, group, within)) for within in range(rows)]
+            sizes[number, group] = size
+            row += rows
+    if not found:
         raise ValueError(f"{path} holds no images: its {len(files)} parquet files have no rows")
-    labels, names = list[int | NoLabel | None]([None] * len(rows)), tuple[str, ...]()
+    labels, names = list[int | NoLabel | None]([None] * len(found)), tuple[str, ...]()
     if label_column is not None:
         given = _class_names(tables[0], label_column)
-        numbers_of, names = number_labels(values, f"column {label_column!r} of {path}", names=given, words=True)
-        labels = [*numbers_of]
-    items: list[RawItem] = []
-    skipped, cuts, start = [], list[Block](), 0
-    for count, size in blocks:
-        before = len(items)
-        for (name, place), label in zip(rows[start : start + count], labels[start : start + count], strict=True):
-            if isinstance(label, NoLabel):
-                skipped.append(Skipped(name, label.reason))
-            else:
-                items.append(RawItem(name, label, place))
-        cuts.append(Block(before, len(items), size))
-        start += count
+        numbers, names = number_labels(values, f"column {label_column!r} of {path}", names=given, words=True)
+        labels = [*numbers]
+    items, skipped = [], []
+    for item, label in zip(found, labels, strict=True):
+        if isinstance(label, NoLabel):
+            skipped.append(Skipped(item.name, label.reason))
+        else:
+            items.append(item._replace(label=label))
+    blocks, start = list[Block](), 0
+    for place, group_items in groupby(items, key=lambda item: item.place[:2]):
+        stop = start + len(list(group_items))
+        blocks.append(Block(start, stop, sizes[place]))
+        start = stop
     notes = () if label_column in (None, "label") else (f"labels from column {label_column!r}",)
     if choice is True and label_column is None:
         others = ", ".join(name for name in tables[0].schema_arrow.names if name != column) or "none"
         notes = (f"no labels, no column is called label (other columns: {others})",)
-    return RawSource("parquet files", ParquetReader(files, column), items, names, tuple(skipped), tuple(cuts), notes)
+    return RawSource("parquet files", ParquetReader(files, column), items, names, tuple(skipped), tuple(blocks), notes)
 
 
 def _values(table: pq.ParquetFile, column: str) -> list[Any]:
@@ -234,18 +238,16 @@ def _kinds(table: pq.ParquetFile) -> dict[str, pa.DataType]:
     return found
 
 
-def _groups(table: pq.ParquetFile, path: Path) -> list[tuple[int, int, range]]:
-    """Each row group: its number, bytes in memory, and rows of the file."""
-    found, row = [], 0
-    for group in range(table.num_row_groups):
-        facts = table.metadata.row_group(group)
-        if facts.total_byte_size > LARGEST_GROUP:
+def _groups(table: pq.ParquetFile, path: Path) -> list[tuple[int, int]]:
+    """Rows of each row group, and its bytes in memory."""
+    facts = [table.metadata.row_group(group) for group in range(table.num_row_groups)]
+    found = [(fact.num_rows, fact.total_byte_size) for fact in facts]
+    for group, (_, size) in enumerate(found):
+        if size > LARGEST_GROUP:
             raise ValueError(
-                f"row group {group} of {path} has {facts.total_byte_size} bytes, at most {LARGEST_GROUP} are read at "
-                "once: write the file again with row_group_size=100"
+                f"row group {group} of {path} has {size} bytes, at most {LARGEST_GROUP} are read at once: write the "
+                "file again with row_group_size=100"
             )
-        found.append((group, facts.total_byte_size, range(row, row + facts.num_rows)))
-        row += facts.num_rows
     return found
 
 

@@ -9,26 +9,26 @@ import hashlib
 import os
 import struct
 import sys
+import zipfile
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 from shortcutflow.data.images import ImageError
 from shortcutflow.data.shards import Skipped
 
 LARGEST_ITEM = 256 * 2**20
-"""Bytes of one encoded picture; a larger one is skipped."""
+"""Bytes of one encoded image; a larger one is skipped."""
 
 OPEN_FILES = 64
-ZIP_STORED, ZIP_DEFLATED = 0, 8
 _ZIP_HEADER = struct.Struct("<4s22xHH")  # of a member: signature, ..., length of its name, length of its extra field
 
 
 class RawItem(NamedTuple):
-    """One picture of a source: its name, its label or None, and where its reader finds it."""
+    """One image of a source: its name, its label or None, and where its reader finds it."""
 
     name: str
     label: int | None
@@ -44,12 +44,12 @@ class Block(NamedTuple):
 
 
 class Reader(Protocol):
-    """Gives an item's bytes; it can be pickled, and opens its files again in another process."""
+    """Reads an item's bytes; it can be pickled, and opens its files again in another process."""
 
     files: tuple[Path, ...]
 
     def read(self, item: RawItem) -> bytes:
-        """The encoded picture.
+        """The encoded image.
 
         Raises:
             ImageError: if the item itself is damaged or too large.
@@ -59,16 +59,16 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class RawSource:
-    """Raw pictures, in an order that depends on their names alone.
+    """Raw images, in an order that depends on their names alone.
 
     Attributes:
         kind: in words, for messages.
-        reader: gives their bytes.
+        reader: of their bytes.
         items: sorted.
         class_names: of labels 0, 1, ...; empty if there are no labels.
-        skipped: what was found and gives no sample, with the reason.
+        skipped: what was found and is no sample, with the reason.
         blocks: of items that are cheap to read only together; empty if any order will do.
-        notes: what was decided and is worth a look, for the person who prepares it.
+        notes: what was decided and is worth a look.
     """
 
     kind: str
@@ -114,7 +114,7 @@ class FolderReader:
         path, _ = item.place
         with (self.root / str(path)).open("rb") as file:
             content = file.read(LARGEST_ITEM + 1)
-        _check_bytes(len(content))
+        check_bytes(len(content))
         return content
 
 
@@ -123,75 +123,63 @@ class RangeReader:
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = tuple(files)
-        self._open: OrderedDict[int, int] = OrderedDict()
+        self._open: OrderedDict[int, BinaryIO] = OrderedDict()
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_open": OrderedDict()}
 
     def __del__(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
+        for file in self._open.values():
+            file.close()
 
     def read(self, item: RawItem) -> bytes:
         """See :class:`Reader`."""
         file, offset, size = (int(value) for value in item.place)
         return self.part(file, offset, size)
 
-    def part(self, file: int, offset: int, size: int) -> bytes:
+    def part(self, number: int, offset: int, size: int) -> bytes:
         """Bytes of one file.
 
         Raises:
             ImageError: if they are too many or the file ends before.
         """
-        _check_bytes(size)
-        content = os.pread(self._descriptor(file), size, offset)
-        if len(content) != size:
-            raise ImageError(f"{self.files[file]} ends before its {size} bytes do")
-        return content
-
-    def _descriptor(self, file: int) -> int:
-        if file in self._open:
-            self._open.move_to_end(file)
-        else:
-            self._open[file] = os.open(self.files[file], os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        check_bytes(size)
+        if number not in self._open:
+            self._open[number] = self.files[number].open("rb", buffering=0)
             if len(self._open) > OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-        return self._open[file]
+                self._open.popitem(last=False)[1].close()
+        content = os.pread(self._open[number].fileno(), size, offset)
+        if len(content) != size:
+            raise ImageError(f"{self.files[number]} ends before its {size} bytes do")
+        return content
 
 
 class ZipReader(RangeReader):
     """Members of a zip archive; a place is (offset of its header, bytes compressed, bytes, method, CRC-32).
 
-    Read by place, so that a worker need not parse the directory of a million members first.
+    Read by place, so that a worker need not parse the directory of a million members first, as zipfile would.
     """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__([path])
 
     def read(self, item: RawItem) -> bytes:
         """See :class:`Reader`."""
         offset, compressed, size, method, crc = (int(value) for value in item.place)
-        _check_bytes(size)
-        header = self.part(0, offset, _ZIP_HEADER.size)
-        signature, name_length, extra_length = _ZIP_HEADER.unpack(header)
+        check_bytes(size)
+        signature, name_length, extra_length = _ZIP_HEADER.unpack(self.part(0, offset, _ZIP_HEADER.size))
         if signature != b"PK\x03\x04":
             raise ImageError("damaged: its header in the zip archive is not where the directory says")
         content = self.part(0, offset + _ZIP_HEADER.size + name_length + extra_length, compressed)
-        if method == ZIP_DEFLATED:
-            content = _inflated(content, size)
+        if method == zipfile.ZIP_DEFLATED:
+            try:
+                # One byte more than promised is enough to see that a promise is broken.
+                content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
+            except zlib.error as error:
+                raise ImageError(f"damaged: {error}") from error
         if len(content) != size or zlib.crc32(content) != crc:
             raise ImageError("damaged: its checksum in the zip archive does not agree")
         return content
 
 
-def _inflated(content: bytes, size: int) -> bytes:
-    try:
-        # One byte more than promised is enough to see that a promise is broken.
-        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
-    except zlib.error as error:
-        raise ImageError(f"damaged: {error}") from error
-
-
-def _check_bytes(size: int) -> None:
+def check_bytes(size: int) -> None:
+    """Raise ImageError for more bytes than are read."""
     if size > LARGEST_ITEM:
         raise ImageError(f"it has {size} bytes or more, at most {LARGEST_ITEM} are read")

@@ -1,21 +1,17 @@
-"""Stand-in data: random numbers in the place of data that is not there, so that a recipe can be tried from nothing."""
+"""Random numbers in place of data that is not there, so that every recipe can be tried at once (``--smoke``)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from shortcutflow.data.digits import DigitsData
 from shortcutflow.data.imagefolder import ImageFolderData
 from shortcutflow.data.manifest import MANIFEST, LatentsInfo, Manifest
-from shortcutflow.data.pusht import PushTData
 from shortcutflow.data.remote import is_url
 from shortcutflow.data.shards import EncodedBatch, Sample, shard_name, write_shard, write_shards
 from shortcutflow.data.source import DataSettings, ShardsData
-from shortcutflow.data.webdataset import WebdatasetData
 from shortcutflow.io.atomic import build_once
 
 SAMPLES_PER_SHARD, SHARDS = 16, 2
@@ -25,54 +21,38 @@ LATENT_CLASSES, IMAGE_CLASSES = 1000, 10
 LATENTS = LatentsInfo(vae="stand-in/for/an autoencoder", sha256="0" * 64, scaling_factor=0.18215, mirrored=True)
 """The autoencoder is neither a folder nor a hub id: sample grids show the latents themselves."""
 
-AnyData = DigitsData | ImageFolderData | PushTData | ShardsData | WebdatasetData
 
+def fake_data_for(data: DataSettings, *, labelled: bool) -> tuple[ShardsData, str] | None:
+    """Shards to use where a recipe's data is not there, written below ``data/`` if need be, and a sentence about them.
 
-class StandIn(NamedTuple):
-    """Stand-in shards, and a sentence that says what is in whose place."""
-
-    data: ShardsData
-    said: str
-
-
-def stand_in_for(data: AnyData, *, labelled: bool) -> StandIn | None:
-    """What takes the place of data that is not there, below ``data/``, written if need be; None if nothing has to.
-
-    Shards of latents are replaced by random moments, of 256x256 pixels; raw pictures by random ones of their size. What
-    another folder that is not there should hold cannot be known: nothing takes its place. Several processes may ask at
-    once.
+    Shards of latents are replaced by random moments, of 256x256 pixels; raw images by random ones of their size. What
+    other folders should hold cannot be known: None, as for data that is there. Several processes may call at once.
 
     Args:
         data: of a recipe.
-        labelled: whether stand-in latents have labels; raw pictures have them as ``data.labels`` says.
+        labelled: whether fake latents have labels; raw images have them as ``data.labels`` says.
     """
-    if isinstance(data, ImageFolderData) and not _has_pictures(data):
-        size, classes = data.size, IMAGE_CLASSES if data.labels else None
-        folder = build_once(
-            _folder_for(data.shards, classes), lambda place: write_images(place, size, classes), marker=MANIFEST
-        )
-        instead = ShardsData(folder=folder, **data.model_dump(include=set(DataSettings.model_fields)))
-        return StandIn(instead, f"stand-in data: random pictures in {folder}, because {data.path} is not there")
-    if isinstance(data, ShardsData) and data.vae is not None and _is_missing(data.folder):
+    if isinstance(data, ImageFolderData) and not _is_there(data):
+        classes = IMAGE_CLASSES if data.labels else None
+        size, place = data.size, _folder_for(data.shards, classes)
+        build_once(place, lambda folder: write_images(folder, size, classes), marker=MANIFEST)
+        fake = ShardsData(folder=place, **data.model_dump(include=set(DataSettings.model_fields)))
+        return fake, f"stand-in data: random images in {place}, because {data.path} is not there"
+    if isinstance(data, ShardsData) and data.vae is not None and not is_url(data.folder):
+        if (Path(data.folder) / MANIFEST).is_file():
+            return None
         classes = LATENT_CLASSES if labelled else None
-        folder = build_once(
-            _folder_for(Path(data.folder), classes), lambda place: write_latents(place, classes), marker=MANIFEST
-        )
-        instead = data.model_copy(update={"folder": folder, "vae": None})
-        return StandIn(instead, f"stand-in data: random latents in {folder}, because {data.folder} is not there")
+        place = _folder_for(Path(data.folder), classes)
+        build_once(place, lambda folder: write_latents(folder, classes), marker=MANIFEST)
+        fake = data.model_copy(update={"folder": place, "vae": None})
+        return fake, f"stand-in data: random latents in {place}, because {data.folder} is not there"
     return None
 
 
-def _has_pictures(data: ImageFolderData) -> bool:
-    # A path may lead into an archive.
-    path = Path(data.path)
+def _is_there(data: ImageFolderData) -> bool:
+    path = Path(data.path)  # which may lead into an archive
     raw = is_url(data.path) or path.exists() or any(place.is_file() for place in path.parents)
     return raw or (data.shards / MANIFEST).is_file()
-
-
-def _is_missing(folder: Path | str) -> bool:
-    # A URL is a string, and is asked when it is read.
-    return isinstance(folder, Path) and not (folder / MANIFEST).is_file()
 
 
 def _folder_for(folder: Path, classes: int | None) -> Path:
@@ -90,8 +70,8 @@ def write_latents(folder: Path, num_classes: int | None) -> Manifest:
         moments = np.concatenate([means, np.full_like(means, -5)], axis=2)
         names = tuple(f"random-{number}-{i}" for i in range(SAMPLES_PER_SHARD))
         labels = tuple(random.integers(num_classes, size=SAMPLES_PER_SHARD).tolist()) if num_classes else None
-        pack = EncodedBatch("random", np.concatenate([moments, moments[..., ::-1]], axis=1), labels, names)
-        entry = write_shard(folder / shard_name(number), [pack]).entry
+        batch = EncodedBatch("random", np.concatenate([moments, moments[..., ::-1]], axis=1), labels, names)
+        entry = write_shard(folder / shard_name(number), [batch]).entry
         assert entry is not None
         entries.append(entry)
     manifest = Manifest(
@@ -103,7 +83,7 @@ def write_latents(folder: Path, num_classes: int | None) -> Manifest:
 
 
 def write_images(folder: Path, size: int, num_classes: int | None) -> Manifest:
-    """Shards of random pictures (3, size, size)."""
+    """Shards of random images (3, size, size)."""
     random = np.random.default_rng(0)
 
     def samples() -> Iterator[Sample]:
@@ -113,5 +93,5 @@ def write_images(folder: Path, size: int, num_classes: int | None) -> Manifest:
 
     return write_shards(
         samples(), folder, samples_per_shard=SAMPLES_PER_SHARD, num_classes=num_classes,
-        preprocessing="none: random pictures, to try a recipe with",
+        preprocessing="none: random images, to try a recipe with",
     )  # fmt: skip
