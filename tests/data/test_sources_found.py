@@ -192,6 +192,8 @@ def test_shards_by_braces_and_shards_of_one_name(tmp_path: Path) -> None:
         ["ant/train", "ant/test", "bee/train"], ["trainA", "testA"], ["JPEGImages", "SegmentationClass"],
         ["train", "eval", "x"], ["seg_train", "seg_test", "seg_pred"], ["TRAIN", "VAL"], ["train-clean", "dev-clean"],
         ["HR", "LR"], ["hq", "lq"], ["DIV2K_train_HR", "DIV2K_train_LR_bicubic"], ["input", "target"],
+        ["imagesTr", "imagesTs", "labelsTr"], ["Training", "PublicTest", "PrivateTest"],
+        ["bounding_box_train", "bounding_box_test", "query"],
         ["blur", "sharp"],
     ],
 )  # fmt: skip
@@ -204,7 +206,7 @@ def test_splits_are_not_classes(folders: list[str], tmp_path: Path) -> None:
 
 
 def test_words_of_splits_in_other_names(tmp_path: Path) -> None:
-    names = ["blur", "bullet_train", "bus", "sharp", "test_pattern", "train"]
+    names = ["blur", "bullet_train", "bus", "sharp", "te", "test_pattern", "tr", "train"]
     root = write_files(tmp_path / "raw", {f"{name}/0.png": P[0] for name in names})
     assert open_source(root).class_names == tuple(names)
     assert split_of("x-train-00000-of-00003", anywhere=True) == "train"
@@ -230,6 +232,34 @@ def test_splits_of_parquet_files_and_shards(kind: str, names: list[str], way: st
     named = pattern if (tmp_path / "set" / way).is_dir() else pattern.with_name(pattern.name + f".{kind}")
     assert f"'{named}'" in str(caught.value)
     assert len(open_source(named).items) == 1
+
+
+def test_several_sets_of_parquet_files(tmp_path: Path) -> None:
+    """Configurations of one Hugging Face repository, each with all of its parts."""
+    pytest.importorskip("pyarrow")
+    for name in ("large", "small"):
+        write_parquet(tmp_path / f"set/{name}/train-00000-of-00001.parquet", {"ant/0.jpg": P[0]})
+    with pytest.raises(
+        ValueError, match=r"several sets, each with its own train-\S+: give one of '\S+/large' or '\S+/s"
+    ):
+        open_source(tmp_path / "set")
+    assert len(open_source(tmp_path / "set/small").items) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("labels.csv", b"id,breed,label\n0,x,1\n"), ("train.tsv", b"image\tclass\n0\t1\n"),
+     ("list.jsonl", b'{"image": "0.png", "category": 1}\n')],
+)  # fmt: skip
+def test_tables_of_other_forms_are_a_question(name: str, content: bytes, tmp_path: Path) -> None:
+    root = write_files(tmp_path / "raw", {f"{i}.png": P[i] for i in range(3)} | {name: content})
+    with pytest.raises(ValueError, match=rf"has no labels, but its {name} has a column .*--labels none"):
+        open_source(root)
+    assert {item.label for item in open_source(root, labels="none").items} == {None}
+    write_files(root, {name: b"image,width\n0,3\n", "imagelabels.mat": b"x", "broken.csv": b""})
+    source = open_source(root)
+    assert "imagelabels.mat" in source.notes[-1]
+    assert left_out(source).keys() == {name, "imagelabels.mat", "broken.csv"}
 
 
 def test_images_beside_shards_or_parquet_files(tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb
 """How compressed files begin."""
 
 _JUNK = {
-    "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "#recycle", "#snapshot", "@recycle",
-    "$recycle.bin",
-    "@recently-snapshot", "recycler", "system volume information", "lost+found", "__pycache__",
+    "__macosx", "network trash folder", "temporary items", "icon\r", "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db",
+    "desktop.ini", "$recycle.bin", "recycler", "system volume information", "found.000", "@eadir", "@tmp", "#recycle",
+    "#snapshot", "@recycle", "@recently-snapshot", "@__thumb", "lost+found", "__pycache__", "picasa.ini", "_vti_cnf",
 }  # fmt: skip
 _UTF8_NAME = 0x800
 _TAR = re.compile(r"\.(tar(\.(gz|bz2|xz|zst))?|tgz|tbz2?|txz)$", re.IGNORECASE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from shortcutflow.data.sources.labels import (
     dataset_json,
     how_to_choose,
     is_bucket_layout,
+    label_column,
     metadata_labels,
     number_labels,
 )
@@ -38,6 +40,10 @@ SUPPORTED = (
     "class; parquet files with a column 'image'; webdataset shards (.tar with KEY.jpg and KEY.cls)"
 )
 _TABLES = ("dataset.json", "metadata.csv", "metadata.jsonl")
+_TABLE_SUFFIXES = {".csv", ".tsv", ".jsonl"}
+_LABELS_BY_NAME = re.compile(
+    r"(label|class|annotation|ground_?truth|target)[^/]*\.(txt|mat|json|xml|npy|pkl)$", re.IGNORECASE
+)
 _DOCUMENTS = {
     ".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".md", ".html", ".pdf", ".mat", ".py", ".ipynb",
     ".log", ".pkl", ".sh", ".rst", ".bib", ".toml", ".cfg", ".ini",
@@ -120,6 +126,8 @@ def images_of(
         found = found._replace(notes=(*found.notes, parts))
     if choice is True and not found.names and "json" in beside:
         found = found._replace(notes=(*found.notes, "no labels; --labels json:FIELD takes a field of KEY.json"))
+    if choice is True and not found.names and not tables:
+        found = found._replace(notes=(*found.notes, *_other_tables(files, path, read)))
     items = [
         RawItem(file.name, label, file.place)
         for file, label in zip(found.images, found.labels, strict=True)
@@ -146,6 +154,24 @@ def _tables(files: Iterable[Listed]) -> dict[str, Listed]:
         for file in found
         if (name := file.name.rpartition("/")[2]) and (file.name.count("/"), file.name.rpartition("/")[0]) == highest
     }
+
+
+def _other_tables(files: Iterable[Listed], path: str, read: Read) -> tuple[str, ...]:
+    """A note about files that may hold the labels of images without any.
+
+    Raises:
+        ValueError: if one is a table with a column of labels.
+    """
+    others = [file for file in files if _LABELS_BY_NAME.search(file.name) or suffix_of(file.name) in _TABLE_SUFFIXES]
+    for file in others[:20]:
+        field = label_column(read(file), suffix_of(file.name)) if suffix_of(file.name) in _TABLE_SUFFIXES else None
+        if field is not None:
+            raise ValueError(
+                f"{path} has no labels, but its {file.name} has a column {field!r}: if these are the labels, make it "
+                f"a metadata.csv with the columns file_name and {field}; else {how_to_choose('none', 'folder')}"
+            )
+    names = ", ".join(file.name for file in others[:3])
+    return (f"no labels; files that may hold some are not read: {names}",) if others else ()
 
 
 def _by_table(

@@ -185,6 +185,20 @@ def metadata_labels(content: bytes, where: str, field: str | None) -> dict[str, 
     return None if chosen is None else {str(name): row.get(chosen) for name, row in zip(names, table, strict=True)}
 
 
+def label_column(content: bytes, suffix: str) -> str | None:
+    """The column of a table (``.csv``, ``.tsv`` or ``.jsonl``) that by its name holds labels, or None."""
+    head = content[: 2**16].decode("utf-8-sig", errors="replace").splitlines()[:1]
+    try:
+        if suffix == ".jsonl":
+            columns = list(json.loads(head[0]))
+        else:
+            columns = next(csv.reader(head, delimiter="\t" if suffix == ".tsv" else ","))
+    except (ValueError, IndexError, TypeError, StopIteration, RecursionError, csv.Error):
+        return None
+    found = [str(name).strip() for name in columns]
+    return next((name for name in found if name.lower() in _FIELDS | _FIELDS_OF_NAMES), None)
+
+
 def is_bucket_layout(names: Sequence[str]) -> bool:
     """Whether folders only number parts of a set: 00000, 00001, ..., FFHQ's 00000, 01000, ..., or part1, part2, ..."""
     if len(names) > 1 and all(_PART.fullmatch(name) for name in names):

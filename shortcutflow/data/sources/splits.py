@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 _WORDS = {
-    "train": ("train", "training", "trainset"),
+    "train": ("train", "training", "trainset", "trn", "tr"),
     "validation": ("val", "valid", "validation", "valset", "dev", "devel", "minival"),
-    "test": ("test", "testing", "testset", "eval", "evaluation", "holdout", "heldout"),
+    "test": ("test", "testing", "testset", "eval", "evaluation", "holdout", "heldout", "tst", "ts", "te"),
     "trainval": ("trainval",),
     "unlabeled": ("unlabeled", "unlabelled", "unsup", "unsupervised"),
     "extra": ("extra",),
@@ -27,6 +27,8 @@ _ROLES = {"images", "masks", "thumbnails", "high resolution", "low resolution", 
 _PAIRED = {"high resolution", "low resolution", "input", "target"}
 """Of images in pairs; beside other folders their words are names of classes."""
 _BESIDE_A_SPLIT = {"set", "data", "split", "folder", "partial", "jpeg", "class", "object", "of", "x", "a", "b"}
+_SHORT = {"tr", "ts", "te"}
+"""Splits only beside another word, as in ``imagesTr``; alone they are languages."""
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 NUMBERED = re.compile(r"(^|[-_.])\d+$")
 """How the names of the parts of one set end."""
@@ -40,6 +42,8 @@ def split_of(name: str, *, anywhere: bool = False) -> str | None:
         anywhere: a word of it is enough, as in ``cc3m-train-0001``; otherwise ``train_station`` is no split.
     """
     words = [word.lower() for word in _WORD.findall(name.replace("held-out", "holdout").replace("held_out", "holdout"))]
+    if len(words) == 1 and words[0] in _SHORT:
+        return None
     splits = [_SPLIT_OF_WORD[word] for word in words if word in _SPLIT_OF_WORD]
     real = [split for split in splits if split not in _ROLES]
     if anywhere:
@@ -95,8 +99,12 @@ def check_files(files: Iterable[str], where: str) -> None:
         ValueError: naming the splits and a way to give one.
     """
     found: dict[str, str] = {}
+    parts: dict[str, str] = {}
     for name in sorted(files):
         path = PurePosixPath(name)
+        if re.search(r"-\d+-of-\d+$", path.stem) and parts.setdefault(path.name, name) != name:
+            folders = " or ".join(f"'{where}/{PurePosixPath(one).parent}'" for one in (parts[path.name], name))
+            raise ValueError(f"{where} holds several sets, each with its own {path.name}: give one of {folders}")
         part = path.suffix == ".parquet" or NUMBERED.search(path.stem) is not None
         split = split_of(path.stem, anywhere=part)
         way = str(path)
