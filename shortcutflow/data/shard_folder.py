@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shortcutflow.data.images import Crop
-from shortcutflow.data.index import LARGEST_INDEX
+from shortcutflow.data.index import LARGEST_INDEX, file_version
 from shortcutflow.data.manifest import LARGEST_MANIFEST, MANIFEST, Manifest, ShardEntry
 from shortcutflow.data.remote import TRIES, cached_path, is_url, local_copy, read_url
 
@@ -55,6 +55,7 @@ class ShardFolder:
             self.manifest = Manifest.parse(content, f"{self.place}/{MANIFEST}")
         else:
             self.manifest = Manifest.read(Path(place))
+        self._watch([] if is_url(place) else [Path(place) / MANIFEST])
         self._files = {
             entry.name: ShardFile(f"{self.place}/{entry.name}", f"{self.place}/{entry.index_name}", entry.sha256)
             for entry in self.manifest.shards
@@ -69,6 +70,17 @@ class ShardFolder:
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_ahead": {}, "_pool": None}
+
+    def _watch(self, files: list[Path]) -> None:
+        """Remember the versions of the local files whose change makes the folder another one."""
+        self._watched = {file: file_version(file) for file in files}
+
+    def has_changed(self) -> bool:
+        """Whether the data was replaced since it was opened, as far as local files show."""
+        try:
+            return any(file_version(file) != version for file, version in self._watched.items())
+        except OSError:
+            return True
 
     @property
     def is_remote(self) -> bool:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from functools import cached_property
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from shortcutflow.data.autoencoder import load_autoencoder
-from shortcutflow.data.manifest import MANIFEST, LatentsInfo, Manifest
+from shortcutflow.data.manifest import LatentsInfo
 from shortcutflow.data.remote import is_url
 from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.stream import BatchStream, ShardStream
@@ -93,17 +93,33 @@ def _made_by(info: DataInfo) -> str:
     )
 
 
-def info_of(manifest: Manifest) -> DataInfo:
-    """What a network must fit that learns these shards."""
-    latents = manifest.latents
-    vae = latents.vae if latents is not None else None
-    return DataInfo(manifest.shape, manifest.num_classes, manifest.condition_shape, vae, latents)
+class DataSource(BaseModel, ABC):
+    """Base of the data sources that a config can name; a subclass declares ``kind: Literal["NAME"] = "NAME"``.
 
-
-class DataSettings(BaseModel):
-    """Settings that every source has; :class:`~shortcutflow.data.stream.ShardStream` says what they do."""
+    Another package's are found by the entry-point group ``shortcutflow.data``: ``NAME = "module:Class"``.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str
+
+    @abstractmethod
+    def describe(self) -> DataInfo:
+        """Shape and conditions of a sample, before any is read."""
+
+    @abstractmethod
+    def open_stream(
+        self, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu"
+    ) -> BatchStream:
+        """A rank's share of global batches of ``batch_size`` samples."""
+
+    def as_stored(self) -> Self:
+        """The same samples without augmentation, read in this process; what plots and statistics open."""
+        return self
+
+
+class DataSettings(DataSource):
+    """A source of shards; :class:`~shortcutflow.data.stream.ShardStream` says what the settings do."""
 
     shuffle_buffer: int | None = Field(
         default=None, ge=1, description="samples shuffled among each other, by whole shards; null: those of up to 8"
@@ -114,8 +130,26 @@ class DataSettings(BaseModel):
     on_error: Literal["skip", "raise"] = Field(default="skip", description="what a sample that cannot be read does")
 
     def prepare(self) -> Path | str:
-        """Make sure that the shards are there; gives their folder, or its URL."""
+        """Make sure that the shards are there; returns their folder, or its URL."""
         raise NotImplementedError
+
+    def open_folder(self) -> ShardFolder:
+        """The folder of shards, prepared if need be."""
+        return ShardFolder(self.prepare())
+
+    def opened(self) -> ShardFolder:
+        """The same, opened once a process, and again if its files have changed."""
+        # How samples are read changes no folder.
+        key = f"{Path.cwd()}: {self.model_dump_json(exclude=READING)}"
+        if key not in _OPENED or _OPENED[key].has_changed():
+            _OPENED[key] = self.open_folder()
+        return _OPENED[key]
+
+    def describe(self) -> DataInfo:
+        """What the manifest says."""
+        manifest = self.opened().manifest
+        vae = manifest.latents.vae if manifest.latents is not None else None
+        return DataInfo(manifest.shape, manifest.num_classes, manifest.condition_shape, vae, manifest.latents)
 
     def open_stream(
         self, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu"
@@ -123,38 +157,20 @@ class DataSettings(BaseModel):
         """A rank's share of global batches of this size."""
         return ShardStream(
             self.opened(), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, device=device,
-            **self.stream_options(),
+            **self.model_dump(include=READING),
         )  # fmt: skip
 
-    def stream_options(self) -> dict[str, Any]:
-        """The stream's other arguments."""
-        return self.model_dump(include=set(DataSettings.model_fields))
-
-    def opened(self) -> ShardFolder:
-        """The folder of shards, prepared if need be; opened once a process, and again if its manifest has changed."""
-        # A copy of this object may have other settings; how samples are read changes no folder.
-        key = f"{Path.cwd()}: {self.model_dump_json(exclude=set(DataSettings.model_fields))}"
-        shards, state = self._kept.get(key, (None, None))
-        if shards is None or _state(shards) != state:
-            shards = self._open(self._place())
-            self._kept[key] = shards, _state(shards)
-        return shards
-
-    def _place(self) -> Path | str:
-        return self.prepare()
-
-    def _open(self, place: Path | str) -> ShardFolder:
-        return ShardFolder(place)
-
-    @cached_property
-    def _kept(self) -> dict[str, tuple[ShardFolder, int | None]]:
-        return {}
+    def as_stored(self) -> Self:
+        """The same samples, not mirrored and not kept in memory, read in this process."""
+        return self.model_copy(update={"workers": 0, "cache_bytes": 0, "horizontal_flip": False})
 
 
-def _state(shards: ShardFolder) -> int | None:
-    """When a local folder's manifest was written; None if it is gone. One of a URL stays as it is."""
-    manifest = Path(shards.place) / MANIFEST
-    return manifest.stat().st_mtime_ns if manifest.is_file() else None
+READING = {*DataSettings.model_fields} - {"kind"}
+"""Settings of how samples are read, whatever the source."""
+
+
+_OPENED: dict[str, ShardFolder] = {}
+"""By working directory and settings."""
 
 
 class ShardsData(DataSettings):
@@ -179,21 +195,14 @@ class ShardsData(DataSettings):
     def _path_unless_url(cls, value: Path | str) -> Path | str:
         return str(value).rstrip("/") if is_url(value) else Path(value)
 
-    def prepare(self) -> Path | str:
+    def open_folder(self) -> ShardFolder:
         """The folder, which must exist, with latents of the right autoencoder.
 
         Raises:
-            ValueError: if they were made with another one, naming both.
+            FileNotFoundError: if there is none.
+            ValueError: if latents were made with another autoencoder, naming both.
         """
-        self.opened()
-        return self.folder
-
-    def describe(self) -> DataInfo:
-        """Read from its manifest."""
-        return info_of(self.opened().manifest)
-
-    def _open(self, place: Path | str) -> ShardFolder:
-        shards = ShardFolder(place, cache=self.cache, cache_limit=self.cache_limit)
+        shards = ShardFolder(self.folder, cache=self.cache, cache_limit=self.cache_limit)
         latents = shards.manifest.latents
         if self.vae is not None and latents is not None and Path(self.vae).is_dir():
             load_autoencoder(self.vae, expect=latents)
@@ -204,6 +213,3 @@ class ShardsData(DataSettings):
                 "folder of the one that made them as data.vae"
             )
         return shards
-
-    def _place(self) -> Path | str:
-        return self.folder

@@ -32,7 +32,10 @@ logger = logging.getLogger(__name__)
 
 
 class BatchStream(Protocol):
-    """What training needs of a data loader: batches without end, and a position that JSON can hold.
+    """A rank's batches without end, and their position as JSON can hold it: what training needs of a data loader.
+
+    All ranks' batches together are the global batch, whose rows must depend on the position alone; a batch's y may be
+    labels, a tensor, a dictionary of tensors or None, with one row a sample.
 
     Attributes:
         samples: of an epoch.

@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import lru_cache
 from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
@@ -62,40 +61,34 @@ class WebdatasetData(DataSettings):
     cache: Path = Path("data/cache")
     cache_limit: int | None = Field(default=None, ge=0, description="bytes of shards of URLs that are kept; null: all")
 
-    def opened(self) -> ShardFolder:
+    def open_folder(self) -> ShardFolder:
         """The shards, indexed if they were not; several processes may call at once and share the work.
 
         Raises:
             FileNotFoundError: if a shard is not there.
-            ValueError: if they hold no usable sample, a label is too large, or, with ``on_error="raise"``, some sample
-                cannot be used.
+            ValueError: if they hold no usable sample, or a label is too large.
         """
-        shards = _open(self)
-        if shards.skipped and self.on_error == "raise":
-            raise ValueError(f"{_left_out(shards.skipped)}; data.on_error=skip trains without them")
+        places = expand(self.urls)
+        if missing := [place for place in places if not is_url(place) and not os.path.isfile(place)]:
+            raise FileNotFoundError(f"data.urls names {missing[0]}, which is not there ({len(missing)} are missing)")
+        return WebdatasetShards(self, places)
+
+    def opened(self) -> ShardFolder:
+        """The same, opened once a process, and again if its files have changed.
+
+        Raises:
+            ValueError: with ``on_error="raise"``, if some sample cannot be used.
+        """
+        shards = super().opened()
+        if self.on_error == "raise" and (skipped := getattr(shards, "skipped", ())):
+            raise ValueError(f"{_left_out(skipped)}; data.on_error=skip trains without them")
         return shards
 
     def describe(self) -> DataInfo:
         """Three channels; the classes are found in the indexes unless they are given."""
-        classes = self.num_classes
-        if self.label is not None and classes is None:
-            classes = _open(self).manifest.num_classes
-        return DataInfo((3, self.size, self.size), classes if self.label is not None else None)
-
-
-def _open(settings: WebdatasetData) -> WebdatasetShards:
-    """The shards of these settings; once in a process, as long as the files do not change."""
-    fields = set(WebdatasetData.model_fields) - set(DataSettings.model_fields)
-    only = WebdatasetData.model_validate(settings.model_dump(include=fields))
-    places = expand(only.urls)
-    if missing := [place for place in places if not is_url(place) and not os.path.isfile(place)]:
-        raise FileNotFoundError(f"data.urls names {missing[0]}, which is not there ({len(missing)} are missing)")
-    return _opened(only, tuple(places), tuple(file_version(place) for place in places if not is_url(place)))
-
-
-@lru_cache(maxsize=4)
-def _opened(settings: WebdatasetData, places: tuple[str, ...], versions: tuple[str, ...]) -> WebdatasetShards:
-    return WebdatasetShards(settings, places)
+        if self.label is not None and self.num_classes is None:
+            return super().describe()
+        return DataInfo((3, self.size, self.size), self.num_classes if self.label is not None else None)
 
 
 def expand(urls: str | tuple[str, ...]) -> list[str]:
@@ -210,12 +203,13 @@ class WebdatasetShards(ShardFolder):
         skipped: (name, reason) of what is no usable sample.
     """
 
-    def __init__(self, settings: WebdatasetData, places: tuple[str, ...]) -> None:
+    def __init__(self, settings: WebdatasetData, places: Sequence[str]) -> None:
         self.place = settings.urls if isinstance(settings.urls, str) else ", ".join(settings.urls)
         self.crop, self._cache, self._limit, self._ahead = settings.crop, settings.cache, settings.cache_limit, {}
         self._fields = (settings.image, settings.label)
         self._folder = settings.cache / "webdataset"
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._watch([Path(place) for place in places if not is_url(place)])
         found = self._indexed(places)
         self.skipped = tuple(item for shard in found for item in shard.skipped)
         if self.skipped:
@@ -232,7 +226,7 @@ class WebdatasetShards(ShardFolder):
             preprocessing=f"webdataset shards; crop {settings.crop} when they are read", shards=entries,
         )  # fmt: skip
 
-    def _indexed(self, places: tuple[str, ...]) -> list[_Shard]:
+    def _indexed(self, places: Sequence[str]) -> list[_Shard]:
         """Every shard with its index, which is written where it is missing or not of this version of the shard."""
         rank = Rank.from_environment()
         # Each process begins elsewhere, so that they share the work.

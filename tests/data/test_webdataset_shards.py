@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from shortcutflow.cli import main
-from shortcutflow.data import remote
+from shortcutflow.data import remote, source
 from shortcutflow.data import webdataset as ours
 from shortcutflow.data.images import read_image, to_square
 from shortcutflow.data.manifest import Manifest
@@ -169,7 +169,7 @@ def test_shards_are_indexed_once(
     assert before == after
     assert len(list((tmp_path / "data" / "cache" / "webdataset").glob("*.index"))) == len(before)
 
-    ours._opened.cache_clear()  # as a new process
+    source._OPENED.clear()  # as a new process
     assert [batch.keys for batch in batches(settings(urls), 4)] == [batch.keys for batch in expected]
     assert len(scanned) == len(before)
     # A shard that is replaced is indexed anew, at the next start; while it is read from, it is noticed.
@@ -304,7 +304,7 @@ def test_shards_of_a_url(tmp_path: Path, server: Server) -> None:
         assert [batch.keys for batch in found] == [batch.keys for batch in expected]
         assert all(torch.equal(a.data, b.data) for a, b in zip(found, expected, strict=True))
         assert set(server.requests.values()) == {2}
-        ours._opened.cache_clear()
+        source._OPENED.clear()
     write(tmp_path / "s", imagenet(12))
     server.versions["train-000001.tar"] = "other"
     server.requests = Counter()
@@ -352,7 +352,7 @@ def test_buckets_and_the_hub(scheme: str, tmp_path: Path, monkeypatch: pytest.Mo
     data = settings(f"{scheme}://owner/folder/train-{{000000..000003}}.tar")
     assert [batch.keys for batch in batches(data, 4)] == [batch.keys for batch in expected]
     write(tmp_path / "s", imagenet(5))
-    ours._opened.cache_clear()
+    source._OPENED.clear()
     assert data.opened().manifest.samples == SAMPLES - PER_SHARD + 5
 
 
