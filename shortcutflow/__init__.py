@@ -32,13 +32,13 @@ __all__ = [
 ]
 
 load: Any
-"""See :func:`shortcutflow.interop.model.load`."""
+"""See :func:`shortcutflow.models.model.load`."""
 
 
 def __getattr__(name: str) -> Any:
     # Loaded when asked for: whoever only trains or samples needs no configs and no files of models.
     if name == "load":
-        return import_module("shortcutflow.interop.model").load
+        return import_module("shortcutflow.models.model").load
     if name in PUBLIC:
         warnings.warn(f"shortcutflow.{name} is now shortcutflow.{PUBLIC[name]}", DeprecationWarning, stacklevel=2)
         return globals()[PUBLIC[name]]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from shortcutflow.evaluation.subject import Subject
-    from shortcutflow.interop.model import Model
+    from shortcutflow.models.model import Model
 
 
 def open_subject(place: str, weights: str | None, device: Any) -> Subject:
@@ -19,12 +19,12 @@ def open_subject(place: str, weights: str | None, device: Any) -> Subject:
 
     Raises:
         FileNotFoundError, ValueError: see :func:`shortcutflow.run_dir.load_run` and
-            :func:`shortcutflow.interop.model.load`.
+            :func:`shortcutflow.models.model.load`.
     """
     from shortcutflow.config import CONFIG_FILE
     from shortcutflow.evaluation.subject import subject_of_run
-    from shortcutflow.interop.model import is_hub_id, load
-    from shortcutflow.interop.model_folder import ModelConfig, read_config
+    from shortcutflow.models.config import ModelConfig, read_config
+    from shortcutflow.models.model import is_hub_id, load
     from shortcutflow.run_dir import load_run
 
     folder = Path(place)

@@ -19,11 +19,11 @@ from shortcutflow.interop.conversion import Conversion, ReadTensor
 from shortcutflow.interop.diffusers_folder import downloaded, read_folder
 from shortcutflow.interop.dit_sit import Kind, read_dit_sit
 from shortcutflow.interop.jax_checkpoint import read_jax_checkpoint
-from shortcutflow.interop.model import is_hub_id
-from shortcutflow.interop.model_folder import ModelConfig, weights_file
 from shortcutflow.interop.torch_file import is_torch_file
 from shortcutflow.io.atomic import atomic_dir, require_absent
 from shortcutflow.io.safetensors import TensorSpec, write_tensors
+from shortcutflow.models.config import ModelConfig, weights_file
+from shortcutflow.models.model import is_hub_id
 from shortcutflow.schedule import levels_of
 from shortcutflow.seeds import seed_for
 

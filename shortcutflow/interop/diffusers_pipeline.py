@@ -18,8 +18,8 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
-from shortcutflow.interop.model import Model
-from shortcutflow.interop.model_folder import ModelConfig
+from shortcutflow.models.config import ModelConfig
+from shortcutflow.models.model import Model
 
 
 class ShortcutNetwork(ModelMixin, ConfigMixin):

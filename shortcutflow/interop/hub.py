@@ -6,17 +6,12 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
+    from huggingface_hub import ModelCard, ModelHubMixin
 except ImportError as error:
     raise ImportError("models on the hub need huggingface_hub: pip install 'shortcutflow[hub]'") from error
 
-from shortcutflow.config import CONFIG_FILE
-from shortcutflow.interop.model import Model, load_folder, save_model
 from shortcutflow.interop.model_card import card_text
-from shortcutflow.interop.model_folder import COMPANIONS
-
-FILES = [CONFIG_FILE, "weights*.safetensors", *COMPANIONS]
-"""All that is downloaded of a repository."""
+from shortcutflow.models.model import Model, download, load_folder, save_model
 
 
 class HubModel(ModelHubMixin, library_name="shortcutflow"):
@@ -62,15 +57,8 @@ class HubModel(ModelHubMixin, library_name="shortcutflow"):
     ) -> HubModel:
         folder = Path(model_id)
         if not folder.is_dir():
-            try:
-                folder = Path(
-                    snapshot_download(
-                        model_id, revision=revision, cache_dir=cache_dir, force_download=force_download,
-                        local_files_only=local_files_only, token=token, allow_patterns=FILES,
-                    )
-                )  # fmt: skip
-            except (OSError, ValueError) as error:
-                raise FileNotFoundError(
-                    f"there is no run or model at {model_id}, and the hub gave none of that name: {error}"
-                ) from error
+            folder = download(
+                model_id, revision=revision, cache_dir=cache_dir, force_download=force_download,
+                local_files_only=local_files_only, token=token,
+            )  # fmt: skip
         return cls(load_folder(folder, **options))

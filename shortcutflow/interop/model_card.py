@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from shortcutflow.interop.model_folder import REPORTS, ModelConfig
 from shortcutflow.io.json import read_object
+from shortcutflow.models.config import REPORTS, ModelConfig
 
 HEADER = """---
 library_name: shortcutflow

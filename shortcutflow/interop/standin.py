@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from shortcutflow.config import CONFIG_FILE, CURRENT, RunConfig
-from shortcutflow.interop.model import Model
-from shortcutflow.interop.model_folder import config_of_run
 from shortcutflow.io.atomic import build_once
+from shortcutflow.models.config import config_of_run
+from shortcutflow.models.model import Model
 from shortcutflow.seeds import generator_for
 
 

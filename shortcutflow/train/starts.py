@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from shortcutflow.config import CONFIG_FILE, RunConfig
-from shortcutflow.interop.model import Model, load
+from shortcutflow.models.model import Model, load
 from shortcutflow.run_dir import find_run
 
 

@@ -14,7 +14,7 @@ from shortcutflow.config import ProtocolEvaluation, RunConfig
 from shortcutflow.evaluation.features.protocols import open_protocol
 from shortcutflow.evaluation.metrics import METRICS
 from shortcutflow.evaluation.samples import Sampler
-from shortcutflow.interop.model import load
+from shortcutflow.models.model import load
 from shortcutflow.train.loop import train
 from tests.evaluation.evaluating import small_run
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from shortcutflow.interop.model_folder import ModelConfig
+from shortcutflow.models.config import ModelConfig
 from shortcutflow.network import BackboneConfig, build_network
 
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 import shortcutflow as sf
 from shortcutflow.cli import main
-from shortcutflow.interop.hub import FILES, HubModel
-from shortcutflow.interop.model import Model
-from shortcutflow.interop.model_folder import ModelConfig
+from shortcutflow.interop.hub import HubModel
+from shortcutflow.models.config import ModelConfig
+from shortcutflow.models.model import HUB_FILES, Model
 from shortcutflow.network import BackboneConfig, build_network
 from shortcutflow.run_dir import load_run, write_weights
 
@@ -183,9 +183,10 @@ def test_hub_ids_go_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", lambda **_: str(folder / "config.json"))
-    monkeypatch.setattr("shortcutflow.interop.hub.snapshot_download", snapshot)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     assert sf.load("me/toy", weights="current").weights == "current"
-    assert (asked["repo"], asked["allow_patterns"]) == ("me/toy", FILES), "nothing but config, weights and reports"
+    assert HubModel.from_pretrained("me/toy").model.weights == "ema"
+    assert (asked["repo"], asked["allow_patterns"]) == ("me/toy", HUB_FILES), "nothing but config, weights and reports"
 
 
 def test_card_says_what_was_measured(tmp_path: Path) -> None:
@@ -267,7 +268,7 @@ def test_exports_that_are_refused(run: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_load_is_found_late() -> None:
-    code = "import shortcutflow, sys; print('shortcutflow.interop.model' in sys.modules, shortcutflow.load.__name__)"
+    code = "import shortcutflow, sys; print('shortcutflow.models.model' in sys.modules, shortcutflow.load.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "load"]
     with pytest.raises(AttributeError, match="has no attribute 'laod'"):

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from shortcutflow import __version__
 from shortcutflow.data.autoencoder import Autoencoder, load_autoencoder
 from shortcutflow.guidance import require_scale
-from shortcutflow.interop.model import Model, load_folder
+from shortcutflow.models.model import Model, load_folder
 from shortcutflow.sampling import sample
 from shortcutflow.schedule import step_sizes
 

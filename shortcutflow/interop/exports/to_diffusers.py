@@ -19,8 +19,8 @@ import torch
 
 from shortcutflow.data.autoencoder import load_autoencoder
 from shortcutflow.interop.exports.exportable import check_decodes, difference, require_same, without_warnings
-from shortcutflow.interop.model import Model, load_folder
 from shortcutflow.io.atomic import atomic_output
+from shortcutflow.models.model import Model, load_folder
 
 CHECKED_STEPS = (1, 3)
 """Numbers of steps that are compared with the library's sampler before the folder appears."""

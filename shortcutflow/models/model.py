@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,17 +15,20 @@ from torch import Generator, Tensor, nn
 
 from shortcutflow.config import CONFIG_FILE, RunConfig
 from shortcutflow.inputs import as_condition
-from shortcutflow.interop.model_folder import (
+from shortcutflow.io.atomic import require_absent
+from shortcutflow.io.safetensors import read_tensors
+from shortcutflow.models.config import (
     COMPANIONS,
     ModelConfig,
     config_of_run,
     read_config,
     weights_file,
 )
-from shortcutflow.io.atomic import require_absent
-from shortcutflow.io.safetensors import read_tensors
 from shortcutflow.run_dir import info_of_run, read_weights
 from shortcutflow.sampling import draw_noise, sample
+
+HUB_FILES = [CONFIG_FILE, "weights*.safetensors", *COMPANIONS]
+"""All that is downloaded of a repository."""
 
 _REMEDY = "get it again from where it came from"
 
@@ -166,14 +170,33 @@ def load(
         FileNotFoundError: if there is no such folder or it lacks a file.
         ValueError: for an unknown backbone, listing the installed ones, unknown weights, or weights that do not fit.
     """
-    folder = Path(path)
-    if is_hub_id(path):
-        try:
-            from shortcutflow.interop.hub import HubModel
-        except ImportError as error:
-            raise FileNotFoundError(f"there is no run or model at {path}; if it is a hub id, {error}") from error
-        return HubModel.from_pretrained(str(path), weights=weights, device=device, image_size=image_size).model
+    folder = download(str(path)) if is_hub_id(path) else Path(path)
     return load_folder(folder, weights=weights, device=device, image_size=image_size)
+
+
+def download(hub_id: str, **options: Any) -> Path:
+    """The folder of a hub repository's config, weights and reports, from the hub's cache or downloaded.
+
+    Args:
+        hub_id: "owner/name".
+        options: of ``huggingface_hub.snapshot_download``.
+
+    Raises:
+        FileNotFoundError: without huggingface_hub, if there is no such repository, or it cannot be reached.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"there is no run or model at {hub_id}; if it is a hub id, models on the hub need huggingface_hub: "
+            "pip install 'shortcutflow[hub]'"
+        ) from error
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES, **options))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"there is no run or model at {hub_id}, and the hub has none of that name: {error}"
+        ) from error
 
 
 def load_folder(
