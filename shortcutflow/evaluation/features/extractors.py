@@ -175,22 +175,15 @@ def extractor_of_module(
 
 
 def extractor_of_file(
-    path: Path | str,
-    *,
-    size: int | None = None,
-    value_range: tuple[float, float] = (0, 255),
-    device: torch.device | str = "cpu",
-    batch_size: int = BATCH_SIZE,
+    path: Path | str, *, device: torch.device | str = "cpu", batch_size: int = BATCH_SIZE
 ) -> NetworkExtractor:
     """An extractor from a TorchScript file; its name holds the file's SHA-256.
 
     The file is a program, and only as trustworthy as its source: see ``torchscript.py`` beside this file.
 
     Args:
-        path: of what ``torch.jit.save`` wrote: images (b, 3, h, w) float32 in ``value_range`` to features (b, k), or to
+        path: of what ``torch.jit.save`` wrote: images (b, 3, h, w) float32 in [0, 255] to features (b, k), or to
             (features, logits).
-        size: clean-fid's resize to this size comes before it; None: images come as they are.
-        value_range: what 0 and 255 become.
         device: where it computes.
         batch_size: images at once.
 
@@ -200,8 +193,8 @@ def extractor_of_file(
     """
     file = read_file(Path(path), LARGEST)
     return extractor_of_module(
-        load_torchscript(file, device), name=f"file:{file.path.name} sha256:{file.sha256}", size=size,
-        value_range=value_range, device=device, batch_size=batch_size,
+        load_torchscript(file, device), name=f"file:{file.path.name} sha256:{file.sha256}", size=None,
+        device=device, batch_size=batch_size,
     )  # fmt: skip
 
 
