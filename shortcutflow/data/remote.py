@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 
 from shortcutflow.io.atomic import atomic_file, locked
@@ -76,7 +76,8 @@ def local_copy(
     Args:
         url: of the file.
         cache: folder of all copies, each in one of its own below it for its URL.
-        version: tells this content from another under the same URL; None: what :func:`version_of` returns.
+        version: tells this content from another under the same URL; None: what :func:`version_of` returns. Where that
+            is empty, a file is fetched once.
         sha256: that the content must have; None takes any.
         at_most: bytes; a longer file is not kept.
         limit: bytes; the tar files of the cache that were not used for longest are deleted beyond it. None: no limit.
@@ -225,9 +226,11 @@ def _output(url: str, commands: Mapping[str, tuple[str, ...]]) -> Iterator[Binar
             raise OSError(errors.read(1000).decode(errors="replace").strip() or f"{command[0]} failed")
 
 
-def _hub():  # type: ignore[no-untyped-def]
-    from huggingface_hub import HfFileSystem
-
+def _hub() -> Any:
+    try:
+        from huggingface_hub import HfFileSystem
+    except ImportError as error:
+        raise ReadError("hf:// needs huggingface_hub: pip install 'shortcutflow[hub]'") from error
     return HfFileSystem()
 
 

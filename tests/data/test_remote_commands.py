@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -68,6 +69,21 @@ def test_buckets(commands: Path, folder: Path, tmp_path: Path, scheme: str) -> N
     local = ShardStream(folder, batch_size=8, seed=0, shuffle_buffer=15)
     assert [batch.keys for batch in islice(stream, 7)] == [batch.keys for batch in islice(local, 7)]
     assert f"{scheme}://bucket/some/where/shard-000003.index" in (commands / "calls").read_text().splitlines()
+
+
+def test_the_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hub:
+        def open(self, url: str, mode: str, block_size: int) -> object:
+            assert url.startswith("hf://datasets/owner/name/")
+            return (folder / url.rpartition("/")[2]).open("rb")
+
+    monkeypatch.setattr("huggingface_hub.HfFileSystem", Hub)
+    stream = open_remote("hf://datasets/owner/name", tmp_path / "cache", on_error="raise")
+    local = ShardStream(folder, batch_size=8, seed=0, shuffle_buffer=15)
+    assert [batch.keys for batch in islice(stream, 7)] == [batch.keys for batch in islice(local, 7)]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ReadError, match=r"hf:// needs huggingface_hub: pip install 'shortcutflow\[hub\]'"):
+        open_remote("hf://datasets/owner/name", tmp_path / "other")
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs", "http"])
