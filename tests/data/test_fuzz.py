@@ -183,7 +183,7 @@ def test_control_what_is_around_the_samples_does_not_matter(
 def test_control_a_reader_without_checksums_is_noticed(
     folders: dict[str, Folder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader, "_bytes", lambda file, offset, size, crc: os.pread(file, size, offset))
+    monkeypatch.setattr(reader, "_bytes", lambda file, offset, size, crc: os.pread(file.fileno(), size, offset))
     with copied(folders["arrays"], tmp_path / "copy") as path:
         assert check_losses(folders["arrays"], path, "whole") == 0
         index = read_index(path / "shard-000000.index")
