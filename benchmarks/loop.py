@@ -36,7 +36,7 @@ from shortcutflow.data.source import ShardsData
 from shortcutflow.distributed import World
 from shortcutflow.ema import EMA
 from shortcutflow.network import BackboneConfig
-from shortcutflow.objectives.shortcut import ShortcutObjective
+from shortcutflow.objectives import ShortcutObjective
 from shortcutflow.train import loop
 from shortcutflow.train.parts import build_parts, save, saver_for, tensors_of
 from shortcutflow.train.position import Position

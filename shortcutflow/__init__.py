@@ -6,16 +6,20 @@ from typing import Any
 
 from shortcutflow.ema import EMA, EMAConfig
 from shortcutflow.objectives.flow_matching import FlowMatchingObjective
+from shortcutflow.objectives.objective import Context, Draw, Objective
 from shortcutflow.objectives.shortcut import ShortcutObjective
 from shortcutflow.old_names import PUBLIC
 from shortcutflow.sampling import Trajectory, draw_noise, sample, trajectory
-from shortcutflow.types import Batch, LossReport, Network, Objective, Targets
+from shortcutflow.types import Batch, BatchSlice, LossReport, Network, Targets
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EMA",
     "Batch",
+    "BatchSlice",
+    "Context",
+    "Draw",
     "EMAConfig",
     "FlowMatchingObjective",
     "LossReport",

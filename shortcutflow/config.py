@@ -19,10 +19,10 @@ from shortcutflow.ema import AnyEMAConfig, EMAConfig
 from shortcutflow.io.atomic import write_whole
 from shortcutflow.io.json import read_object
 from shortcutflow.network import BackboneConfig, build_network
-from shortcutflow.objectives import ObjectiveConfig
+from shortcutflow.objectives import Context, ObjectiveConfig
 from shortcutflow.old_names import renamed, renamed_path
 from shortcutflow.train.optim import OptimizerConfig
-from shortcutflow.types import Share
+from shortcutflow.types import BatchSlice
 
 CONFIG_FILE = "config.json"
 CURRENT = "current"
@@ -253,7 +253,7 @@ class RunConfig(BaseModel):
             "sampler": self.objective.sampler,
             "null_y": (info or self.data.describe()).null_y,
             "finest_steps": self.finest_steps,
-            "flow_only": not self.objective.tells_step_size,
+            "flow_only": not self.objective.step_conditioned,
         }
 
     def save(self, run_dir: Path) -> None:
@@ -279,7 +279,8 @@ def check_rows(objective: Any, batch_size: int, shares: int) -> None:
     # The objective's own rule, on samples of one number: what it draws is thrown away.
     generator, rows = torch.Generator(), torch.zeros(batch_size // shares, 1)
     for number, progress in itertools.product({0, shares - 1}, (0.0, 1.0)):
-        objective.draw(rows, generator=generator, progress=progress, share=Share(number, shares))
+        context = Context(progress=progress, batch_slice=BatchSlice(number, shares))
+        objective.draw(rows, generator, context)
 
 
 def validated(values: dict[str, Any], *, where: str) -> RunConfig:

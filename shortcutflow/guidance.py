@@ -1,66 +1,33 @@
-"""Conditions that are dropped, and classifier-free guidance in samplers and inside targets."""
+"""A network's velocity, and classifier-free guidance of it, in samplers and inside targets."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from shortcutflow.conditions import Condition, NullCondition, concatenate, null_like, select
 from shortcutflow.types import Network
 
 
-def predict(net: Network, x_t: Tensor, t: Tensor, d: Tensor, y: Tensor | None) -> Tensor:
+def predict(net: Network, x_t: Tensor, t: Tensor, d: Tensor, y: Condition) -> Tensor:
     """The network's velocity, in float32 at least, so that differences and means of velocities keep their digits.
 
     Raises:
         ValueError: if it does not have the shape of x_t.
     """
-    v = net(x_t, t, d, y)
+    return predict_with_aux(net, x_t, t, d, y)[0]
+
+
+def predict_with_aux(net: Network, x_t: Tensor, t: Tensor, d: Tensor, y: Condition) -> tuple[Tensor, Any]:
+    """As :func:`predict`, and what a network that returns ``(v, aux)`` returns beside its velocity, else None."""
+    output = net(x_t, t, d, y)
+    v, aux = output if isinstance(output, tuple) else (output, None)
     if v.shape != x_t.shape:
         raise ValueError(f"the network must return the shape of x_t, {tuple(x_t.shape)}, not {tuple(v.shape)}")
-    return v.to(torch.promote_types(v.dtype, torch.float32))
-
-
-def drop_condition(y: Tensor, dropped: Tensor, null_y: Tensor | float) -> Tensor:
-    """Replace the conditions of dropped rows by the null condition.
-
-    Args:
-        y: (b, ...) labels or any tensor.
-        dropped: (b,) bool.
-        null_y: the null label, or a number or tensor that broadcasts to one row of y.
-    """
-    mask = dropped.view(-1, *(1,) * (y.ndim - 1))
-    # A number is filled in on y's device: copying it there would hold up an accelerator.
-    null = null_y.to(y) if isinstance(null_y, Tensor) else y.new_full((), null_y)
-    return torch.where(mask, null, y)
-
-
-def null_like(y: Tensor, null_y: Tensor | float | None) -> Tensor:
-    """The null condition for every row of y.
-
-    Raises:
-        ValueError: if no null condition was given.
-    """
-    null = require_null(null_y)
-    return null.to(y).expand_as(y) if isinstance(null, Tensor) else torch.full_like(y, null)
-
-
-def require_null(null_y: Tensor | float | None) -> Tensor | float:
-    """Give null_y back, or raise ValueError saying why one is needed."""
-    if null_y is None:
-        raise ValueError(
-            "dropping conditions and guidance need null_y: the label (usually num_classes) or the tensor "
-            "that stands for 'no condition'"
-        )
-    return null_y
-
-
-def require_scale(scale: float) -> float:
-    """Give a guidance scale back, or raise ValueError if it is not finite."""
-    if not math.isfinite(scale):
-        raise ValueError(f"guidance_scale must be a finite number, got {scale}; 1 is no guidance")
-    return scale
+    return v.to(torch.promote_types(v.dtype, torch.float32)), aux
 
 
 def guided_velocity(
@@ -68,63 +35,50 @@ def guided_velocity(
     x_t: Tensor,
     t: Tensor,
     d: Tensor,
-    y: Tensor | None,
+    y: Condition,
     *,
     scale: float,
-    null_y: Tensor | float | None = None,
+    null_y: NullCondition = None,
+    mask: Tensor | None = None,
+    max_guided: int | None = None,
 ) -> Tensor:
-    """Classifier-free guidance: s_null + scale (s_y - s_null), shape of x_t.
+    """Classifier-free guidance (Ho and Salimans 2022): s_null + scale (s_y - s_null), shape of x_t.
 
-    scale 1 asks the condition alone and 0 the null condition alone, for the price of one evaluation; any other
-    scale evaluates both as one batch of twice the size.
+    Scale 1 evaluates the condition alone and 0 the null condition alone, for the price of one evaluation; any other
+    evaluates both as one batch.
+
+    Args:
+        net: the network.
+        x_t, t, d, y: its inputs, r rows.
+        scale: of the guidance.
+        null_y: the null condition.
+        mask: (n,) bool, of the first rows those to guide; None guides all of ``max_guided``.
+        max_guided: at most so many of the first rows are guided, the others never: fixed from step to step, so that
+            shapes do not depend on the mask; None is all rows.
 
     Raises:
         ValueError: if scale is not finite, or not 1 and there is no condition, or no null_y.
     """
-    if require_scale(scale) == 1:
+    if require_scale(scale) == 1 or max_guided == 0:
         return predict(net, x_t, t, d, y)
     if y is None:
         raise ValueError(f"guidance_scale {scale:g} needs a condition y to guide by; without one it must be 1")
-    null = null_like(y, null_y)
-    if scale == 0:
+    head = slice(max_guided)
+    null = null_like(select(y, head), null_y)
+    if scale == 0 and mask is None and max_guided in (None, len(x_t)):
         return predict(net, x_t, t, d, null)
-    both = predict(net, torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([d, d]), torch.cat([y, null]))
-    with_y, with_null = both[: len(x_t)], both[len(x_t) :]  # which torch.export follows for any number of rows
-    return with_null + scale * (with_y - with_null)
-
-
-def partly_guided_velocity(
-    net: Network,
-    x_t: Tensor,
-    t: Tensor,
-    d: Tensor,
-    y: Tensor | None,
-    *,
-    guided: Tensor,
-    at_most: int,
-    scale: float,
-    null_y: Tensor | float | None = None,
-) -> Tensor:
-    """Velocities of which only some rows are guided, in one evaluation.
-
-    Args:
-        guided: (r,) bool, the rows to guide; all of them among the first ``at_most``.
-        at_most: an upper bound that does not depend on the draw, so that shapes stay the same from step to step.
-        scale: the guidance scale.
-
-    Returns:
-        (r, *shape): guided where ``guided`` says so, the plain conditional velocity elsewhere.
-    """
-    if require_scale(scale) == 1 or at_most == 0:
-        return predict(net, x_t, t, d, y)
-    if y is None:
-        raise ValueError(f"guidance_scale {scale:g} needs a condition y to guide by; without one it must be 1")
-    head = slice(at_most)
-    null = null_like(y[head], null_y)
     v = predict(
-        net, torch.cat([x_t, x_t[head]]), torch.cat([t, t[head]]), torch.cat([d, d[head]]), torch.cat([y, null])
+        net, torch.cat([x_t, x_t[head]]), torch.cat([t, t[head]]), torch.cat([d, d[head]]), concatenate(y, null)
     )
-    with_y, with_null = v[: len(x_t)], v[len(x_t) :]
-    mask = guided[head].view(-1, *(1,) * (x_t.ndim - 1))
-    with_guidance = with_null + scale * (with_y[head] - with_null)
-    return torch.cat([torch.where(mask, with_guidance, with_y[head]), with_y[at_most:]])
+    with_y, with_null = v[: len(x_t)], v[len(x_t) :]  # which torch.export follows for any number of rows
+    guided = with_null + scale * (with_y[head] - with_null)
+    if mask is not None:
+        guided = torch.where(mask[head].view(-1, *(1,) * (x_t.ndim - 1)), guided, with_y[head])
+    return guided if max_guided is None else torch.cat([guided, with_y[max_guided:]])
+
+
+def require_scale(scale: float) -> float:
+    """Return a guidance scale, or raise ValueError if it is not finite."""
+    if not math.isfinite(scale):
+        raise ValueError(f"guidance_scale must be a finite number, got {scale}; 1 is no guidance")
+    return scale

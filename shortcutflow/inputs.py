@@ -1,4 +1,4 @@
-"""What users pass, as networks take it: precision of data and noise, type and device of conditions."""
+"""The precision in which a network takes data and noise."""
 
 from __future__ import annotations
 
@@ -35,22 +35,3 @@ def as_state(net: Network, x: Tensor) -> Tensor:
     if home is None or home.dtype not in (torch.float32, torch.float64) or not x.is_floating_point():
         return x
     return x.to(home.dtype)
-
-
-def as_condition(y: Any, like: Tensor) -> Tensor | None:
-    """y as a tensor beside ``like``; whole numbers (b,) of any type, bool included, become labels, int64.
-
-    Raises:
-        ValueError: for what is no tensor, array or list of numbers.
-    """
-    if y is None:
-        return None
-    if not isinstance(y, Tensor):
-        try:
-            y = torch.as_tensor(y)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"y must be None or one tensor (batch, ...), or an array or list of numbers, got {type(y).__name__}"
-            ) from error
-    is_label = y.ndim == 1 and not y.is_floating_point() and not y.is_complex()
-    return y.to(like.device, torch.int64 if is_label else y.dtype)

@@ -1,4 +1,4 @@
-"""The linear path between noise and data, and its end points.
+"""The linear path between noise and data (the paper's eq. 1 and 2), and the data that a velocity predicts.
 
 x_t = (1 - (1 - sigma_min) t) x_0 + t x_1 with velocity v = x_1 - (1 - sigma_min) x_0. The paper's path (its
 eq. 1 and 2) is sigma_min = 0; the released code keeps 1e-5 of the noise at t = 1.
@@ -40,7 +40,7 @@ def velocity(noise: Tensor, data: Tensor, sigma_min: float = 0.0) -> Tensor:
     return data - (1 - sigma_min) * noise
 
 
-def data_end(x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+def predict_x1(x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
     """Where a particle at x_t that keeps the velocity v arrives at t = 1: the data estimate x_t + (1 - t) v."""
     return x_t + (1 - expand_to(t, x_t)) * v
 

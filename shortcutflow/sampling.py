@@ -8,8 +8,9 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Generator, Tensor
 
+from shortcutflow.conditions import as_condition, check_rows
 from shortcutflow.guidance import guided_velocity
-from shortcutflow.inputs import as_condition, as_state, home_of
+from shortcutflow.inputs import as_state, home_of
 from shortcutflow.path import check_state
 from shortcutflow.schedule import step_sizes
 from shortcutflow.seeds import generator_or_default
@@ -91,7 +92,7 @@ def sample(
             a condition or null_y, or fresh noise that is needed and comes from nowhere.
     """
     x_t = _start(net, noise, generator)
-    asked = _Asked(net, as_condition(y, x_t), guidance_scale, null_y, finest_steps, flow_only, sampler)
+    asked = _Asked(net, as_condition(y, x_t.device), guidance_scale, null_y, finest_steps, flow_only, sampler)
     for _, state in _walk(asked, x_t, steps, fresh_noise, generator, progress):
         x_t = state
     return x_t
@@ -116,7 +117,7 @@ def trajectory(
     """As :func:`sample`, keeping every state from the noise to the sample."""
     x_t = _start(net, noise, generator)
     times, states = [0.0], [x_t]
-    asked = _Asked(net, as_condition(y, x_t), guidance_scale, null_y, finest_steps, flow_only, sampler)
+    asked = _Asked(net, as_condition(y, x_t.device), guidance_scale, null_y, finest_steps, flow_only, sampler)
     for t, state in _walk(asked, x_t, steps, fresh_noise, generator, progress):
         times.append(t)
         states.append(state)
@@ -170,8 +171,7 @@ def _walk(
     """Yield (t, x_t) after each step."""
     sizes = step_sizes(steps, asked.finest_steps)
     check_state(x_t, torch.empty(len(x_t)), what="noise")
-    if asked.y is not None and len(asked.y) != len(x_t):
-        raise ValueError(f"y must have one row a sample: noise has {len(x_t)}, y has {len(asked.y)}")
+    check_rows(asked.y, len(x_t), of="noise")
     if asked.sampler not in get_args(SamplerKind):
         raise ValueError(f"unknown sampler {asked.sampler!r}; known: {', '.join(get_args(SamplerKind))}")
     t = 0.0

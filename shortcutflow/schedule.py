@@ -1,16 +1,18 @@
 """Step sizes and times: what training draws and what sampling walks.
 
-Everything lives on the dyadic grid of the paper: with a finest budget of M = 2^L steps the step sizes are
-d in {1/M, 2/M, ..., 1/2, 1}, and a step of size d starts at a multiple of d. Sampling with 2^k steps then asks the
-network only what it was trained on.
+Everything lives on the dyadic grid of the paper: with at most M = 2^L steps the step sizes are
+d in {1/M, 2/M, ..., 1/2, 1}, and a step of size d starts at a multiple of d. Sampling with 2^k steps then calls the
+network only with what it was trained on.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Generator, Tensor, device
 
 
@@ -47,12 +49,52 @@ def size_of(level: Tensor, finest_steps: int) -> Tensor:
     return (torch.ones_like(level) << level).float() / finest_steps
 
 
+class LogitNormal(BaseModel):
+    """Times whose logit is normal (Esser et al. 2024, arXiv 2403.03206, section 3.1): most of them near one time.
+
+    Args:
+        mean: of log(t/(1 - t)); 0 puts most times near 1/2, more puts them nearer to the data (t = 1).
+        std: of the same.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["logit_normal"] = "logit_normal"
+    mean: float = Field(default=0.0, allow_inf_nan=False)
+    std: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """The times that uniform numbers u in [0, 1) stand for, in [0, 1)."""
+        t = torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
+        return t.clamp(max=1 - 2**-24)
+
+
+TimeDensity = Annotated[LogitNormal | None, Field(description="density of the times of flow rows; None is uniform")]
+
+
+def draw_times(
+    rows: int,
+    *,
+    density: LogitNormal | None = None,
+    first_uniform: int = 0,
+    generator: Generator | None = None,
+    device: device | str | None = None,
+) -> Tensor:
+    """Times in [0, 1), (rows,) float32, from a density; uniform without one, and in the first so many rows."""
+    t = torch.rand(rows, generator=generator, device=device)
+    return t if density is None else torch.cat([t[:first_uniform], density.quantile(t[first_uniform:])])
+
+
+def to_grid(t: Tensor, d: Tensor | float) -> Tensor:
+    """Times in [0, 1) rounded down to the multiples {0, d, 2d, ..., 1 - d}; d a power of two, one or (rows,)."""
+    return torch.floor(t / d) * d
+
+
 def draw_times_on_grid(
     rows: int, d: Tensor | float, *, generator: Generator | None = None, device: device | str | None = None
 ) -> Tensor:
     """Times t uniform on the multiples {0, d, 2d, ..., 1 - d}, (rows,) float32; d a power of two, one or (rows,)."""
-    u = torch.rand(rows, generator=generator, device=device)
-    return torch.floor(u / d) * d
+    return to_grid(draw_times(rows, generator=generator, device=device), d)
 
 
 def step_sizes(steps: int | Sequence[float], finest_steps: int = 128) -> list[float]:
@@ -67,7 +109,7 @@ def step_sizes(steps: int | Sequence[float], finest_steps: int = 128) -> list[fl
 
     Args:
         steps: a number of steps, or positive step sizes that add up to 1.
-        finest_steps: M, the finest budget of training.
+        finest_steps: M, the most steps of training.
 
     Raises:
         ValueError: if steps is below 1, or a sequence does not add up to 1 or holds a step that is not positive.

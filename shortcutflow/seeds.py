@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Generator, Tensor
 
-from shortcutflow.types import WHOLE, Share
+from shortcutflow.types import FULL_BATCH, BatchSlice
 
 BLOCK_ROWS = 64
 """A batch's noise is drawn in blocks of at least so many rows, each with a seed of its own: a block costs a launch."""
@@ -41,7 +41,7 @@ def generator_or_default(generator: Generator | None, device: torch.device | str
 
 @lru_cache
 def _blocks_of(rows: int) -> int:
-    """In how many blocks so many rows are drawn: the number that most numbers of shares divide, best powers of two."""
+    """In how many blocks so many rows are drawn: the number that most numbers of slices divide, best powers of two."""
     divisors = [b for b in range(1, max(rows // BLOCK_ROWS, 1) + 1) if rows % b == 0]
     return max(divisors, key=lambda b: (sum(b % k == 0 for k in divisors), b & -b, b))
 
@@ -50,27 +50,28 @@ def draw_noise_rows(
     rows: int,
     shape: Sequence[int],
     generator: Generator,
-    share: Share = WHOLE,
+    batch_slice: BatchSlice = FULL_BATCH,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Standard normal noise (rows, *shape) for a share of a batch: the rows that the whole batch would have there.
+    """Standard normal noise (rows, *shape) for a slice of a batch: the rows that the whole batch would have there.
 
     Row i of the batch's n rows lies in block i modulo B, where B, at most n/64, depends on n alone. A block has a seed
-    made from the generator's state, so a share draws the blocks that hold its rows and no others: exactly its own rows
-    if the number of shares divides B. The generator itself does not move: draw something else from it afterwards.
+    made from the generator's state, so a slice draws the blocks that hold its rows and no others: exactly its own rows
+    if the number of slices divides B. The generator itself does not move: draw something else from it afterwards.
     """
-    total = rows * share.total
+    index, count = batch_slice.index, batch_slice.count
+    total = rows * count
     blocks = _blocks_of(total)
     seed = int.from_bytes(hashlib.sha256(generator.get_state().numpy().tobytes()).digest()[:8], "little")
     of_block = Generator(generator.device)
-    common = math.gcd(share.total, blocks)
+    common = math.gcd(count, blocks)
     here: dict[int, Tensor] = {}
-    for block in range(share.number % common, blocks, common):
+    for block in range(index % common, blocks, common):
         of_block.manual_seed(seed_for(seed, "noise", index=block))
         drawn = torch.randn((total // blocks, *shape), generator=of_block, dtype=dtype, device=device)
-        # The block's rows are block, block + B, block + 2B, ...; every (share.total / common)-th is of this share.
-        first = next(i for i in range(share.total) if (block + i * blocks - share.number) % share.total == 0)
-        here[(block + first * blocks - share.number) // share.total] = drawn[first :: share.total // common]
+        # The block's rows are block, block + B, block + 2B, ...; every (count / common)-th is of this slice.
+        first = next(i for i in range(count) if (block + i * blocks - index) % count == 0)
+        here[(block + first * blocks - index) // count] = drawn[first :: count // common]
     return torch.stack([here[place] for place in sorted(here)], dim=1).flatten(0, 1)

@@ -10,12 +10,12 @@ x_1     ``data``         data, the state at t = 1; (b, \\*shape)
 x_t     ``x_t``          (1 - t) x_0 + t x_1; (b, \\*shape)
 t       ``t``            time, 0 = noise, 1 = data; (b,) float32 in [0, 1]
 d       ``d``            step size: s moves x_t to x_{t+d} = x_t + d s; (b,) float32 in [0, 1]
-y       ``y``            condition: labels (b,) int64, any tensor (b, ...), or None
+y       ``y``            condition: labels (b,) int64, a tensor (b, ...), a mapping of such, or None
 M       finest_steps     the finest budget; d at or below 1/M means "follow the flow"
 s       the network      average velocity over [t, t + d], in the direction data minus noise
 ======  ===============  ==========================================================================
 
-``shape`` is (channels, height, width) for images and (length, channels) for sequences.
+``shape`` is (channels, height, width) for images, (length, channels) for sequences, and may have any number of axes.
 """
 
 from __future__ import annotations
@@ -23,41 +23,48 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
-from torch import Generator, Tensor
+from torch import Tensor
+
+from shortcutflow.conditions import Condition
 
 
 class Network(Protocol):
-    """Anything that predicts the average velocity s(x_t, t, d, y), of the shape of x_t."""
+    """Anything that predicts the average velocity s(x_t, t, d, y), of the shape of x_t.
 
-    def __call__(self, x_t: Tensor, t: Tensor, d: Tensor, y: Tensor | None, /) -> Tensor: ...
+    It may return ``(velocity, aux)``: samplers use the velocity, and an objective may use what comes beside it, such as
+    an uncertainty for each row.
+    """
+
+    def __call__(self, x_t: Tensor, t: Tensor, d: Tensor, y: Any, /) -> Any: ...
 
 
 SamplerKind = Literal["euler", "consistency", "live_reflow"]
 """How a trained network is sampled from; see :func:`shortcutflow.sampling.sample`."""
 
 
-class Share(NamedTuple):
-    """Which rows of a global batch are here: ``number``, ``number + total``, ``number + 2 total``, ...
+@dataclass(frozen=True)
+class BatchSlice:
+    """Which rows of a global batch are here: ``index``, ``index + count``, ``index + 2 count``, ...
 
     Attributes:
-        number: of this share: of a process, or of one of the parts in which a process takes its batch.
-        total: how many shares there are; they are equally large.
+        index: of this slice: a rank, or one of the parts (gradient accumulation) in which a rank takes its batch.
+        count: how many slices there are; they are equally large.
     """
 
-    number: int = 0
-    total: int = 1
+    index: int = 0
+    count: int = 1
 
     @property
     def rows(self) -> slice:
-        """Picks this share's rows out of all."""
-        return slice(self.number, None, self.total)
+        """Picks this slice's rows out of all."""
+        return slice(self.index, None, self.count)
 
-    def rows_among_first(self, n: int) -> int:
-        """How many of this share's rows are among the first n of all."""
-        return len(range(self.number, n, self.total))
+    def count_below(self, n: int) -> int:
+        """How many of this slice's rows are among the first n of the global batch."""
+        return len(range(self.index, n, self.count))
 
 
-WHOLE = Share()
+FULL_BATCH = BatchSlice()
 
 
 @dataclass(frozen=True)
@@ -66,12 +73,12 @@ class Batch:
 
     Attributes:
         data: (b, *shape) float32.
-        y: labels (b,) int64, any condition tensor (b, ...), or None.
+        y: labels (b,) int64, or any condition (see :mod:`shortcutflow.conditions`).
         keys: the name of each sample in its shard, for messages that name a broken one.
     """
 
     data: Tensor
-    y: Tensor | None
+    y: Condition
     keys: tuple[str, ...] = ()
 
 
@@ -106,28 +113,30 @@ class Targets:
         v: (r, *shape) the target velocity; carries no gradient.
         n_bootstrap: the first so many rows are self-consistency rows, the rest flow rows.
         source: (r,) int64, the sample each row is made from; None means row i is made from sample i.
-        metrics: of the targets themselves. The names depend on the global batch alone, never on a share's rows: the
+        metrics: of the targets themselves. The names depend on the global batch alone, never on a slice's rows: the
             processes of a run add them up together.
+        weight: (r,) of each row in the loss; None is 1.
     """
 
     x_t: Tensor
     t: Tensor
     d: Tensor
-    y: Tensor | None
+    y: Condition
     v: Tensor
     n_bootstrap: int = 0
     metrics: dict[str, Mean] = field(default_factory=dict)
     source: Tensor | None = None
+    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class LossReport:
-    """What one evaluation of an objective gives.
+    """What an objective returns for a batch.
 
     Attributes:
         loss: 0-d tensor to call ``backward`` on.
-        means: by name; the same names in every share of a global batch, also where a share has no row of a kind.
-        row_loss: (r,) mean squared error of each row, without gradient.
+        means: by name; the same names in every slice of a global batch, also where a slice has no row of a kind.
+        row_loss: (r,) mean squared error of each row, without weight and gradient.
         targets: the rows it was computed on.
     """
 
@@ -140,58 +149,3 @@ class LossReport:
     def metrics(self) -> dict[str, Tensor]:
         """Those that have rows here, as 0-d tensors (reading one with ``float`` waits for the device)."""
         return {name: mean.value for name, mean in self.means.items() if mean.rows}
-
-
-class Objective(Protocol):
-    """A training objective: draws random numbers, makes targets, regresses the network on them.
-
-    It holds no network and no tensor, so the same object serves a bare callable, a compiled module, DDP and FSDP2.
-    """
-
-    @property
-    def tells_step_size(self) -> bool:
-        """Whether the network it trains may be told step sizes above 1/M when it is sampled."""
-
-    def draw(
-        self,
-        data: Tensor,
-        *,
-        generator: Generator | None = None,
-        progress: float | None = None,
-        share: Share = WHOLE,
-    ) -> Any:
-        """Take every random number of one evaluation on a share of a batch: those that the whole batch would get."""
-
-    def targets(
-        self,
-        net: Network,
-        data: Tensor,
-        y: Tensor | None,
-        draw: Any,
-        *,
-        teacher: Network | None = None,
-        null_y: Tensor | float | None = None,
-    ) -> Targets:
-        """Make the rows of the regression; deterministic, without gradient. ``net`` gives the bootstrap targets."""
-
-    def __call__(
-        self,
-        net: Network,
-        data: Tensor,
-        y: Tensor | None = None,
-        *,
-        target_net: Network | None = None,
-        teacher: Network | None = None,
-        progress: float | None = None,
-        null_y: Tensor | float | None = None,
-        generator: Generator | None = None,
-        share: Share = WHOLE,
-    ) -> LossReport:
-        """draw, targets, regression.
-
-        ``teacher`` is the trained network of two-phase methods, ``progress`` the share of the training that is done, in
-        [0, 1], for methods with a schedule; other methods ignore them.
-
-        ``share`` says which rows of a global batch data is; the random numbers are then those that the global batch
-        would have got in one piece, from the same generator in every process.
-        """

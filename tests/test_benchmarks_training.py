@@ -16,7 +16,7 @@ from benchmarks import loop, memory
 from shortcutflow.data.stream import ShardStream
 from shortcutflow.distributed import World
 from shortcutflow.network import BackboneConfig
-from shortcutflow.objectives.shortcut import ShortcutObjective
+from shortcutflow.objectives import ShortcutObjective
 from shortcutflow.train.checkpoint import Saver
 from shortcutflow.train.parts import build_parts
 

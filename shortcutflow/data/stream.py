@@ -25,7 +25,7 @@ from shortcutflow.data.reader import DamagedSampleError, ShardReader, Unreadable
 from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.shards import Sample
 from shortcutflow.distributed import cores_per_process
-from shortcutflow.types import Batch, Share
+from shortcutflow.types import Batch, BatchSlice
 
 MOST_WORKERS = 8
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class ShardStream:
         cached = self.manifest.samples * augmentation.bytes_per_sample <= cache_bytes
         # By position; the map-style data set behind the stream, for a DataLoader of one's own.
         self.batches = RankBatches(
-            reader, order, augmentation, batch_size, Share(rank, world_size), skip=on_error == "skip", cached=cached
+            reader, order, augmentation, batch_size, BatchSlice(rank, world_size), skip=on_error == "skip", cached=cached
         )
         self._batch_size, self._device = batch_size, torch.device(device)
         self._cached, self._workers = cached, (0 if cached else workers_to_spare()) if workers is None else workers
@@ -211,7 +211,7 @@ class RankBatches(Dataset[HostBatch]):
         order: EpochOrder,
         augmentation: Augmentation,
         batch_size: int,
-        share: Share,
+        share: BatchSlice,
         *,
         skip: bool,
         cached: bool,

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
+from shortcutflow.conditions import as_condition
 from shortcutflow.config import CONFIG_FILE, RunConfig
-from shortcutflow.inputs import as_condition
 from shortcutflow.io.atomic import require_absent
 from shortcutflow.io.safetensors import read_tensors
 from shortcutflow.models.config import (
@@ -129,7 +129,7 @@ class Model:
                 raise ValueError(f"at least 1 sample must be asked for, got {noise}")
             noise = draw_noise((noise, *self.shape), generator=generator, device=device)
         noise = noise.to(device)
-        y = torch.full((len(noise),), y, device=device) if isinstance(y, int) else as_condition(y, noise)
+        y = torch.full((len(noise),), y, device=device) if isinstance(y, int) else as_condition(y, device)
         if y is not None and self.num_classes is not None:
             lowest, highest = int(y.min()), int(y.max())
             if lowest < 0 or highest > self.num_classes:

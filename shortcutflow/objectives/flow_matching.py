@@ -2,43 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Generator, Tensor
 
-from shortcutflow.objectives.objective import TrainingObjective, noise_for
-from shortcutflow.objectives.regression import as_batch
+from shortcutflow.conditions import Condition
+from shortcutflow.objectives.objective import NO_CONTEXT, Context, Draw, Objective, noise_like
 from shortcutflow.path import interpolate, velocity
-from shortcutflow.schedule import draw_times_on_grid, levels_of
+from shortcutflow.schedule import TimeDensity, draw_times, levels_of, to_grid
 from shortcutflow.seeds import generator_or_default
-from shortcutflow.types import WHOLE, Network, Share, Targets
+from shortcutflow.types import Network, Targets
 
 
-@dataclass(frozen=True)
-class FlowDraw:
-    """The random numbers of one evaluation: noise (b, *shape), t (b,) float32, dropped (b,) bool."""
-
-    noise: Tensor
-    t: Tensor
-    dropped: Tensor
-
-
-class FlowMatchingObjective(TrainingObjective):
-    """Plain flow matching, the network told d = 0: the contrast to a shortcut model.
+class FlowMatchingObjective(Objective):
+    """Plain flow matching, the network given d = 0: the contrast to a shortcut model.
 
     >>> FlowMatchingObjective(condition_dropout=0.1)
 
     Args:
-        time_steps: None draws t uniformly from [0, 1); a number T draws it from {0, 1/T, ..., 1 - 1/T}.
-        condition_dropout: share of rows trained on the null condition, for guidance when sampling.
-        sigma_min: share of the noise left at t = 1.
+        time_steps: None draws t from [0, 1); a number T draws it from {0, 1/T, ..., 1 - 1/T}.
+        time_density: of t; None is uniform.
+        condition_dropout: fraction of rows trained on the null condition, for guidance when sampling.
+        sigma_min: fraction of the noise left at t = 1.
     """
 
     kind: Literal["flow_matching"] = "flow_matching"
     time_steps: int | None = Field(default=None, description="draw t from this many equal steps; None: from [0, 1)")
+    time_density: TimeDensity = None
 
     @field_validator("time_steps")
     @classmethod
@@ -56,44 +48,21 @@ class FlowMatchingObjective(TrainingObjective):
         return cls(time_steps=denoise_timesteps, condition_dropout=class_dropout_prob, sigma_min=1e-5)
 
     @property
-    def tells_step_size(self) -> bool:
-        """False: such a network knows the flow alone, so a sampler must not tell it larger steps."""
+    def step_conditioned(self) -> bool:
+        """False: such a network knows the flow alone, so a sampler must not give it larger steps."""
         return False
 
-    def draw(
-        self,
-        data: Tensor,
-        *,
-        generator: Generator | None = None,
-        progress: float | None = None,
-        share: Share = WHOLE,
-    ) -> FlowDraw:
+    def draw(self, data: Tensor, generator: Generator | None = None, context: Context = NO_CONTEXT) -> Draw:
         """Noise, times and dropped conditions for a batch of data (b, *shape)."""
-        b, device = len(data) * share.total, data.device
-        generator = generator_or_default(generator, device)
-        noise = noise_for(data, generator, share)
-        if self.time_steps is None:
-            t = torch.rand(b, generator=generator, device=device)
-        else:
-            t = draw_times_on_grid(b, 1 / self.time_steps, generator=generator, device=device)
-        return FlowDraw(noise, t[share.rows], self.draw_dropped(b, generator, device)[share.rows])
+        b, device, generator = context.batch_size(data), data.device, generator_or_default(generator, data.device)
+        noise = noise_like(data, generator, context.batch_slice)
+        t = draw_times(b, density=self.time_density, generator=generator, device=device)
+        if self.time_steps is not None:
+            t = to_grid(t, 1 / self.time_steps)
+        return Draw(noise, t, torch.zeros_like(t), self.draw_dropped(b, generator, device)).at(context.batch_slice)
 
-    def targets(
-        self,
-        net: Network,
-        data: Tensor,
-        y: Tensor | None,
-        draw: FlowDraw,
-        *,
-        teacher: Network | None = None,
-        null_y: Tensor | float | None = None,
-    ) -> Targets:
-        """v = x_1 - x_0 at x_t; neither ``net`` nor ``teacher`` is called."""
-        data, y = as_batch(net, data, y)
-        return Targets(
-            x_t=interpolate(draw.noise, data, draw.t, self.sigma_min),
-            t=draw.t,
-            d=torch.zeros_like(draw.t),
-            y=self.drop(y, draw.dropped, null_y),
-            v=velocity(draw.noise, data, self.sigma_min),
-        )
+    def targets(self, net: Network, data: Tensor, y: Condition, draw: Draw, context: Context = NO_CONTEXT) -> Targets:
+        """v = x_1 - x_0 at x_t (eq. 2); no network is called."""
+        data, y = self.row_inputs(net, data, y, draw, context)
+        x_t = interpolate(draw.noise, data, draw.t, self.sigma_min)
+        return Targets(x_t, draw.t, draw.d, y, velocity(draw.noise, data, self.sigma_min))

@@ -1,18 +1,24 @@
-"""What all objectives share: the call. And what the paper's baselines share: draws of one step size, their costs."""
+"""What every objective is: it draws random numbers, makes targets from them, and regresses the network on these."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
-from torch import Generator, Tensor
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from torch import Generator, Tensor, nn
 
-from shortcutflow.objectives.regression import ObjectiveSettings, as_batch, regress
+from shortcutflow.conditions import Condition, NullCondition, as_condition, check_rows, drop, require_null, select
+from shortcutflow.guidance import predict_with_aux
+from shortcutflow.inputs import as_state
+from shortcutflow.path import check_state, expand_to
 from shortcutflow.schedule import draw_times_on_grid, levels_of
 from shortcutflow.seeds import draw_noise_rows, generator_or_default
-from shortcutflow.types import WHOLE, LossReport, Mean, Network, Share, Targets
+from shortcutflow.types import FULL_BATCH, BatchSlice, LossReport, Mean, Network, SamplerKind, Targets
 
 
 def _power_of_two(value: int) -> int:
@@ -27,132 +33,319 @@ GuidanceScale = Annotated[
 
 
 @dataclass(frozen=True)
-class StepDraw:
-    """The random numbers of one evaluation whose rows all have one step size.
+class Draw:
+    """The random numbers of one evaluation, a row each: bootstrap rows first, then flow rows.
 
     Attributes:
-        noise: x_0, (b, *shape).
-        t: (b,) float32, multiples of size.
-        dropped: (b,) bool, rows that lose their condition.
-        size: the step d.
+        noise: x_0, (r, *shape).
+        t, d: (r,) float32.
+        dropped: (r,) bool, rows that lose their condition.
+        n_bootstrap: how many rows are bootstrap rows.
+        guided: (n_bootstrap,) bool, rows whose targets are guided; None is all of ``max_guided``.
+        max_guided: guided rows lie among the first so many, which is the same in each draw.
+        source: (r,) int64, the sample each row uses; None means row i uses sample i.
     """
 
     noise: Tensor
     t: Tensor
+    d: Tensor
     dropped: Tensor
-    size: float
+    n_bootstrap: int = 0
+    guided: Tensor | None = None
+    max_guided: int = 0
+    source: Tensor | None = None
+
+    def at(self, batch_slice: BatchSlice) -> Draw:
+        """The rows of a slice of the batch; ``noise`` is drawn for the slice alone and stays as it is."""
+        rows = batch_slice.rows
+        return replace(
+            self, t=self.t[rows], d=self.d[rows], dropped=self.dropped[rows],
+            n_bootstrap=batch_slice.count_below(self.n_bootstrap),
+            guided=self.guided[rows] if self.guided is not None else None,
+            max_guided=batch_slice.count_below(self.max_guided),
+        )  # fmt: skip
 
 
-class TrainingObjective(ObjectiveSettings, ABC):
-    """Base of the objectives: three steps, and the call that takes them one after the other."""
+@dataclass(frozen=True)
+class Context:
+    """What an objective may use beside the network and the batch.
+
+    Attributes:
+        target_net: makes targets where the network itself would: usually its EMA; None is the network itself.
+        teacher: the trained network that two-phase methods learn from.
+        null_y: the null condition, for condition_dropout and guidance; see :mod:`shortcutflow.conditions`.
+        progress: fraction of the training that is done, in [0, 1], for methods with a schedule.
+        batch_slice: which rows of the global batch the data is: they get the random numbers that the whole batch would
+            give them. Numbers of a few bytes a row are drawn for the whole batch, noise for the slice alone.
+    """
+
+    target_net: Network | None = None
+    teacher: Network | None = None
+    null_y: NullCondition = None
+    progress: float | None = None
+    batch_slice: BatchSlice = FULL_BATCH
+
+    def target_network(self, net: Network) -> Network:
+        """The network that makes targets."""
+        return net if self.target_net is None else self.target_net
+
+    def batch_size(self, data: Tensor) -> int:
+        """Rows of the global batch that ``data`` is a slice of."""
+        return len(data) * self.batch_slice.count
+
+
+NO_CONTEXT = Context()
+
+
+class Objective(BaseModel, ABC):
+    """A training objective: frozen, strict settings, and three steps: :meth:`draw`, :meth:`targets`, :meth:`regress`.
+
+    It holds no network and no tensor, so the same object serves a bare callable, a compiled module, DDP and FSDP2. A
+    new one writes ``draw`` and ``targets``, and ``kind``, its name in a config.
+
+    Args:
+        condition_dropout: fraction of rows trained on the null condition, which guidance needs.
+        sigma_min: fraction of the noise that is left at t = 1.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    condition_dropout: float = Field(default=0.0, ge=0, le=1, description="share of rows that lose their condition")
+    sigma_min: float = Field(default=0.0, ge=0, lt=1, description="share of the noise that is left at t = 1")
 
     @abstractmethod
-    def draw(
-        self,
-        data: Tensor,
-        *,
-        generator: Generator | None = None,
-        progress: float | None = None,
-        share: Share = WHOLE,
-    ) -> Any:
-        """Take every random number of one evaluation on a batch of data (b, *shape), or on a share of a batch.
+    def draw(self, data: Tensor, generator: Generator | None = None, context: Context = NO_CONTEXT) -> Draw:
+        """Take every random number of one evaluation on a batch of data (b, *shape), or on a slice of a batch.
 
         Args:
             data: gives shape, type and device.
             generator: on data's device; None is torch's default generator, which ``torch.manual_seed`` seeds.
-            progress: share of the training that is done, in [0, 1], for methods with a schedule.
-            share: which rows of the global batch data is: they get the numbers that the whole batch would give them.
-                Numbers of a few bytes a row are drawn for the whole batch, noise for the share alone.
+            context: gives progress and batch_slice.
         """
 
     @abstractmethod
-    def targets(
-        self,
-        net: Network,
-        data: Tensor,
-        y: Tensor | None,
-        draw: Any,
-        *,
-        teacher: Network | None = None,
-        null_y: Tensor | float | None = None,
-    ) -> Targets:
-        """The rows of the regression; deterministic, without gradient."""
+    def targets(self, net: Network, data: Tensor, y: Condition, draw: Draw, context: Context = NO_CONTEXT) -> Targets:
+        """The rows of the regression; deterministic, and without gradient.
+
+        Args:
+            net: the network that is trained; targets come from ``context.target_network(net)``.
+            data: x_1, (b, *shape).
+            y: conditions of b rows, or None.
+            draw: what :meth:`draw` returned, or numbers of your own.
+            context: networks and null condition.
+
+        Raises:
+            ValueError: for shapes that do not fit together, times outside [0, 1], a missing null_y or teacher.
+        """
+
+    def weigh(self, error: Tensor, targets: Targets, aux: Any) -> Tensor:
+        """What is averaged to the loss, (r,): the mean squared error of each row (r,), times its weight.
+
+        Override it for weights that depend on the error or are learned; ``aux`` is what the network returned beside its
+        velocity, or None.
+        """
+        return error if targets.weight is None else targets.weight * error
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """The network as this objective trains it; a run builds it through this.
+
+        Override it for parameters of the objective's own: return a module that holds the network and them and returns
+        ``(v, aux)``. They are then optimised, averaged, sharded and saved with the network's.
+        """
+        return network
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether it is the second phase of two: needs a trained network, whose weights it starts from."""
+        return False
+
+    @property
+    def step_conditioned(self) -> bool:
+        """Whether a sampler may give its network step sizes above 1/M; False for one that knows the flow alone."""
+        return True
+
+    @property
+    def sampler(self) -> SamplerKind:
+        """The sampler that such a network is made for."""
+        return "euler"
+
+    def target_evaluations(self, batch_size: int) -> float:
+        """Forward evaluations that the targets of such a batch need, divided by its samples."""
+        return 0.0
+
+    def teacher_stage(self, progress: float) -> int:
+        """Whenever this number grows, the teacher becomes a copy of the network that makes targets."""
+        return 0
 
     def __call__(
         self,
         net: Network,
         data: Tensor,
-        y: Tensor | None = None,
+        y: Any = None,
         *,
         target_net: Network | None = None,
         teacher: Network | None = None,
         progress: float | None = None,
-        null_y: Tensor | float | None = None,
+        null_y: NullCondition = None,
         generator: Generator | None = None,
-        share: Share = WHOLE,
+        batch_slice: BatchSlice = FULL_BATCH,
     ) -> LossReport:
-        """The loss of net on a batch, or on a share of one.
+        """The loss of net on a batch, or on a slice of one.
 
         Args:
             net: the network to train, called as net(x_t, t, d, y).
             data: x_1, (b, *shape), float; converted to the precision of a float32 network.
-            y: labels (b,) as a tensor, array or list of whole numbers, any condition tensor (b, ...), or None.
-            target_net: makes targets where the network itself does: usually its EMA; None is net itself.
-            teacher: the trained network that two-phase methods learn from.
-            progress: share of the training that is done, in [0, 1], for methods with a schedule.
-            null_y: the condition that stands for "none": needed for condition_dropout and guidance.
+            y: labels (b,) as a tensor, array or list of whole numbers, or any condition; see
+                :mod:`shortcutflow.conditions`.
             generator: where the random numbers come from, on data's device; None is torch's default generator.
-            share: which rows of the global batch data is; they get the numbers that the whole would give them.
+            target_net, teacher, progress, null_y, batch_slice: see :class:`Context`.
 
         Raises:
             ValueError: for a missing teacher, progress or null_y, or shapes that do not fit together.
         """
         data, y = as_batch(net, data, y)
-        generator = generator_or_default(generator, data.device)
-        draw = self.draw(data, generator=generator, progress=progress, share=share)
-        maker = net if target_net is None else target_net
-        return regress(net, self.targets(maker, data, y, draw, teacher=teacher, null_y=null_y))
+        context = Context(target_net, teacher, null_y, progress, batch_slice)
+        with torch.no_grad():
+            targets = self.targets(net, data, y, self.draw(data, generator, context), context)
+        return self.regress(net, targets)
 
-    def draw_steps(self, data: Tensor, size: float, generator: Generator | None, share: Share) -> StepDraw:
-        """Noise, times that are multiples of size, and dropped conditions."""
-        b, device = len(data) * share.total, data.device
-        generator = generator_or_default(generator, device)
-        return StepDraw(
-            noise=noise_for(data, generator, share),
-            t=draw_times_on_grid(b, size, generator=generator, device=device)[share.rows],
-            dropped=self.draw_dropped(b, generator, device)[share.rows],
-            size=size,
-        )
+    def regress(self, net: Network, targets: Targets) -> LossReport:
+        """Mean over rows of the weighted mean squared error of s(x_t, t, d, y) against v (the paper's eq. 5).
+
+        Raises:
+            ValueError: if the network's output has another shape than x_t, or the weights are not (r,).
+        """
+        check_state(targets.x_t, targets.t)
+        prediction, aux = predict_with_aux(net, targets.x_t, targets.t, targets.d, targets.y)
+        error = (prediction.to(targets.v.dtype) - targets.v).square().flatten(1).mean(1)
+        weighted = self.weigh(error, targets, aux)
+        if weighted.shape != error.shape:
+            raise ValueError(f"weights must be one number a row, {tuple(error.shape)}, got {tuple(weighted.shape)}")
+        row_loss, n = error.detach(), targets.n_bootstrap
+        parts = {"loss": weighted.detach(), "loss_flow": row_loss[n:], "loss_bootstrap": row_loss[:n]}
+        means = {name: Mean(rows.sum(), len(rows)) for name, rows in parts.items()} | targets.metrics
+        return LossReport(loss=weighted.mean(), means=means, row_loss=row_loss, targets=targets)
+
+    # What draws and targets of several objectives share.
+
+    def draw_dropped(self, rows: int, generator: Generator, device: torch.device) -> Tensor:
+        """Which rows lose their condition, (rows,) bool."""
+        return torch.rand(rows, generator=generator, device=device) < self.condition_dropout
+
+    def draw_steps(self, data: Tensor, d: float, generator: Generator | None, context: Context) -> Draw:
+        """Noise, times that are multiples of one step size, and dropped conditions."""
+        b, device, generator = context.batch_size(data), data.device, generator_or_default(generator, data.device)
+        noise = noise_like(data, generator, context.batch_slice)
+        t = draw_times_on_grid(b, d, generator=generator, device=device)
+        return Draw(noise, t, torch.full_like(t, d), self.draw_dropped(b, generator, device)).at(context.batch_slice)
+
+    def drop(self, y: Condition, dropped: Tensor, null_y: NullCondition) -> Condition:
+        """Replace the dropped rows of y by the null condition; a condition_dropout of 0 needs none.
+
+        Raises:
+            ValueError: if rows may be dropped and y or null_y is missing.
+        """
+        if y is None:
+            if self.condition_dropout:
+                raise ValueError(
+                    f"condition_dropout is {self.condition_dropout:g}, but there is no condition y to drop: "
+                    "pass y, or set condition_dropout to 0"
+                )
+            return None
+        if self.condition_dropout == 0 and null_y is None:
+            return y
+        return drop(y, dropped, require_null(null_y))
+
+    def row_inputs(
+        self, net: Network, data: Tensor, y: Condition, draw: Draw, context: Context
+    ) -> tuple[Tensor, Condition]:
+        """x_1 and the condition of each row of a draw: its sample's, dropped where the draw says so."""
+        data, y = as_batch(net, data, y)
+        if draw.source is not None:
+            data, y = data[draw.source], select(y, draw.source)
+        return data, self.drop(y, draw.dropped, context.null_y)
 
 
-def noise_for(data: Tensor, generator: Generator, share: Share) -> Tensor:
-    """Noise like data, which is a share of a batch; see :func:`shortcutflow.seeds.draw_noise_rows`."""
-    return draw_noise_rows(len(data), data.shape[1:], generator, share, dtype=data.dtype, device=data.device)
+def as_batch(net: Network, data: Tensor, y: Any) -> tuple[Tensor, Condition]:
+    """Data and conditions as the network takes them.
+
+    Raises:
+        ValueError: unless data is (b, *shape) floats and y, if any, has b rows too.
+    """
+    if not isinstance(data, Tensor):
+        raise ValueError(f"data must be a float tensor (batch, *shape), got {type(data).__name__}: use torch.as_tensor")
+    if data.ndim < 2 or not data.is_floating_point():
+        raise ValueError(f"data must be a float tensor (batch, *shape), got {data.dtype} {tuple(data.shape)}")
+    y = as_condition(y, data.device)
+    check_rows(y, len(data))
+    return as_state(net, data), y
 
 
-def require_shared_evenly(n: int, share: Share, rows: str, *, exactly: bool) -> None:
-    """Raise ValueError if shares of a batch would have none of its n special rows, or unequal numbers of them."""
-    if exactly and n % share.total:
+def noise_like(data: Tensor, generator: Generator, batch_slice: BatchSlice) -> Tensor:
+    """Noise like data, which is a slice of a batch; see :func:`shortcutflow.seeds.draw_noise_rows`."""
+    return draw_noise_rows(len(data), data.shape[1:], generator, batch_slice, dtype=data.dtype, device=data.device)
+
+
+def two_steps(
+    step: Callable[[Tensor, Tensor], Tensor], x_t: Tensor, t: Tensor, d: Tensor, clip: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The velocities v1, v2 of two steps of size d/2, one after the other: eq. 4, whose target is their mean.
+
+    Args:
+        step: the velocity of a step of size d/2 from x_t at t.
+        x_t, t, d: states (r, *shape), their times and the sizes of both steps together, (r,).
+        clip: bound on the state between the steps.
+    """
+    half = d / 2
+    v1 = step(x_t, t)
+    between = clipped(x_t + expand_to(half, x_t) * v1, clip).to(x_t.dtype)
+    return v1, step(between, t + half)
+
+
+def clipped(x: Tensor, bound: float | None) -> Tensor:
+    """x within +-bound; None is no bound."""
+    return x if bound is None else x.clamp(-bound, bound)
+
+
+def count_of(fraction: float, batch_size: int, kind: str) -> int:
+    """How many of batch_size rows are of a kind that gets this fraction of them.
+
+    Raises:
+        ValueError: if there should be some and the batch is too small to hold one.
+    """
+    n = int(batch_size * fraction + 1e-6)
+    if n == 0 and fraction > 0:
+        smallest = math.ceil((1 - 1e-6) / fraction)
         raise ValueError(
-            f"the released rows need {rows} rows that {share.total} shares divide, there are {n}: a share is a "
-            "process's batch, or one of its accumulation's parts"
+            f"a batch of {batch_size} holds no {kind} row at {kind}_fraction {fraction:g}: "
+            f"use at least {smallest} samples, a fraction of at least 1/{batch_size}, or 0 for none"
         )
-    if 0 < n < share.total:
+    return n
+
+
+def require_sliced_evenly(n: int, batch_slice: BatchSlice, rows: str, *, exactly: bool) -> None:
+    """Raise ValueError if slices of a batch would have none of its n special rows, or unequal numbers of them."""
+    count = batch_slice.count
+    if exactly and n % count:
         raise ValueError(
-            f"{n} {rows} rows cannot be shared by {share.total} parts (processes times accumulation): "
-            "use larger batches"
+            f"the released rows need {rows} rows that {count} slices divide, there are {n}: a slice is a process's "
+            "batch, or one part of it in gradient accumulation"
+        )
+    if 0 < n < count:
+        raise ValueError(
+            f"{n} {rows} rows cannot be shared by {count} slices (processes times accumulation): use larger batches"
         )
 
 
 def require_teacher(teacher: Network | None, kind: str) -> Network:
-    """Give the teacher back, or raise ValueError."""
+    """Return the teacher, or raise ValueError."""
     if teacher is None:
         raise ValueError(f"{kind} learns from a trained network: pass it as teacher=")
     return teacher
 
 
 def require_progress(progress: float | None, kind: str) -> float:
-    """Give progress back, or raise ValueError unless it is in [0, 1]."""
+    """Return progress, or raise ValueError unless it is in [0, 1]."""
     if progress is None or not 0 <= progress <= 1:
         raise ValueError(
             f"{kind} follows a schedule: pass progress=step/total_steps, a number from 0 to 1, got {progress!r}"
@@ -175,7 +368,7 @@ def guided_evaluations(scale: float) -> int:
     return 1 if scale in (0, 1) else 2
 
 
-def magnitudes(**velocities: Tensor) -> dict[str, Mean]:
+def rms_metrics(**velocities: Tensor) -> dict[str, Mean]:
     """Root mean squares over all entries of velocities (r, *shape), as metrics v_magnitude_*; r may be 0."""
     return {
         f"v_magnitude_{name}": Mean(v.float().square().flatten(1).mean(1).sum(), len(v), root=True)

@@ -2,47 +2,51 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
+from shortcutflow.conditions import Condition
 from shortcutflow.guidance import guided_velocity
 from shortcutflow.objectives.objective import (
+    NO_CONTEXT,
+    Context,
+    Draw,
     FinestSteps,
     GuidanceScale,
-    StepDraw,
-    TrainingObjective,
+    Objective,
     guided_evaluations,
-    magnitudes,
     require_teacher,
+    rms_metrics,
     stage_of,
+    two_steps,
 )
-from shortcutflow.objectives.regression import as_batch
 from shortcutflow.path import interpolate
 from shortcutflow.schedule import levels_of
-from shortcutflow.types import WHOLE, Network, Share, Targets
+from shortcutflow.types import Network, Targets
 
 
-class ProgressiveDistillationObjective(TrainingObjective):
+class ProgressiveDistillationObjective(Objective):
     """One step of size d is to do what two steps of size d/2 of the teacher do; d doubles from 2/M to 1.
 
     >>> objective = ProgressiveDistillationObjective(finest_steps=128)
     >>> report = objective(net, data, labels, teacher=teacher, progress=step / steps, generator=g)
 
     The training has L = log2(M) stages of equal length, each with its own d. The teacher is a flow at first; at each
-    further stage (:meth:`teacher_stage`) whoever trains makes it a copy of the network that has just been trained.
+    further stage (:meth:`teacher_stage`) the training loop makes it a copy of the network that has just been trained.
 
-    As released, but for the clip and the 1e-5 there; for conditions that can be dropped; and for the network being told
-    d, where the released one ignores it and forgets the smaller steps at each stage.
+    As released, but for the clip and the 1e-5 there; for conditions that can be dropped; and for the network being
+    given d, where the released one ignores it and forgets the smaller steps at each stage.
 
     Args:
         finest_steps: M, a power of two.
         guidance_scale: classifier-free guidance of the first teacher, which later ones inherit; 1 is none.
-        condition_dropout: share of rows trained on the null condition.
+        condition_dropout: fraction of rows trained on the null condition.
         clip: bound on the state between the teacher's steps; None for none.
-        sigma_min: share of the noise left at t = 1.
+        sigma_min: fraction of the noise left at t = 1.
     """
 
     kind: Literal["progressive_distillation"] = "progressive_distillation"
@@ -71,71 +75,49 @@ class ProgressiveDistillationObjective(TrainingObjective):
         """True: a network trained by flow matching, at first."""
         return True
 
-    @property
-    def tells_step_size(self) -> bool:
-        """True, though what it learnt last, the step it was told last, it knows best."""
-        return True
-
     def target_evaluations(self, batch_size: int) -> float:
         """Two steps of the teacher on each row, and again without condition in the first stage; the mean over all."""
         extra = guided_evaluations(self.guidance_scale) - 1
         return 2 * (1 + extra / levels_of(self.finest_steps))
 
-    def teacher_stage(self, progress: float) -> int:
+    def teacher_stage(self, progress: float | None) -> int:
         """The stage, 0 ... L - 1; at the beginning of each but the first the student becomes the teacher."""
         levels = levels_of(self.finest_steps)
         return min(stage_of(progress, levels, self.kind), levels - 1)
 
     def size_at(self, progress: float | None) -> float:
         """The step d that is being learnt when so much of the training is done."""
-        levels = levels_of(self.finest_steps)
-        return 2.0 ** (1 + min(stage_of(progress, levels, self.kind), levels - 1)) / self.finest_steps
+        return 2.0 ** (1 + self.teacher_stage(progress)) / self.finest_steps
 
-    def draw(
-        self,
-        data: Tensor,
-        *,
-        generator: Generator | None = None,
-        progress: float | None = None,
-        share: Share = WHOLE,
-    ) -> StepDraw:
-        """Noise, times and dropped conditions for a batch of data (b, *shape).
+    def draw(self, data: Tensor, generator: Generator | None = None, context: Context = NO_CONTEXT) -> Draw:
+        """Noise, times, step size and dropped conditions for a batch of data (b, *shape); the first stage is guided.
 
         Raises:
-            ValueError: without progress, the share of the training that is done.
+            ValueError: without progress, the fraction of the training that is done.
         """
-        return self.draw_steps(data, self.size_at(progress), generator, share)
+        draw = self.draw_steps(data, self.size_at(context.progress), generator, context)
+        return replace(draw, max_guided=len(data) if self.teacher_stage(context.progress) == 0 else 0)
 
     @torch.no_grad()
-    def targets(
-        self,
-        net: Network,
-        data: Tensor,
-        y: Tensor | None,
-        draw: StepDraw,
-        *,
-        teacher: Network | None = None,
-        null_y: Tensor | float | None = None,
-    ) -> Targets:
-        """The rows of the regression, from two steps of ``teacher``; ``net`` is not called.
+    def targets(self, net: Network, data: Tensor, y: Condition, draw: Draw, context: Context = NO_CONTEXT) -> Targets:
+        """The rows of the regression, from two steps of the teacher; no other network is called.
 
         Raises:
             ValueError: without a teacher.
         """
-        data, y = as_batch(net, data, y)
-        teacher = require_teacher(teacher, self.kind)
-        y = self.drop(y, draw.dropped, null_y)
+        teacher = require_teacher(context.teacher, self.kind)
+        data, y = self.row_inputs(net, data, y, draw, context)
         x_t = interpolate(draw.noise, data, draw.t, self.sigma_min)
-        half = draw.size / 2
-        is_first_stage = draw.size == 2 / self.finest_steps
-        scale = self.guidance_scale if is_first_stage else 1.0
-        # The first teacher is a flow, whatever its own M; later ones have learnt steps of this size.
-        d_teacher = torch.full_like(draw.t, 0.0 if is_first_stage else half)
-        v1 = guided_velocity(teacher, x_t, draw.t, d_teacher, y, scale=scale, null_y=null_y)
-        half_way = (x_t + half * v1).to(x_t.dtype)
-        if self.clip is not None:
-            half_way = half_way.clamp(-self.clip, self.clip)
-        v2 = guided_velocity(teacher, half_way, draw.t + half, d_teacher, y, scale=scale, null_y=null_y)
+        # The first teacher is a flow and gets d = 0, whatever its own M; later ones have learnt steps of d/2.
+        d_teacher = torch.where(draw.d * self.finest_steps == 2, 0, draw.d / 2)
+
+        def step(x: Tensor, t: Tensor) -> Tensor:
+            return guided_velocity(
+                teacher, x, t, d_teacher, y,
+                scale=self.guidance_scale, null_y=context.null_y, max_guided=draw.max_guided,
+            )  # fmt: skip
+
+        v1, v2 = two_steps(step, x_t, draw.t, draw.d, self.clip)
         v = ((v1 + v2) / 2).to(x_t.dtype)
-        metrics = magnitudes(bootstrap=v, b1=v1, b2=v2)
-        return Targets(x_t, draw.t, torch.full_like(draw.t, draw.size), y, v, n_bootstrap=len(v), metrics=metrics)
+        metrics = rms_metrics(bootstrap=v, b1=v1, b2=v2)
+        return Targets(x_t, draw.t, draw.d, y, v, n_bootstrap=len(v), metrics=metrics)

@@ -26,7 +26,7 @@ def load_start(config: RunConfig, network: nn.Module, teacher: Model | None) -> 
     start = teacher if config.start in (None, config.teacher) else None
     start = start or open_trained(str(config.start), config, "start")
     made_ready = config.start is not None and start.config.flow_only
-    knows_steps = not start.config.flow_only and config.objective.tells_step_size
+    knows_steps = not start.config.flow_only and config.objective.step_conditioned
     if knows_steps and start.finest_steps != config.finest_steps:
         raise ValueError(
             f"{start.folder} was trained with finest_steps={start.finest_steps} and knows the step sizes of that, this "

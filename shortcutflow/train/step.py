@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from shortcutflow.conditions import select
 from shortcutflow.config import RunConfig
 from shortcutflow.distributed import World
 from shortcutflow.seeds import generator_for
@@ -15,7 +16,7 @@ from shortcutflow.train.heartbeat import Heartbeat
 from shortcutflow.train.optim import UpdateNorms
 from shortcutflow.train.parts import Parts, gradients, refresh_teacher
 from shortcutflow.train.position import Position
-from shortcutflow.types import Batch, LossReport, Share
+from shortcutflow.types import Batch, BatchSlice, LossReport
 
 
 def backward_pass(
@@ -30,16 +31,16 @@ def backward_pass(
     for part in range(settings.accumulation):
         heartbeat.beat(step, "objective")
         rows = slice(part, None, settings.accumulation)
-        share = Share(world.rank + part * world.size, world.size * settings.accumulation)
+        here = BatchSlice(world.rank + part * world.size, world.size * settings.accumulation)
         draws = generator_for(config.seed, "objective", step=step, device=world.device)
         bfloat16 = settings.precision == "bfloat16"
         with gradients(parts.net, added_up=part == settings.accumulation - 1):
             with torch.autocast(world.device.type, torch.bfloat16) if bfloat16 else nullcontext():
                 report = config.objective(
-                    parts.net, batch.data[rows], batch.y[rows] if batch.y is not None else None,
+                    parts.net, batch.data[rows], select(batch.y, rows),
                     target_net=parts.target_net, teacher=parts.teacher_net,
                     progress=position.progress_at(step, settings.steps),
-                    null_y=parts.info.null_y, generator=draws, share=share,
+                    null_y=parts.info.null_y, generator=draws, batch_slice=here,
                 )  # fmt: skip
             heartbeat.beat(step, "backward")
             (report.loss / settings.accumulation).backward()

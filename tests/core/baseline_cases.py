@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from shortcutflow.objectives.consistency_distillation import ConsistencyDistillationObjective
-from shortcutflow.objectives.consistency_training import ConsistencyTrainingObjective
-from shortcutflow.objectives.live_reflow import LiveReflowObjective
-from shortcutflow.objectives.progressive_distillation import ProgressiveDistillationObjective
-from shortcutflow.objectives.reflow import ReflowObjective
+from shortcutflow.objectives import (
+    ConsistencyDistillationObjective,
+    ConsistencyTrainingObjective,
+    LiveReflowObjective,
+    ProgressiveDistillationObjective,
+    ReflowObjective,
+)
 from shortcutflow.types import LossReport, Network
 from tests.core.gaussian import Gaussian
 from tests.core.networks import Learner, Recorder

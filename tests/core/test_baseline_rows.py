@@ -10,13 +10,16 @@ import torch
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from torch import Generator, Tensor
 
-from shortcutflow.objectives import ObjectiveConfig
-from shortcutflow.objectives.consistency_distillation import ConsistencyDistillationObjective
-from shortcutflow.objectives.consistency_training import ConsistencyTrainingObjective
-from shortcutflow.objectives.live_reflow import LiveReflowObjective
-from shortcutflow.objectives.progressive_distillation import ProgressiveDistillationObjective
-from shortcutflow.objectives.reflow import ReflowObjective
-from shortcutflow.types import WHOLE, LossReport, Share, Targets
+from shortcutflow.objectives import (
+    ConsistencyDistillationObjective,
+    ConsistencyTrainingObjective,
+    Context,
+    LiveReflowObjective,
+    ObjectiveConfig,
+    ProgressiveDistillationObjective,
+    ReflowObjective,
+)
+from shortcutflow.types import FULL_BATCH, BatchSlice, LossReport, Targets
 from tests.core.baseline_cases import BASELINES, NULL, ROWS, asked, every_baseline
 from tests.core.networks import Learner, affine, zero
 
@@ -28,12 +31,12 @@ def third(x_t: Tensor, t: Tensor, d: Tensor, y: Tensor | None, /) -> Tensor:
     return affine(x_t, t, d, y) / 3
 
 
-def report_of(objective: Any, share: Share = WHOLE, seed: int = 0) -> LossReport:
+def report_of(objective: Any, share: BatchSlice = FULL_BATCH, seed: int = 0) -> LossReport:
     """The loss of a share's samples, as a process has them."""
     data = torch.randn(ROWS, 2, 3, generator=Generator().manual_seed(1))[share.rows]
     return objective(
         affine, data, torch.arange(ROWS)[share.rows], target_net=affine, teacher=third, progress=0.4, null_y=NULL,
-        generator=Generator().manual_seed(seed), share=share,
+        generator=Generator().manual_seed(seed), batch_slice=share,
     )  # fmt: skip
 
 
@@ -50,7 +53,7 @@ def test_shares_are_the_rows_of_the_whole(objective: Any, total: int) -> None:
     whole = report_of(objective).targets
     losses = []
     for number in range(total):
-        part = report_of(objective, Share(number, total))
+        part = report_of(objective, BatchSlice(number, total))
         losses.append(part.loss)
         rows = {name: getattr(whole, name)[number::total] for name in FIELDS}
         assert differing(replace(whole, **rows), part.targets) == []
@@ -62,15 +65,19 @@ def test_shares_are_the_rows_of_the_whole(objective: Any, total: int) -> None:
 @pytest.mark.parametrize(
     ("objective", "share", "message"),
     [
-        (LiveReflowObjective(reflow_fraction=1 / 12), Share(0, 3), "2 reflow rows cannot be shared by 3"),
-        (LiveReflowObjective.released(bootstrap_every=4), Share(1, 4), "reflow rows that 4 shares divide, there are 6"),
-        (LiveReflowObjective(reflow_fraction=1 / 100), WHOLE, "no reflow row .* use at least 100"),
-        (ReflowObjective(rows_per_pair=12), Share(0, 3), "2 pairs of several rows cannot be shared by 3"),
-        (ReflowObjective(rows_per_pair=5), WHOLE, "24 cannot be made of pairs of 5"),
+        (LiveReflowObjective(reflow_fraction=1 / 12), BatchSlice(0, 3), "2 reflow rows cannot be shared by 3"),
+        (
+            LiveReflowObjective.released(bootstrap_every=4),
+            BatchSlice(1, 4),
+            "reflow rows that 4 slices divide",
+        ),
+        (LiveReflowObjective(reflow_fraction=1 / 100), FULL_BATCH, "no reflow row .* use at least 100"),
+        (ReflowObjective(rows_per_pair=12), BatchSlice(0, 3), "2 pairs of several rows cannot be shared by 3"),
+        (ReflowObjective(rows_per_pair=5), FULL_BATCH, "24 cannot be made of pairs of 5"),
     ],
     ids=["reflow rows", "released rows", "too small", "pairs", "rows of a pair"],
 )
-def test_batches_that_do_not_divide(objective: Any, share: Share, message: str) -> None:
+def test_batches_that_do_not_divide(objective: Any, share: BatchSlice, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         report_of(objective, share)
 
@@ -90,10 +97,12 @@ def test_rows_of_a_pair_are_one_line() -> None:
 def test_each_image_is_used_exactly_once(name: str) -> None:
     """Read off x_t with the noise at zero and t at a half."""
     data = torch.arange(1.0, ROWS + 1).view(-1, 1).expand(-1, 2)
-    draw = BASELINES[name].draw(data, progress=0.3, generator=Generator().manual_seed(0))
-    still = replace(draw, noise=torch.zeros_like(draw.noise), t=torch.full_like(draw.t, 0.5), size=1 / 16)
+    draw = BASELINES[name].draw(data, Generator().manual_seed(0), Context(progress=0.3))
+    still = replace(
+        draw, noise=torch.zeros_like(draw.noise), t=torch.full_like(draw.t, 0.5), d=torch.full_like(draw.d, 1 / 16)
+    )
     objective = BASELINES[name].model_copy(update={"condition_dropout": 0})
-    rows = objective.targets(zero, data, torch.arange(ROWS), still, teacher=zero, null_y=NULL)
+    rows = objective.targets(zero, data, torch.arange(ROWS), still, Context(teacher=zero, null_y=NULL))
     assert (2 * rows.x_t[:, 0]).tolist() == list(range(1, ROWS + 1))
 
 
@@ -169,7 +178,7 @@ def test_released_live_reflow_uses_the_first_images_twice() -> None:
     objective = LiveReflowObjective.released(bootstrap_every=4, class_dropout_prob=1.0, cfg_scale=1)
     data = torch.randn(ROWS, 4)
     draw = objective.draw(data, generator=Generator().manual_seed(0))
-    rows = objective.targets(zero, data, torch.arange(ROWS), draw, null_y=NULL)
+    rows = objective.targets(zero, data, torch.arange(ROWS), draw, Context(null_y=NULL))
     assert rows.y is not None
     assert rows.y.tolist() == [*range(6), *[NULL] * 18]
     assert draw.source is not None

@@ -100,4 +100,4 @@ def test_each_objective_names_its_sampler(objective: object) -> None:
     name = next(n for n, o in BASELINES.items() if o is objective)
     expected = next((k for k in ("consistency", "live_reflow") if name.startswith(k)), "euler")
     assert objective.sampler == expected  # type: ignore[attr-defined]
-    assert objective.tells_step_size == (not name.startswith("reflow"))  # type: ignore[attr-defined]
+    assert objective.step_conditioned == (not name.startswith("reflow"))  # type: ignore[attr-defined]

@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import Generator
 
-from shortcutflow.objectives.consistency_distillation import ConsistencyDistillationObjective
-from shortcutflow.objectives.consistency_training import ConsistencyTrainingObjective
-from shortcutflow.objectives.live_reflow import LiveReflowObjective
-from shortcutflow.objectives.progressive_distillation import ProgressiveDistillationObjective
-from shortcutflow.objectives.reflow import ReflowObjective
+from shortcutflow.objectives import (
+    ConsistencyDistillationObjective,
+    ConsistencyTrainingObjective,
+    Context,
+    LiveReflowObjective,
+    ProgressiveDistillationObjective,
+    ReflowObjective,
+)
 from shortcutflow.types import Network
 from tests.core.baseline_cases import BASELINES, ROWS, always, asked, every_baseline, straight
 from tests.core.gaussian import Gaussian, order_of
@@ -33,8 +36,8 @@ def error(
     """How far targets are from the solution's own answers, at most, in self-consistency rows or else in all."""
     generator = Generator().manual_seed(0)
     data = gaussian.draw(64, generator)
-    draw = objective.draw(data, generator=generator, progress=progress)
-    rows = objective.targets(net, data, None, draw, teacher=teacher)
+    draw = objective.draw(data, generator, Context(progress=progress))
+    rows = objective.targets(net, data, None, draw, Context(teacher=teacher))
     n = rows.n_bootstrap or len(rows.t)
     return float((solution(rows.x_t, rows.t, rows.d, None) - rows.v)[:n].abs().max())
 
@@ -80,7 +83,7 @@ def bias_at_half(progress: float, solution: Network) -> float:
     generator = Generator().manual_seed(0)
     data = GAUSSIAN.draw(20_000, generator)
     objective = ConsistencyTrainingObjective()
-    draw = objective.draw(data, generator=generator, progress=progress)
+    draw = objective.draw(data, generator, Context(progress=progress))
     rows = objective.targets(EXACT, data, None, replace(draw, t=torch.full_like(draw.t, 0.5)))
     off = rows.v - solution(rows.x_t, rows.t, rows.d, None)
     return float(torch.stack([off.mean(0), (off * rows.x_t).mean(0)]).abs().max())
@@ -96,7 +99,7 @@ def test_consistency_training_tends_to_the_flow_map() -> None:
 def test_consistency_training_begins_with_the_data(generator: Generator) -> None:
     data = GAUSSIAN.draw(16, generator)
     objective = ConsistencyTrainingObjective(finest_steps=16)
-    draw = objective.draw(data, generator=generator, progress=0.0)
+    draw = objective.draw(data, generator, Context(progress=0.0))
     rows = objective.targets(always(float("nan"), GAUSSIAN.shortcut), data, None, draw)
     assert (rows.t == 0).all()
     assert (rows.d == 1).all()
@@ -155,7 +158,7 @@ def test_schedules_are_exact_at_every_step(total: int) -> None:
 @pytest.mark.parametrize("objective", [ConsistencyTrainingObjective(), ProgressiveDistillationObjective()], ids=str)
 def test_a_schedule_needs_progress(objective: Any, progress: float | None) -> None:
     with pytest.raises(ValueError, match=r"pass progress=step/total_steps.*got (None|-0.1|1.1)"):
-        objective.draw(torch.zeros(4, 2), progress=progress)
+        objective.draw(torch.zeros(4, 2), context=Context(progress=progress))
 
 
 @every_baseline

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import shortcutflow as sf
-from shortcutflow.objectives.shortcut_draw import ShortcutDraw
+from shortcutflow.objectives import Draw
 from shortcutflow.types import Network, Objective
 from tests.core.gaussian import Gaussian, order_of
 
@@ -241,7 +241,7 @@ class Perceptron(nn.Module):
         return self.out(self.hidden(told).tanh()).view_as(x_t)
 
 
-def loss_by_hand(net: Network, data: Tensor, draw: ShortcutDraw, *, through_targets: bool) -> Tensor:
+def loss_by_hand(net: Network, data: Tensor, draw: Draw, *, through_targets: bool) -> Tensor:
     """The shortcut loss written out from the paper, with the targets held constant or not."""
     t, d = (value.double().view(-1, 1, 1, 1) for value in (draw.t, draw.d))
     x_t = (1 - t) * draw.noise + t * data

@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 import shortcutflow as sf
+from shortcutflow.objectives import Context
 from tests.core.networks import affine, zero
 
 KINDS: dict[str, Any] = {
@@ -218,7 +219,7 @@ def test_labels_of_any_kind_become_int64(y: Any) -> None:
         draw = objective.draw(data, generator=Generator().manual_seed(0))
         for report in (
             objective(Narrow(), data, y, null_y=300, generator=Generator().manual_seed(0)).targets,
-            objective.targets(Narrow(), data, y, draw, null_y=300),
+            objective.targets(Narrow(), data, y, draw, Context(null_y=300)),
         ):
             assert report.y is not None
             assert torch.equal(report.y, torch.where(draw.dropped, 300, expected))

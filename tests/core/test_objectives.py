@@ -13,8 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 import shortcutflow as sf
-from shortcutflow.objectives.flow_matching import FlowDraw
-from shortcutflow.objectives.shortcut_draw import ShortcutDraw
+from shortcutflow.objectives import Context, Draw
 from shortcutflow.types import Objective, Targets
 from tests.core.networks import Falsy, Learner, Recorder, affine, zero
 
@@ -72,7 +71,7 @@ def test_rows_of_any_shape(objective: Objective, shape: tuple[int, ...], generat
     assert float(report.loss) != pytest.approx(sum(by_hand), rel=1e-4)
 
 
-def line_error(data: Tensor, draw: FlowDraw | ShortcutDraw, targets: Targets, sign: float = 1) -> float:
+def line_error(data: Tensor, draw: Draw | Draw, targets: Targets, sign: float = 1) -> float:
     """How far flow rows are from the straight line and its velocity (data minus noise if sign is 1), row by row."""
     worst = 0.0
     for i in range(targets.n_bootstrap, len(data)):
@@ -115,7 +114,7 @@ def dropped_rates(objective: Any, generator: Generator) -> tuple[float, float]:
     hits: list[list[Tensor]] = [[], []]
     for _ in range(200):
         draw = objective.draw(data, generator=generator)
-        targets = objective.targets(zero, data, torch.ones(64).long(), draw, null_y=null)
+        targets = objective.targets(zero, data, torch.ones(64).long(), draw, Context(null_y=null))
         hits[0].append(targets.y[: targets.n_bootstrap] == null)
         hits[1].append(targets.y[targets.n_bootstrap :] == null)
     flags = [torch.cat(kind).double() for kind in hits]
@@ -153,7 +152,7 @@ def test_rows_have_their_own_condition_or_none(kind: Any, y: Tensor, null: Any, 
     objective, data = kind(condition_dropout=0.5), torch.randn(32, 4, generator=generator)
     draw = objective.draw(data, generator=generator)
     net = Recorder(affine)
-    targets = objective.targets(net, data, y, draw, null_y=null)
+    targets = objective.targets(net, data, y, draw, Context(null_y=null))
     assert targets.y.dtype == y.dtype
     assert 0 < draw.dropped.sum() < 32
     nulls = torch.as_tensor(null, dtype=y.dtype).expand_as(y)

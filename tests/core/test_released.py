@@ -7,19 +7,20 @@ import torch
 from torch import Generator, Tensor
 
 import shortcutflow as sf
-from shortcutflow.objectives.shortcut_draw import ShortcutDraw
+from shortcutflow.objectives.released import draw_shortcut_rows
+from shortcutflow.objectives import Context, Draw
 from shortcutflow.types import Targets
 from tests.core.networks import Recorder, affine, zero
 
 BATCH, NULL = 80, 10
 
 
-def case(generator: Generator, **switches: object) -> tuple[Targets, ShortcutDraw, Tensor, Recorder]:
+def case(generator: Generator, **switches: object) -> tuple[Targets, Draw, Tensor, Recorder]:
     """Targets of 80 samples, of which 10 make bootstrap rows at the default switches."""
     objective = sf.ShortcutObjective.released(**switches)  # type: ignore[arg-type]
     data, net = torch.randn(BATCH, 3, generator=generator), Recorder(affine)
     draw = objective.draw(data, generator=generator)
-    return objective.targets(net, data, torch.zeros(BATCH).long(), draw, null_y=NULL), draw, data, net
+    return objective.targets(net, data, torch.zeros(BATCH).long(), draw, Context(null_y=NULL)), draw, data, net
 
 
 def test_switches_become_settings() -> None:
@@ -106,7 +107,7 @@ def test_bootstrap_rows_keep_their_labels(generator: Generator) -> None:
 def test_guidance_of_the_finest_rows(switches: dict[str, object], guided: int, generator: Generator) -> None:
     targets, draw, _, net = case(generator, bootstrap_cfg=True, **switches)
     n = targets.n_bootstrap
-    assert int(draw.guided.sum()) == draw.n_may_be_guided == guided
+    assert int(draw.guided.sum()) == draw.max_guided == guided
     assert [len(call.x_t) for call in net.calls] == [n + guided] * 2
     assert (targets.d[:guided] == 2 / 128).all()
     assert not (targets.d[guided:n] == 2 / 128).any()
@@ -129,7 +130,10 @@ def test_clip_at_four(generator: Generator) -> None:
 def test_forced_times_and_sizes(force_t: float | None, force_d: float | None, generator: Generator) -> None:
     objective = sf.ShortcutObjective.released(class_dropout_prob=0)
     data = torch.randn(BATCH, 3, generator=generator)
-    draw = objective.draw_released(data, force_t=force_t, force_d=force_d, generator=generator)
+    draw = draw_shortcut_rows(
+        data, objective.n_bootstrap(BATCH), generator,
+        finest_steps=128, condition_dropout=0, force_t=force_t, force_d=force_d,
+    )  # fmt: skip
     targets = objective.targets(zero, data, None, draw)
     times, sizes = set(targets.t.tolist()), set(targets.d[:10].tolist())
     assert times == {force_t} if force_t is not None else len(times) > 2

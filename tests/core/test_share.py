@@ -11,7 +11,7 @@ from torch import Tensor
 import shortcutflow as sf
 from shortcutflow.objectives import LiveReflowObjective
 from shortcutflow.seeds import draw_noise_rows
-from shortcutflow.types import WHOLE, LossReport, Share
+from shortcutflow.types import FULL_BATCH, BatchSlice, LossReport
 from tests.core.networks import Recorder, affine
 
 ROWS = 24
@@ -36,12 +36,12 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.randn(ROWS, 2, 3, generator=torch.Generator().manual_seed(1)), torch.arange(ROWS)
 
 
-def loss_of(objective: Any, share: Share = WHOLE, seed: int = 0) -> LossReport:
+def loss_of(objective: Any, share: BatchSlice = FULL_BATCH, seed: int = 0) -> LossReport:
     """The loss of a share's samples, as a process has them."""
     data, y = batch()
     generator = torch.Generator().manual_seed(seed)
     return objective(
-        affine, data[share.rows], y[share.rows], teacher=affine, null_y=ROWS, generator=generator, share=share
+        affine, data[share.rows], y[share.rows], teacher=affine, null_y=ROWS, generator=generator, batch_slice=share
     )
 
 
@@ -49,7 +49,7 @@ def loss_of(objective: Any, share: Share = WHOLE, seed: int = 0) -> LossReport:
 @every_objective
 def test_shares_are_the_rows_of_the_whole(objective: Any, total: int) -> None:
     whole = loss_of(objective)
-    parts = [loss_of(objective, Share(number, total)) for number in range(total)]
+    parts = [loss_of(objective, BatchSlice(number, total)) for number in range(total)]
     for number, part in enumerate(parts):
         for name in ("x_t", "t", "d", "y", "v"):
             expected = getattr(whole.targets, name)[number::total]
@@ -72,17 +72,17 @@ def test_every_share_calls_the_teacher() -> None:
     objective = sf.ShortcutObjective(finest_steps=8, bootstrap_fraction=23 / 24, flow_of="teacher")
     data, y = batch()
     for number in range(2):
-        teacher, share = Recorder(affine), Share(number, 2)
-        objective(affine, data[share.rows], y[share.rows], teacher=teacher, null_y=ROWS, share=share)
+        teacher, share = Recorder(affine), BatchSlice(number, 2)
+        objective(affine, data[share.rows], y[share.rows], teacher=teacher, null_y=ROWS, batch_slice=share)
         assert [len(call.x_t) > 0 for call in teacher.calls] == [True] * 3, "the flow row, and two half steps"
 
 
 @every_objective
 def test_another_seed_has_other_rows(objective: Any) -> None:
     """The negative control of the test above, and of draws that would not depend on the generator."""
-    share = Share(1, 2)
+    share = BatchSlice(1, 2)
     assert not torch.equal(loss_of(objective, share, seed=1).targets.x_t, loss_of(objective).targets.x_t[share.rows])
-    assert not torch.equal(loss_of(objective, Share(0, 2)).targets.x_t, loss_of(objective, share).targets.x_t)
+    assert not torch.equal(loss_of(objective, BatchSlice(0, 2)).targets.x_t, loss_of(objective, share).targets.x_t)
 
 
 @every_objective
@@ -90,10 +90,10 @@ def test_generators_end_alike(objective: Any) -> None:
     """Each process takes as many random numbers as the whole, so what is drawn next is the same too."""
     data, y = batch()
     ends = set()
-    for share in (WHOLE, Share(0, 2), Share(2, 3)):
+    for share in (FULL_BATCH, BatchSlice(0, 2), BatchSlice(2, 3)):
         generator = torch.Generator().manual_seed(0)
         objective(
-            affine, data[share.rows], y[share.rows], teacher=affine, null_y=ROWS, generator=generator, share=share
+            affine, data[share.rows], y[share.rows], teacher=affine, null_y=ROWS, generator=generator, batch_slice=share
         )
         ends.add(float(torch.rand((), generator=generator)))
     assert len(ends) == 1
@@ -101,10 +101,8 @@ def test_generators_end_alike(objective: Any) -> None:
 
 @pytest.mark.parametrize(("number", "n", "expected"), [(0, 7, 3), (1, 7, 2), (2, 7, 2), (2, 2, 0), (0, 0, 0)])
 def test_rows_among_the_first(number: int, n: int, expected: int) -> None:
-    share = Share(number, 3)
-    assert (
-        share.rows_among_first(n) == expected == len(torch.arange(ROWS)[share.rows][torch.arange(ROWS)[share.rows] < n])
-    )
+    share = BatchSlice(number, 3)
+    assert share.count_below(n) == expected == len(torch.arange(ROWS)[share.rows][torch.arange(ROWS)[share.rows] < n])
 
 
 def test_a_share_without_bootstrap_rows_is_refused() -> None:
@@ -112,14 +110,14 @@ def test_a_share_without_bootstrap_rows_is_refused() -> None:
     objective = sf.ShortcutObjective(bootstrap_fraction=2 / ROWS)
     for number in range(3):
         with pytest.raises(ValueError, match="2 bootstrap rows cannot be shared by 3"):
-            loss_of(objective, Share(number, 3))
-    assert loss_of(objective, Share(1, 2)).targets.n_bootstrap == 1
+            loss_of(objective, BatchSlice(number, 3))
+    assert loss_of(objective, BatchSlice(1, 2)).targets.n_bootstrap == 1
 
 
 def test_released_rows_that_use_anothers_samples_are_refused() -> None:
     objective = sf.ShortcutObjective.released(bootstrap_every=4)
-    with pytest.raises(ValueError, match="bootstrap rows that 4 shares divide, there are 6"):
-        loss_of(objective, Share(1, 4))
+    with pytest.raises(ValueError, match="bootstrap rows that 4 slices divide, there are 6"):
+        loss_of(objective, BatchSlice(1, 4))
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 4])
@@ -139,11 +137,11 @@ def test_a_share_draws_its_own_noise_alone(objective: Any, total: int, monkeypat
     y = torch.arange(3072)
     counts = []
     monkeypatch.setattr(torch, "randn", counting)
-    for share in (WHOLE, Share(total - 1, total)):
+    for share in (FULL_BATCH, BatchSlice(total - 1, total)):
         drawn = 0
         generator = torch.Generator().manual_seed(0)
         objective(
-            affine, data[share.rows], y[share.rows], teacher=affine, null_y=3072, generator=generator, share=share
+            affine, data[share.rows], y[share.rows], teacher=affine, null_y=3072, generator=generator, batch_slice=share
         )
         counts.append(drawn)
     assert counts[0] >= data.numel()
@@ -162,7 +160,7 @@ def test_noise_takes_few_launches(rows: int, total: int, most: int, monkeypatch:
         return noise
 
     monkeypatch.setattr(torch, "randn", counting)
-    draw_noise_rows(rows, (2,), torch.Generator(), Share(total - 1, total))
+    draw_noise_rows(rows, (2,), torch.Generator(), BatchSlice(total - 1, total))
     assert len(drawn) <= most
     assert rows <= sum(drawn) <= max(rows, 64)
 
@@ -175,7 +173,7 @@ def test_noise_is_that_of_the_whole_batch(rows: int, total: int) -> None:
     generator = torch.Generator().manual_seed(3)
     whole = draw_noise_rows(rows, (2,), generator)
     for number in {0, total // 2, total - 1}:
-        share = Share(number, total)
+        share = BatchSlice(number, total)
         assert torch.equal(draw_noise_rows(rows // total, (2,), generator, share), whole[share.rows])
     assert len(whole.unique()) == whole.numel(), "no two blocks are alike"
     if rows > 1000:

@@ -7,8 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 import shortcutflow as sf
-from shortcutflow.objectives.progressive_distillation import ProgressiveDistillationObjective
-from shortcutflow.objectives.shortcut import ShortcutObjective
+from shortcutflow.objectives import Context, ProgressiveDistillationObjective, ShortcutObjective
 from tests.core.gaussian import Gaussian
 
 GAUSSIAN = Gaussian.example(3)
@@ -33,11 +32,11 @@ def staged(**settings: object) -> ShortcutObjective:
     [(0.0, 0, 0), (0.24, 0, 0), (0.25, 16, 0), (0.49, 16, 0), (0.5, 16, 5), (1, 16, 5)],
 )
 def test_stages_begin_at_their_share_of_the_training(progress: float, bootstrap: int, guided: int) -> None:
-    draw = staged().draw(torch.zeros(32, 3), generator=seeded(), progress=progress)
+    draw = staged().draw(torch.zeros(32, 3), seeded(), Context(progress=progress))
     assert draw.n_bootstrap == bootstrap
     assert int(draw.guided.sum()) >= guided
     # Six may be: a third of sixteen rows, rounded up.
-    assert draw.n_may_be_guided == (6 if guided else 0)
+    assert draw.max_guided == (6 if guided else 0)
 
 
 def test_a_stage_changes_the_rows_that_are_trained_on() -> None:
@@ -56,7 +55,7 @@ def test_stages_need_to_know_how_far_training_is() -> None:
     with pytest.raises(ValueError, match="progress=step/total_steps"):
         staged().draw(torch.zeros(32, 3))
     with pytest.raises(ValueError, match=r"from 0 to 1, got 1\.5"):
-        staged().draw(torch.zeros(32, 3), progress=1.5)
+        staged().draw(torch.zeros(32, 3), context=Context(progress=1.5))
     ShortcutObjective(finest_steps=M).draw(torch.zeros(32, 3))
 
 
@@ -70,7 +69,7 @@ def test_flow_rows_follow_the_teacher() -> None:
     data = torch.randn(32, 3, generator=seeded())
     objective = ShortcutObjective(finest_steps=M, bootstrap_fraction=0.5, flow_of="teacher")
     draw = objective.draw(data, generator=seeded())
-    rows = objective.targets(always(1.0), data, None, draw, teacher=always(7.0))
+    rows = objective.targets(always(1.0), data, None, draw, Context(teacher=always(7.0)))
     assert (rows.v[draw.n_bootstrap :] == 7).all()
     finest = draw.d[: draw.n_bootstrap] == 2 / M
     assert finest.any()
@@ -91,8 +90,8 @@ def test_a_flow_is_followed_whatever_its_own_finest_steps(m: int) -> None:
     data = GAUSSIAN.draw(64, seeded())
     shortcut = ShortcutObjective(finest_steps=m, bootstrap_fraction=0.5, flow_of="teacher")
     for objective in (shortcut, ProgressiveDistillationObjective(finest_steps=m)):
-        draw = objective.draw(data, generator=seeded(), progress=0.0)
-        rows = objective.targets(always(0.0), data, None, draw, teacher=flow)
+        draw = objective.draw(data, seeded(), Context(progress=0.0))
+        rows = objective.targets(always(0.0), data, None, draw, Context(teacher=flow))
         assert rows.v.isfinite().all()
         finest = (rows.d * m).round() <= 2
         assert (rows.v[finest] != 0).any()
@@ -103,8 +102,8 @@ def test_a_flow_is_followed_whatever_its_own_finest_steps(m: int) -> None:
         told.append(d)
         return x
 
-    draw = later.draw(data, generator=seeded(), progress=1.5 / (m.bit_length() - 1))
-    later.targets(always(0.0), data, None, draw, teacher=student)
+    draw = later.draw(data, seeded(), Context(progress=1.5 / (m.bit_length() - 1)))
+    later.targets(always(0.0), data, None, draw, Context(teacher=student))
     assert all((d == 2 / m).all() for d in told), "later teachers get the step that they have learnt"
 
 
@@ -139,7 +138,7 @@ def test_the_teacher_is_guided_where_targets_are() -> None:
     data, y = torch.randn(32, 3, generator=seeded()), torch.full((32,), 3)
     objective = ShortcutObjective(finest_steps=M, bootstrap_fraction=0.5, flow_of="teacher", guidance_scale=2.0)
     draw = objective.draw(data, generator=seeded())
-    rows = objective.targets(always(0.0), data, y, draw, teacher=by_label, null_y=1)
+    rows = objective.targets(always(0.0), data, y, draw, Context(teacher=by_label, null_y=1))
     assert (rows.v[: draw.n_bootstrap][draw.guided] == 1 + 2 * (3 - 1)).all()
     assert (rows.v[draw.n_bootstrap :] == 3).all(), "flow rows stay without guidance, a sampler may add it"
 
@@ -162,6 +161,10 @@ def test_counted_evaluations_are_those_made(flow_of: str, guidance: float, stage
     data, y = torch.randn(32, 3, generator=seeded()), torch.zeros(32, dtype=torch.int64)
     for step in range(4):
         objective.targets(
-            counting, data, y, objective.draw(data, generator=seeded(), progress=step / 4), teacher=counting, null_y=1
+            counting,
+            data,
+            y,
+            objective.draw(data, seeded(), Context(progress=step / 4)),
+            Context(teacher=counting, null_y=1),
         )
     assert rows / (4 * 32) == pytest.approx(objective.target_evaluations(32))

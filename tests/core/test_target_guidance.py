@@ -14,9 +14,8 @@ from torch import Generator, Tensor
 
 import backbones
 import shortcutflow as sf
-from shortcutflow.guidance import guided_velocity, partly_guided_velocity
-from shortcutflow.objectives.shortcut import ShortcutObjective
-from shortcutflow.objectives.shortcut_draw import ShortcutDraw
+from shortcutflow.guidance import guided_velocity
+from shortcutflow.objectives import Context, Draw, ShortcutObjective
 from shortcutflow.path import expand_to
 from shortcutflow.types import Targets
 from tests.core.baseline_cases import BASELINES
@@ -32,11 +31,11 @@ def half_plus_y(x_t: Tensor, t: Tensor, d: Tensor, y: Tensor | None, /) -> Tenso
     return 0.5 * x_t + expand_to(y, x_t)
 
 
-def case(objective: sf.ShortcutObjective, generator: Generator) -> tuple[Targets, Recorder, ShortcutDraw]:
+def case(objective: sf.ShortcutObjective, generator: Generator) -> tuple[Targets, Recorder, Draw]:
     """Targets of 32 samples with labels 0, 1, 2 and the calls they took."""
     net, data = Recorder(half_plus_y), torch.randn(32, 2, generator=generator)
     draw = objective.draw(data, generator=generator)
-    return objective.targets(net, data, torch.arange(32) % 3, draw, null_y=NULL), net, draw
+    return objective.targets(net, data, torch.arange(32) % 3, draw, Context(null_y=NULL)), net, draw
 
 
 def expected(targets: Targets, guided: Tensor, scale: float, scale_of_second: float | None = None) -> Tensor:
@@ -111,15 +110,15 @@ def test_guided_rows_lie_within_their_bound(rows: int, generator: Generator) -> 
     for _ in range(100):
         draw = objective.draw(torch.zeros(rows, 1), generator=generator)
         assert torch.equal(draw.guided, draw.d == 2 / 128)
-        assert draw.guided.sum() <= draw.n_may_be_guided <= rows
-        assert not draw.guided[draw.n_may_be_guided :].any()
+        assert draw.guided.sum() <= draw.max_guided <= rows
+        assert not draw.guided[draw.max_guided :].any()
 
 
-def test_partly_guided_velocity_is_guided_velocity_where_asked(generator: Generator) -> None:
+def test_guidance_of_some_rows_is_guidance_where_the_mask_says_so(generator: Generator) -> None:
     x_t, t, d = torch.randn(6, 3, generator=generator), torch.linspace(0, 0.9, 6), torch.full((6,), 0.1)
     y = torch.arange(6)
     guided = torch.tensor([True, False, True, False, False, False])
-    mixed = partly_guided_velocity(affine, x_t, t, d, y, guided=guided, at_most=4, scale=SCALE, null_y=NULL)
+    mixed = guided_velocity(affine, x_t, t, d, y, mask=guided, max_guided=4, scale=SCALE, null_y=NULL)
     full = guided_velocity(affine, x_t, t, d, y, scale=SCALE, null_y=NULL)
     plain = affine(x_t, t, d, y)
     torch.testing.assert_close(mixed, torch.where(guided[:, None], full, plain))
@@ -149,7 +148,7 @@ def test_guidance_and_means_keep_the_digits_of_a_bfloat16_network(flow_of: str) 
     data, y = torch.randn(64, 5, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 3
     objective = ShortcutObjective(finest_steps=4, bootstrap_fraction=0.5, guidance_scale=8.0, flow_of=flow_of)
     draw = objective.draw(data, generator=torch.Generator().manual_seed(1))
-    rows = objective.targets(close, data, y, draw, teacher=close, null_y=3)
+    rows = objective.targets(close, data, y, draw, Context(teacher=close, null_y=3))
 
     def reference(precise: bool) -> Tensor:
         """Eq. 4 on the guided rows, from the same bfloat16 velocities."""
@@ -200,12 +199,12 @@ def test_a_transformer_under_autocast_is_guided_in_float32() -> None:
     objective = ShortcutObjective(finest_steps=M, bootstrap_fraction=1, guidance_scale=SCALE)
     draw = objective.draw(data, generator=Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):
-        targets = objective.targets(net, data, y, draw, null_y=3)
+        targets = objective.targets(net, data, y, draw, Context(null_y=3))
         halves = list(given)
         report = objective(net, data, y, null_y=3, generator=Generator().manual_seed(0))
         sampled = sf.sample(net, data, y, guidance_scale=SCALE, null_y=3)
     assert {out.dtype for out in given} == {torch.bfloat16}
-    assert [len(out) for out in halves] == [24 + draw.n_may_be_guided] * 2
+    assert [len(out) for out in halves] == [24 + draw.max_guided] * 2
 
     def guided(out: Tensor) -> Tensor:
         plain, null = out[:24], out[24:]

@@ -18,7 +18,7 @@ from shortcutflow.data.manifest import LatentsInfo, Manifest
 from shortcutflow.data.order import EpochOrder
 from shortcutflow.data.shards import EncodedBatch, shard_name, write_shard
 from shortcutflow.data.stream import ShardStream
-from shortcutflow.types import Batch, Share
+from shortcutflow.types import Batch, BatchSlice
 from tests.data.test_stream import write_numbers
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=12)
@@ -284,11 +284,11 @@ def position_after_the_next(self: ShardStream) -> dict[str, int]:
     return {"samples_seen": self._samples_seen + 1}
 
 
-def overlapping(self: Share) -> slice:
+def overlapping(self: BatchSlice) -> slice:
     return slice(self.number // 2, None, self.total)
 
 
-def another_order(self: Share) -> slice:
+def another_order(self: BatchSlice) -> slice:
     return slice(self.total - 1 - self.number, None, self.total)
 
 
@@ -303,8 +303,8 @@ right_draw = Augmentation.draw
     ("owner", "name", "wrong"),
     [
         (ShardStream, "state_dict", position_after_the_next),
-        (Share, "rows", property(overlapping)),
-        (Share, "rows", property(another_order)),
+        (BatchSlice, "rows", property(overlapping)),
+        (BatchSlice, "rows", property(another_order)),
         (Augmentation, "draw", by_place_in_the_batch),
     ],
     ids=["position", "overlapping shares", "shares in another order", "draws by place"],

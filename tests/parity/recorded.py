@@ -17,9 +17,8 @@ from backbones.dit import DiT
 from shortcutflow.interop.conversion import count_blocks
 from shortcutflow.interop.dit_layout import DiTSizes
 from shortcutflow.interop.jax_checkpoint import params_of, sizes_of
-from shortcutflow.objectives.flow_matching import FlowDraw
-from shortcutflow.objectives.released import released_bootstrap_sizes
-from shortcutflow.objectives.shortcut_draw import ShortcutDraw
+from shortcutflow.objectives import Draw
+from shortcutflow.objectives.released import released_bootstrap_sizes, shortcut_rows
 
 
 def from_released(params: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
@@ -116,7 +115,7 @@ def shortcut_objective(config: Mapping[str, Any]) -> sf.ShortcutObjective:
     )
 
 
-def shortcut_draw(objective: sf.ShortcutObjective, config: Mapping[str, Any], draw: Recording) -> ShortcutDraw:
+def shortcut_draw(objective: sf.ShortcutObjective, config: Mapping[str, Any], draw: Recording) -> Draw:
     """The recorded integers and noises as this library's draw."""
     n = len(draw.array("t_int_bootstrap"))
     d = released_bootstrap_sizes(n, objective.finest_steps, bias=objective.rows == "released_dt_bias")
@@ -126,16 +125,15 @@ def shortcut_draw(objective: sf.ShortcutObjective, config: Mapping[str, Any], dr
     t_bootstrap = draw.tensor("t_int_bootstrap").float() * d
     if config.get("force_t", -1) != -1:
         t_bootstrap, t_flow = (torch.full_like(t, config["force_t"]) for t in (t_bootstrap, t_flow))
-    return objective.released_rows(
-        t_bootstrap, d, draw.images("x0_bootstrap"), t_flow, draw.images("x0_flow"), draw.tensor("label_drop")
-    )
+    return shortcut_rows(
+        t_bootstrap, d, draw.images("x0_bootstrap"), t_flow, draw.images("x0_flow"), draw.tensor("label_drop"),
+        finest_steps=objective.finest_steps, bias=objective.rows == "released_dt_bias",
+    )  # fmt: skip
 
 
-def flow_draw(
-    objective: sf.FlowMatchingObjective, config: Mapping[str, Any], draw: Recording, noise: Tensor
-) -> FlowDraw:
+def flow_draw(objective: sf.FlowMatchingObjective, config: Mapping[str, Any], draw: Recording, noise: Tensor) -> Draw:
     assert objective.time_steps is not None
     t = draw.tensor("t_int").float() / objective.time_steps
     if config.get("force_t", -1) != -1:
         t = torch.full_like(t, config["force_t"])
-    return FlowDraw(noise, t, draw.tensor("label_drop"))
+    return Draw(noise, t, torch.zeros_like(t), draw.tensor("label_drop"))

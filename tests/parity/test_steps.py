@@ -11,7 +11,7 @@ import torch
 
 import shortcutflow as sf
 from backbones.dit import DiT
-from shortcutflow.objectives.regression import regress
+from shortcutflow.objectives import Context
 from shortcutflow.types import LossReport
 from tests.conftest import GOLDEN
 from tests.parity.recorded import Recording, build, flax_names, flow_draw, shortcut_draw, shortcut_objective
@@ -47,13 +47,14 @@ def loss_of(net: DiT, average: sf.EMA, flags: dict[str, Any], step: Recording) -
     if flags["train_type"] == "naive":
         flow = sf.FlowMatchingObjective.released(flags["denoise_timesteps"], flags["class_dropout_prob"])
         noise = draws.images("x0")
-        targets = flow.targets(net, images, labels, flow_draw(flow, flags, draws, noise), null_y=flags["num_classes"])
+        draw = flow_draw(flow, flags, draws, noise)
+        return flow.regress(net, flow.targets(net, images, labels, draw, Context(null_y=flags["num_classes"])))
     else:
         shortcut = shortcut_objective(flags)
         target_net = average.network if flags["bootstrap_ema"] else net
         draw = shortcut_draw(shortcut, flags, draws)
-        targets = shortcut.targets(target_net, images, labels, draw, null_y=flags["num_classes"])
-    return regress(net, targets)
+        targets = shortcut.targets(target_net, images, labels, draw, Context(null_y=flags["num_classes"]))
+        return shortcut.regress(net, targets)
 
 
 def grads_of(net: DiT) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import shortcutflow as sf
+from shortcutflow.objectives import Context
 from shortcutflow.types import Targets
 from tests.conftest import GOLDEN
 from tests.parity.recorded import Recording, build, flow_draw, shortcut_draw, shortcut_objective
@@ -31,7 +32,7 @@ def shortcut_targets(file: Path, case: str, device: torch.device, **changed: obj
     draw = shortcut_draw(objective, config, c.below("draw"))
     draw = type(draw)(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(draw).items()})
     targets = objective.targets(
-        net, z.images("images").to(device), labels.to(device), draw, null_y=config["num_classes"]
+        net, z.images("images").to(device), labels.to(device), draw, Context(null_y=config["num_classes"])
     )
     return targets, c
 
@@ -65,7 +66,7 @@ def test_naive(naive_case: tuple[Path, str], device: torch.device) -> None:
         noise, images = images.chunk(2, dim=1)
     draw = flow_draw(objective, config, c.below("draw"), noise)
     labels = (c if config.get("own_labels") else z).tensor("labels").long()
-    targets = objective.targets(_never_called, images, labels, draw, null_y=config["num_classes"])
+    targets = objective.targets(_never_called, images, labels, draw, Context(null_y=config["num_classes"]))
     out = c.below("out")
     assert torch.equal(targets.t, out.tensor("t"))
     assert targets.y is not None

@@ -12,7 +12,7 @@ import torch
 from shortcutflow.data.digits import write_digits
 from shortcutflow.data.stream import ShardStream
 from shortcutflow.distributed import joined
-from shortcutflow.objectives.shortcut import ShortcutObjective
+from shortcutflow.objectives import ShortcutObjective
 from shortcutflow.train import checkpoint
 from shortcutflow.train.faults import MOST_SKIPPED_IN_A_ROW, NonFiniteError
 from shortcutflow.train.loop import train
