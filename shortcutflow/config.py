@@ -19,8 +19,9 @@ from shortcutflow.ema import AnyEMAConfig, EMAConfig
 from shortcutflow.io.atomic import write_whole
 from shortcutflow.io.json import read_object
 from shortcutflow.network import BackboneConfig, build_network
-from shortcutflow.objectives import Context, ObjectiveConfig
+from shortcutflow.objectives import Context, ObjectiveConfig, objective_kinds
 from shortcutflow.old_names import renamed, renamed_path
+from shortcutflow.seeds import seed_for
 from shortcutflow.train.optim import OptimizerConfig
 from shortcutflow.types import BatchSlice
 
@@ -230,15 +231,18 @@ class RunConfig(BaseModel):
                 "use condition_dropout=0 and guidance_scale=1, or data with labels"
             )
 
-    def build_network(self, info: DataInfo | None = None, *, finest_steps: int | None = None) -> nn.Module:
+    def build_network(
+        self, info: DataInfo | None = None, *, finest_steps: int | None = None, wrapped: bool = True
+    ) -> nn.Module:
         """The run's network at step 0, fitting its data and objective.
 
         Args:
             info: what it fits; None asks the data.
             finest_steps: M; None is the objective's.
+            wrapped: with the parameters of the objective's own, if it has any.
         """
         info = info or self.data.describe()
-        return build_network(
+        network = build_network(
             self.backbone,
             shape=info.shape,
             num_classes=info.num_classes,
@@ -246,6 +250,9 @@ class RunConfig(BaseModel):
             finest_steps=finest_steps or self.finest_steps,
             seed=self.seed,
         )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_for(self.seed, "objective's parameters"))
+            return self.objective.wrap(network) if wrapped else network
 
     def sampler_options(self, info: DataInfo | None = None) -> dict[str, Any]:
         """What a sampler of this run's network must know: null_y, finest_steps, flow_only and which sampler it is."""
@@ -358,6 +365,8 @@ def _change_kind(here: dict[str, Any], section: str, place: str, kind: str) -> N
 
 def _kinds(section: str) -> dict[str, type[BaseModel]]:
     """The models of a section, by their ``kind``; none if it has no kinds."""
+    if section == "objective":
+        return dict(objective_kinds())
     models = _models_in(RunConfig.model_fields[section].annotation)
     return {model.model_fields["kind"].default: model for model in models if "kind" in model.model_fields}
 

@@ -8,7 +8,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Generator, Tensor
 
-from shortcutflow.conditions import as_condition, check_rows
+from shortcutflow.conditions import Condition, NullCondition, as_condition, check_rows
 from shortcutflow.guidance import guided_velocity
 from shortcutflow.inputs import as_state, home_of
 from shortcutflow.path import check_state
@@ -48,11 +48,11 @@ def draw_noise(
 def sample(
     net: Network,
     noise: Tensor | Sequence[int],
-    y: Tensor | None = None,
+    y: Condition = None,
     *,
     steps: int | Sequence[float] = 1,
     guidance_scale: float = 1.0,
-    null_y: Tensor | float | None = None,
+    null_y: NullCondition = None,
     finest_steps: int = 128,
     flow_only: bool = False,
     sampler: SamplerKind = "euler",
@@ -66,20 +66,21 @@ def sample(
 
     Args:
         net: any callable net(x_t, t, d, y); its train or eval mode is left as it is.
-        noise: x_0, (b, *shape), the same for every budget, converted to the precision of a float32 network; or that
-            shape, to draw it on the network's device: see :func:`draw_noise`.
-        y: labels (b,) as a tensor, array or list of whole numbers, any condition tensor (b, ...), or None.
+        noise: x_0, (b, *shape), the same for every number of steps, converted to the precision of a float32 network; or
+            that shape, to draw it on the network's device: see :func:`draw_noise`.
+        y: labels (b,) as a tensor, array or list of whole numbers, or any condition; see
+            :mod:`shortcutflow.conditions`.
         steps: a number of steps, or step sizes that add up to 1; see :func:`shortcutflow.schedule.step_sizes`.
         guidance_scale: s_null + scale (s_y - s_null); 1 is none, 0 the null condition alone.
         null_y: the null condition, for guidance.
         finest_steps: M of the training; finer steps follow the flow.
-        flow_only: tell the network d = 0 at every step, for networks trained by flow matching.
-        sampler: how a step is made and which step size the network is told:
+        flow_only: give the network d = 0 at every step, for networks trained by flow matching.
+        sampler: how a step is made and which step size d_cond the network is given:
 
-            * "euler": x_{t+d} = x_t + d s, told d;
-            * "consistency": jump to the end x_t + (1 - t) s, told 1 - t, and go back to t + d by adding fresh noise;
-            * "live_reflow": as "euler", but told 1, which stands for the straightened flow, if there are fewer than M
-              steps.
+            * "euler": x_{t+d} = x_t + d s, d_cond = d;
+            * "consistency": jump to the end x_t + (1 - t) s, d_cond = 1 - t, and go back to t + d by adding noise;
+            * "live_reflow": as "euler", but d_cond = 1, which stands for the straightened flow, if there are fewer than
+              M steps.
         fresh_noise: noise for "consistency" to add after each step but the last; None draws it from ``generator``.
         generator: where the noise comes from if only its shape is given, and fresh noise; on any device.
         progress: show a progress bar.
@@ -92,8 +93,8 @@ def sample(
             a condition or null_y, or fresh noise that is needed and comes from nowhere.
     """
     x_t = _start(net, noise, generator)
-    asked = _Asked(net, as_condition(y, x_t.device), guidance_scale, null_y, finest_steps, flow_only, sampler)
-    for _, state in _walk(asked, x_t, steps, fresh_noise, generator, progress):
+    guided = _Guided(net, as_condition(y, x_t.device), guidance_scale, null_y, finest_steps, flow_only, sampler)
+    for _, state in _walk(guided, x_t, steps, fresh_noise, generator, progress):
         x_t = state
     return x_t
 
@@ -102,11 +103,11 @@ def sample(
 def trajectory(
     net: Network,
     noise: Tensor | Sequence[int],
-    y: Tensor | None = None,
+    y: Condition = None,
     *,
     steps: int | Sequence[float] = 1,
     guidance_scale: float = 1.0,
-    null_y: Tensor | float | None = None,
+    null_y: NullCondition = None,
     finest_steps: int = 128,
     flow_only: bool = False,
     sampler: SamplerKind = "euler",
@@ -117,8 +118,8 @@ def trajectory(
     """As :func:`sample`, keeping every state from the noise to the sample."""
     x_t = _start(net, noise, generator)
     times, states = [0.0], [x_t]
-    asked = _Asked(net, as_condition(y, x_t.device), guidance_scale, null_y, finest_steps, flow_only, sampler)
-    for t, state in _walk(asked, x_t, steps, fresh_noise, generator, progress):
+    guided = _Guided(net, as_condition(y, x_t.device), guidance_scale, null_y, finest_steps, flow_only, sampler)
+    for t, state in _walk(guided, x_t, steps, fresh_noise, generator, progress):
         times.append(t)
         states.append(state)
     # Copied without a wait for the device.
@@ -133,35 +134,35 @@ def _start(net: Network, noise: Tensor | Sequence[int], generator: Generator | N
     return as_state(net, noise)
 
 
-class _Asked(NamedTuple):
-    """The network and what it is asked with at every step."""
+class _Guided(NamedTuple):
+    """The network and what it is called with at every step."""
 
     net: Network
-    y: Tensor | None
+    y: Condition
     guidance_scale: float
-    null_y: Tensor | float | None
+    null_y: NullCondition
     finest_steps: int
     flow_only: bool
     sampler: SamplerKind
 
-    def told(self, t: float, size: float, steps: int) -> float:
-        """The step size to tell the network at time t."""
+    def d_cond(self, t: float, size: float, steps: int) -> float:
+        """The step size that the network is given at time t."""
         if self.flow_only:
             return 0.0
         if self.sampler == "consistency":
             return 1 - t
         return 1.0 if self.sampler == "live_reflow" and steps < self.finest_steps else size
 
-    def velocity(self, x_t: Tensor, t: float, told: float) -> Tensor:
-        """s(x_t, t, d = told, y), guided."""
-        time, d = (torch.full((len(x_t),), value, device=x_t.device) for value in (t, told))
+    def velocity(self, x_t: Tensor, t: float, d_cond: float) -> Tensor:
+        """s(x_t, t, d_cond, y), guided."""
+        time, d = (torch.full((len(x_t),), value, device=x_t.device) for value in (t, d_cond))
         return guided_velocity(self.net, x_t, time, d, self.y, scale=self.guidance_scale, null_y=self.null_y).to(
             x_t.dtype
         )
 
 
 def _walk(
-    asked: _Asked,
+    guided: _Guided,
     x_t: Tensor,
     steps: int | Sequence[float],
     fresh_noise: FreshNoise | None,
@@ -169,17 +170,17 @@ def _walk(
     progress: bool,
 ) -> Iterator[tuple[float, Tensor]]:
     """Yield (t, x_t) after each step."""
-    sizes = step_sizes(steps, asked.finest_steps)
+    sizes = step_sizes(steps, guided.finest_steps)
     check_state(x_t, torch.empty(len(x_t)), what="noise")
-    check_rows(asked.y, len(x_t), of="noise")
-    if asked.sampler not in get_args(SamplerKind):
-        raise ValueError(f"unknown sampler {asked.sampler!r}; known: {', '.join(get_args(SamplerKind))}")
+    check_rows(guided.y, len(x_t), of="noise")
+    if guided.sampler not in get_args(SamplerKind):
+        raise ValueError(f"unknown sampler {guided.sampler!r}; known: {', '.join(get_args(SamplerKind))}")
     t = 0.0
     for i, size in enumerate(_with_progress(sizes, progress)):
-        v = asked.velocity(x_t, t, asked.told(t, size, len(sizes)))
+        v = guided.velocity(x_t, t, guided.d_cond(t, size, len(sizes)))
         # Equal steps are counted, not added up, so that t is i/N to the last bit.
         next_t = min((i + 1) * size if len(set(sizes)) == 1 else t + size, 1.0)
-        if asked.sampler == "consistency":
+        if guided.sampler == "consistency":
             x_t = x_t + (1 - t) * v
             if i + 1 < len(sizes):
                 x_t = next_t * x_t + (1 - next_t) * _fresh(fresh_noise, generator, i, x_t)

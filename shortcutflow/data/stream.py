@@ -115,7 +115,13 @@ class ShardStream:
         cached = self.manifest.samples * augmentation.bytes_per_sample <= cache_bytes
         # By position; the map-style data set behind the stream, for a DataLoader of one's own.
         self.batches = RankBatches(
-            reader, order, augmentation, batch_size, BatchSlice(rank, world_size), skip=on_error == "skip", cached=cached
+            reader,
+            order,
+            augmentation,
+            batch_size,
+            BatchSlice(rank, world_size),
+            skip=on_error == "skip",
+            cached=cached,
         )
         self._batch_size, self._device = batch_size, torch.device(device)
         self._cached, self._workers = cached, (0 if cached else workers_to_spare()) if workers is None else workers

@@ -24,6 +24,7 @@ from shortcutflow.models.config import (
     read_config,
     weights_file,
 )
+from shortcutflow.objectives.objective import HEAD
 from shortcutflow.run_dir import info_of_run, read_weights
 from shortcutflow.sampling import draw_noise, sample
 
@@ -217,7 +218,7 @@ def load_folder(
         config = config.model_copy(update={"shape": (config.shape[0], image_size, image_size)})
     network = config.build_network()
     try:
-        network.load_state_dict(tensors)
+        network.load_state_dict({name: t for name, t in tensors.items() if not name.startswith(f"{HEAD}.")})
     except RuntimeError as error:
         said = " ".join(str(error).split())
         raise ValueError(f"the weights in {folder} do not fit the network of its config: {said[:300]}") from error

@@ -95,6 +95,8 @@ class Context:
 
 
 NO_CONTEXT = Context()
+HEAD = "objective_head"
+"""Name of the part of a network that holds an objective's own parameters; see :func:`add_head`."""
 
 
 class Objective(BaseModel, ABC):
@@ -110,6 +112,7 @@ class Objective(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    kind: str
     condition_dropout: float = Field(default=0.0, ge=0, le=1, description="share of rows that lose their condition")
     sigma_min: float = Field(default=0.0, ge=0, lt=1, description="share of the noise that is left at t = 1")
 
@@ -147,10 +150,10 @@ class Objective(BaseModel, ABC):
         return error if targets.weight is None else targets.weight * error
 
     def wrap(self, network: nn.Module) -> nn.Module:
-        """The network as this objective trains it; a run builds it through this.
+        """The network as this objective trains it, by default unchanged; a run builds its network through this.
 
-        Override it for parameters of the objective's own: return a module that holds the network and them and returns
-        ``(v, aux)``. They are then optimised, averaged, sharded and saved with the network's.
+        Override it for parameters of the objective's own, such as ``return add_head(network, Uncertainty())``: they
+        are then optimised, averaged, sharded and saved with the network's.
         """
         return network
 
@@ -264,6 +267,21 @@ class Objective(BaseModel, ABC):
         if draw.source is not None:
             data, y = data[draw.source], select(y, draw.source)
         return data, self.drop(y, draw.dropped, context.null_y)
+
+
+def add_head(network: nn.Module, head: nn.Module) -> nn.Module:
+    """Let a network return ``(v, head(x_t, t, d, y))``; the head becomes a part of it, named ``objective_head``.
+
+    The network stays the module it was, with the names of its parameters, so that it compiles, shards and loads as
+    before; where it is loaded to sample from, the head is left out.
+    """
+    network.add_module(HEAD, head)
+    network.register_forward_hook(_with_aux)
+    return network
+
+
+def _with_aux(network: nn.Module, inputs: tuple[Any, ...], v: Tensor) -> tuple[Tensor, Any]:
+    return v, network.get_submodule(HEAD)(*inputs)
 
 
 def as_batch(net: Network, data: Tensor, y: Any) -> tuple[Tensor, Condition]:

@@ -32,7 +32,8 @@ def load_start(config: RunConfig, network: nn.Module, teacher: Model | None) -> 
             f"{start.folder} was trained with finest_steps={start.finest_steps} and knows the step sizes of that, this "
             f"run has finest_steps={config.finest_steps}: use the same, or begin with a flow model"
         )
-    network.load_state_dict(start.network.state_dict())
+    # Parameters of the objective's own begin anew.
+    network.load_state_dict(network.state_dict() | start.network.state_dict())
     if made_ready:
         start_from_flow(network, start.finest_steps)
 
@@ -69,7 +70,7 @@ def new_teacher(config: RunConfig, finest_steps: int | None) -> nn.Module | None
     """A frozen network for the teacher's weights in a checkpoint; None if the run learns from none."""
     if config.teacher is None:
         return None
-    return config.build_network(finest_steps=finest_steps).eval().requires_grad_(False)
+    return config.build_network(finest_steps=finest_steps, wrapped=False).eval().requires_grad_(False)
 
 
 def open_trained(place: str, config: RunConfig, use: str) -> Model:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import shortcutflow as sf
-from shortcutflow.objectives import Draw
-from shortcutflow.types import Network, Objective
+from shortcutflow.objectives import Draw, Objective
+from shortcutflow.types import Network
 from tests.core.gaussian import Gaussian, order_of
 
 GAUSSIAN = Gaussian.example(2, 2, 2)

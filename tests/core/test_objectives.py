@@ -13,8 +13,8 @@ import torch
 from torch import Generator, Tensor
 
 import shortcutflow as sf
-from shortcutflow.objectives import Context, Draw
-from shortcutflow.types import Objective, Targets
+from shortcutflow.objectives import Context, Draw, Objective
+from shortcutflow.types import Targets
 from tests.core.networks import Falsy, Learner, Recorder, affine, zero
 
 OBJECTIVES: dict[str, Any] = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from shortcutflow.path import data_end, expand_to, interpolate, velocity
+from shortcutflow.path import expand_to, interpolate, predict_x1, velocity
 
 SHAPES = [(6, 3, 4, 4), (6, 10, 4), (6, 5)]
 
@@ -50,11 +50,11 @@ def test_velocity_is_the_derivative(shape: tuple[int, ...], sigma_min: float, ge
 def test_state_and_velocity_give_both_ends(shape: tuple[int, ...], generator: Generator) -> None:
     noise, data, t = line(shape, generator)
     x_t, v = interpolate(noise, data, t), velocity(noise, data)
-    assert near(data_end(x_t, t, v), data)
+    assert near(predict_x1(x_t, t, v), data)
     assert near(x_t - expand_to(t, x_t) * v, noise)
-    assert not near(data_end(x_t, 1 - t, v), data)
+    assert not near(predict_x1(x_t, 1 - t, v), data)
     assert not near(x_t - expand_to(1 - t, x_t) * v, noise)
-    assert not near(data_end(x_t, t, -v), data)
+    assert not near(predict_x1(x_t, t, -v), data)
 
 
 def test_time_of_float32_keeps_the_dtype_of_the_state() -> None:
