@@ -1,4 +1,4 @@
-"""Any picture file to RGB, to a square, and to bytes again.
+"""Any image file to RGB, to a square, and to bytes again.
 
 Files come from anywhere, so every size is looked at before memory is given to it, and whatever a decoder raises comes
 out as one exception, :class:`ImageError`. Colour profiles are not applied: numbers are taken as they stand.
@@ -22,29 +22,29 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """What is read, told by content, never by name; Pillow knows many more, which only widen what a file can attack."""
 
 MOST_PIXELS = 178_956_970
-"""The largest picture that is decoded, in pixels: where Pillow too stops (about 13,377 x 13,377)."""
+"""The largest image that is decoded, in pixels: where Pillow too stops (about 13,377 x 13,377)."""
 
 ORIENTATION = 0x0112
 """The EXIF tag that says how the camera was held: 1 ... 8."""
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used: damaged, too large, of another kind or of the wrong size."""
+    """An image that cannot be used: damaged, too large, of another kind or of the wrong size."""
 
 
 def read_image(content: bytes, *, most_pixels: int = MOST_PIXELS) -> Image.Image:
-    """Decode a file's bytes to an RGB picture, turned upright as its EXIF data asks.
+    """Decode a file's bytes to an RGB image, turned upright as its EXIF data asks.
 
     Grey of 16 bits is scaled to 8, transparent parts are laid on white, of an animation the first frame is taken.
 
     Raises:
-        ImageError: if it is no picture of a known format, damaged, cut off, or larger than ``most_pixels``.
+        ImageError: if it is no image of a known format, damaged, cut off, or larger than ``most_pixels``.
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
-            # Pillow warns of large pictures, odd EXIF data and the like; each file is either usable here or not.
+            # Pillow warns of large images, odd EXIF data and the like; each file is either usable here or not.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 _check_size(image.size, most_pixels)  # it stands in the header, before any pixel is decompressed
@@ -54,7 +54,7 @@ def read_image(content: bytes, *, most_pixels: int = MOST_PIXELS) -> Image.Image
     except (ImageError, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(f"not a picture of a known format ({', '.join(FORMATS)})") from error
+        raise ImageError(f"not an image of a known format ({', '.join(FORMATS)})") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"too large: more than {MOST_PIXELS} pixels are promised") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, KeyError, ...
@@ -75,7 +75,7 @@ def _short(error: Exception) -> str:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """A loaded picture of any mode as RGB."""
+    """A loaded image of any mode as RGB."""
     from PIL import Image
 
     if image.mode.startswith("I"):  # "I;16" and its byte orders, or "I"
@@ -100,7 +100,7 @@ def _grey_of_16_bits(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """From the EXIF data of a loaded picture; upright where that is damaged, since the pixels are not."""
+    """From the EXIF data of a loaded image; upright where that is damaged, since the pixels are not."""
     try:
         found = image.getexif().get(ORIENTATION, 1)
     except MemoryError:
@@ -117,12 +117,12 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
         2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
         6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
     }  # fmt: skip
-    # A copy in any case: the file behind a lazily opened picture is closed when reading ends.
+    # A copy in any case: the file behind a lazily opened image is closed when reading ends.
     return image.transpose(turns[orientation]) if orientation in turns else image.copy()
 
 
 def to_square(image: Image.Image, size: int, crop: Crop) -> Image.Image:
-    """An RGB picture as a square of ``size`` pixels.
+    """An RGB image as a square of ``size`` pixels.
 
     * "released": the middle square of the short side, then antialiased bilinear resizing, as the shortcut paper's
       released code does. An odd pixel of margin lies right and below.
@@ -133,7 +133,7 @@ def to_square(image: Image.Image, size: int, crop: Crop) -> Image.Image:
     * "none": nothing is done.
 
     Raises:
-        ImageError: under "none" for another size; under "adm" if a very long picture would become too large.
+        ImageError: under "none" for another size; under "adm" if a very long image would become too large.
     """
     from PIL.Image import Resampling
 
@@ -170,10 +170,10 @@ def _adm(image: Image.Image, size: int) -> Image.Image:
 
 
 def encode_image(image: Image.Image | np.ndarray, extension: ImageFormat, quality: int = 95) -> bytes:
-    """The bytes of a picture file.
+    """The bytes of an image file.
 
     Args:
-        image: a picture, or pixels (channels, height, width) uint8 of 1 or 3 channels.
+        image: an image, or pixels (channels, height, width) uint8 of 1 or 3 channels.
         extension: "png" is lossless; "jpg" keeps colour at full resolution from quality 95 on; "webp" is lossless at
             quality 100.
         quality: 1 ... 100, of "jpg" and "webp".

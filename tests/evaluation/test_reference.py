@@ -91,7 +91,7 @@ def test_raw_pictures_as_they_are_and_cropped(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds an image of 12x8 pixels, the samples have 4x4: .* --size 4"):
         make_reference(raw, means(), tmp_path / "r.npz", with_features=False, world=ALONE, side=(4, 4))
     (tmp_path / "raw/a/1.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"image a/1.png of .* not a picture"):
+    with pytest.raises(ValueError, match=r"image a/1.png of .* not an image"):
         list(open_images(tmp_path / "raw").read(range(6)))
 
 
