@@ -181,9 +181,9 @@ def _with_models(config: RunConfig) -> RunConfig:
     trained = {use: path for use in ("start", "teacher") if (path := getattr(config, use)) is not None}
     if not trained:
         return config
-    from shortcutflow.interop.standin import stand_in_model
+    from shortcutflow.interop.fake_model import fake_model
 
-    folder = stand_in_model(config)
+    folder = fake_model(config)
     if _is_first():
         uses, instead_of = " and ".join(trained), ", ".join(sorted({str(path) for path in trained.values()}))
         print(f"stand-in {uses}: random weights in {folder}, not {instead_of}", flush=True)

@@ -116,8 +116,8 @@ def downloaded(hub_id: str) -> Path:
             patterns += [f"{part}*pytorch_model*.bin" for part in parts]
             folder = Path(snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:  # of the hub's client and of its network library
-        said = " ".join(str(error).split())[:200]
-        raise OSError(f"there is no file or folder {hub_id}, and it cannot be had from the hub: {said}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise OSError(f"there is no file or folder {hub_id}, and it cannot be had from the hub: {reason}") from error
     return folder
 
 
@@ -208,7 +208,7 @@ def _diffusion(source: Path, folder: Path) -> tuple[dict[str, Any], list[str]]:
     else:
         names = {"schedule": "beta_schedule", "steps": "num_train_timesteps", "beta_start": "beta_start",
                  "beta_end": "beta_end"}  # fmt: skip
-        options |= {ours: given[theirs] for ours, theirs in names.items() if theirs in given}
+        options |= {option: given[name] for option, name in names.items() if name in given}
     if given.get("rescale_betas_zero_snr"):
         options["zero_terminal_snr"] = True
     return options, []

@@ -24,10 +24,10 @@ def export_model(
     guidance_scale: float | None = None,
     decoder: str | None = None,
 ) -> str:
-    """Write a model in a format that other code reads; gives what there is to say.
+    """Write a model in a format that other code reads; returns a summary in one line.
 
     Args:
-        folder: of a model or a run.
+        folder: a model folder or run folder.
         out: the file or folder, which must not exist.
         format: one of :data:`FORMATS`.
         weights: which of the folder's weights; None takes the config's.

@@ -21,7 +21,7 @@ class HubModel(ModelHubMixin, library_name="shortcutflow"):
     >>> model = HubModel.from_pretrained("me/digits").model
 
     Args:
-        model: as :func:`shortcutflow.load` gives it.
+        model: as :func:`shortcutflow.load` returns it.
     """
 
     # Not None, or the mixin would look for a config among the arguments and copy the network for it.
@@ -37,7 +37,7 @@ class HubModel(ModelHubMixin, library_name="shortcutflow"):
         return super().push_to_hub(repo_id, **options)
 
     def generate_model_card(self, *_: Any, name: str | None = None, **__: Any) -> ModelCard:
-        """The card: network, data, quality by budget, samples."""
+        """The card: network, data, quality by number of steps, samples."""
         return ModelCard(card_text(self.model.config, self.model.folder, name or self.model.folder.name or "model"))
 
     def _save_pretrained(self, save_directory: Path) -> None:

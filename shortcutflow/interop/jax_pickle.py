@@ -166,7 +166,7 @@ class _Operations(dict[int, Callable[..., Any]]):
     """Of an unpickler, by their codes."""
 
     def __missing__(self, code: int) -> Any:
-        raise ValueError(f"it asks for the operation {code:#x}, which no dictionary of arrays needs")
+        raise ValueError(f"it has the operation {code:#x}, which no dictionary of arrays needs")
 
 
 _PythonUnpickler: Any = pickle._Unpickler

@@ -36,7 +36,7 @@ def card_text(config: ModelConfig, folder: Path, name: str) -> str:
 
     Args:
         config: of the model.
-        folder: which may hold what was measured (evaluation.json) and a picture (samples.png).
+        folder: which may hold what was measured (evaluation.json) and an image (samples.png).
         name: a heading, and what to load: a hub id or a folder.
     """
     pipeline = "unconditional-image-generation" if len(config.shape) == 3 else "other"
@@ -52,7 +52,7 @@ def card_text(config: ModelConfig, folder: Path, name: str) -> str:
     if about := [[topic, words] for topic, words in config.about.items()]:
         parts += ["## Data and training\n", _table(["", ""], about)]
     if reports := [report for path in sorted(folder.glob(REPORTS)) if (report := _report(path))]:
-        parts += ["## Quality by sampling budget\n", *reports]
+        parts += ["## Quality by number of steps\n", *reports]
     return "\n".join(parts)
 
 
@@ -82,13 +82,13 @@ def _report(path: Path) -> str | None:
     names = list(rows[0])
     table = _table(names, [[row.get(name, "") for name in names] for row in rows])
     topics = ("protocol", "samples", "guidance_scale", "weights", "step")
-    told: dict[str, Any] = {topic: report[topic] for topic in topics if topic in report}
+    facts: dict[str, Any] = {topic: report[topic] for topic in topics if topic in report}
     subject = report.get("subject")
     if isinstance(subject, dict):
-        told |= {topic: subject[topic] for topic in topics if topic in subject}
-    if isinstance(told.get("protocol"), dict):
-        told["protocol"] = f"{told['protocol'].get('name')} ({told['protocol'].get('description')})"
-    return table + "\n" + "; ".join(f"{topic}: {words}" for topic, words in told.items()) + "\n"
+        facts |= {topic: subject[topic] for topic in topics if topic in subject}
+    if isinstance(facts.get("protocol"), dict):
+        facts["protocol"] = f"{facts['protocol'].get('name')} ({facts['protocol'].get('description')})"
+    return table + "\n" + "; ".join(f"{topic}: {words}" for topic, words in facts.items()) + "\n"
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> str:

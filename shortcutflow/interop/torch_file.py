@@ -105,17 +105,17 @@ def _loaded(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a made-up pickle can make the reader fail in any way
-        said = " ".join(str(error).split())
-        if named := re.search(r"GLOBAL (\S+)", said):
+        reason = " ".join(str(error).split())
+        if named := re.search(r"GLOBAL (\S+)", reason):
             raise ValueError(
                 f"{path}: refused, it names {named[1]!r}, which no dictionary of tensors needs; if that is the class "
                 "of a network that was saved whole, save its state_dict() instead"
             ) from None
         # What precedes is advice to run the file after all.
-        if "Weights only" in said:
-            said = said.rpartition("WeightsUnpickler error:")[2] if "WeightsUnpickler" in said else ""
-        told = said.strip().partition(" Check the documentation")[0][:200] or type(error).__name__
-        raise ValueError(f"{path}: refused, it is damaged or no dictionary of tensors: {told}") from None
+        if "Weights only" in reason:
+            reason = reason.rpartition("WeightsUnpickler error:")[2] if "WeightsUnpickler" in reason else ""
+        reason = reason.strip().partition(" Check the documentation")[0][:200] or type(error).__name__
+        raise ValueError(f"{path}: refused, it is damaged or no dictionary of tensors: {reason}") from None
 
 
 def _of_safetensors(path: Path) -> dict[str, Tensor]:

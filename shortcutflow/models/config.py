@@ -43,10 +43,10 @@ class ModelConfig(BaseModel):
         condition_shape: of the tensor a sample is conditioned on, or None.
         null_y: the null condition, for guidance.
         finest_steps: M of the training.
-        flow_only: the network was never told a step size.
+        flow_only: the network was trained without step sizes, as a flow.
         sampler: that the network is made for, see :func:`shortcutflow.sample`.
         weights: the names of the weights in the folder; "current" and those of EMAs.
-        default_weights: which of them are loaded if none are asked for.
+        default_weights: which of them are loaded by default.
         step: optimizer steps done, as the training counted them, if known.
         vae: hub id or folder of the autoencoder whose latents the samples are, or None.
         latents: how they were made, with the SHA-256 of the autoencoder's weights, if known.
@@ -130,5 +130,5 @@ def _model_config(values: dict[str, Any], path: Path) -> ModelConfig:
         return ModelConfig.model_validate(values)
     except ValidationError as error:
         problems = [(".".join(map(str, p["loc"])) or "it", p["msg"]) for p in error.errors()[:5]]
-        told = "; ".join(f"{place}: {message.removeprefix('Value error, ')}" for place, message in problems)
-        raise ValueError(f"{path} describes no model: {told}") from error
+        reasons = "; ".join(f"{place}: {message.removeprefix('Value error, ')}" for place, message in problems)
+        raise ValueError(f"{path} describes no model: {reasons}") from error

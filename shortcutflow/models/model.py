@@ -127,7 +127,7 @@ class Model:
         device = next(self.network.parameters()).device
         if isinstance(noise, int):
             if noise < 1:
-                raise ValueError(f"at least 1 sample must be asked for, got {noise}")
+                raise ValueError(f"the number of samples must be at least 1, got {noise}")
             noise = draw_noise((noise, *self.shape), generator=generator, device=device)
         noise = noise.to(device)
         y = torch.full((len(noise),), y, device=device) if isinstance(y, int) else as_condition(y, device)
@@ -220,8 +220,8 @@ def load_folder(
     try:
         network.load_state_dict({name: t for name, t in tensors.items() if not name.startswith(f"{HEAD}.")})
     except RuntimeError as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"the weights in {folder} do not fit the network of its config: {said[:300]}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the weights in {folder} do not fit the network of its config: {reason[:300]}") from error
     name = weights or config.default_weights
     return Model(network.to(device).eval(), config, name, folder)
 

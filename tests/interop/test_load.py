@@ -95,7 +95,7 @@ def test_counts_and_labels(tmp_path: Path) -> None:
     assert torch.equal(first, second)
     with pytest.raises(ValueError, match="labels must be from 0 to 4"):
         model.sample(2, 5)
-    with pytest.raises(ValueError, match="at least 1 sample"):
+    with pytest.raises(ValueError, match="must be at least 1"):
         model.sample(0)
 
 
