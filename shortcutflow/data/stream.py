@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from shortcutflow import conditions
 from shortcutflow.data.augment import Augmentation
 from shortcutflow.data.order import EpochOrder
 from shortcutflow.data.prefetch import Prefetch
@@ -157,8 +158,7 @@ class ShardStream:
         if self.manifest.values == "uint8":
             # Bytes travel to the device, floats are made there.
             data = data.contiguous().float().div_(127.5).sub_(1)
-        y = batch.y.to(self._device, non_blocking=True) if batch.y is not None else None
-        return Batch(data, y, batch.keys)
+        return Batch(data, conditions.to(batch.y, self._device, non_blocking=True), batch.keys)
 
     def state_dict(self) -> dict[str, int]:
         """The position: samples handed out so far, to all ranks together."""
@@ -199,7 +199,7 @@ class HostBatch(NamedTuple):
     """A rank's batch in host memory, and the samples that were found damaged in making it."""
 
     data: torch.Tensor
-    y: torch.Tensor | None
+    y: Any
     keys: tuple[str, ...]
     damaged: tuple[str, ...]
 

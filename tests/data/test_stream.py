@@ -252,3 +252,33 @@ def test_a_cached_data_set_is_read_one_batch_ahead(tmp_path: Path, monkeypatch: 
     while len(ahead_threads()) > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert len(ahead_threads()) == before
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_condition_of_several_tensors_comes_through_the_loader(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens with their mask, as a data set of another package may have them."""
+    write_numbers(tmp_path)
+
+    def tokens(self: RankBatches, samples: list[Sample]) -> dict[str, Any]:
+        numbers = torch.tensor([int(sample.key[1:]) for sample in samples])
+        return {"tokens": numbers[:, None].expand(-1, 3).clone(), "text": {"mask": numbers > 9}}
+
+    monkeypatch.setattr(RankBatches, "_conditions", tokens)
+    batch = next(ShardStream(tmp_path, batch_size=8, seed=0, cache_bytes=0, workers=workers))
+    expected = torch.tensor([int(key[1:]) for key in batch.keys])
+    assert torch.equal(batch.y["tokens"], expected[:, None].expand(-1, 3))
+    assert torch.equal(batch.y["text"]["mask"], expected > 9)
+
+
+def test_samples_of_any_number_of_dimensions(tmp_path: Path) -> None:
+    for shape in ((5,), (2, 3), (2, 3, 4, 5)):
+        folder = tmp_path / str(len(shape))
+        samples = [Sample(np.full(shape, i, np.float32), i % 2, f"n{i}") for i in range(6)]
+        write_shards(samples, folder, samples_per_shard=4, num_classes=2, preprocessing="none")
+        data = ShardsData(folder=folder, workers=0)
+        assert data.describe().shape == shape
+        batch = next(data.open_stream(batch_size=6, seed=0))
+        assert batch.data.shape == (6, *shape)
+        assert all((row == int(key[1:])).all() for row, key in zip(batch.data, batch.keys, strict=True))
