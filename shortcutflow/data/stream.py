@@ -59,7 +59,7 @@ class BatchStream(Protocol):
 
 
 class ShardStream:
-    """A rank's share of the batches from a folder of shards.
+    """A rank's rows of the global batches from a folder of shards.
 
     Images come in [-1, 1], latents drawn anew at each visit, other data as it was stored.
 
@@ -148,7 +148,7 @@ class ShardStream:
         return self._on_device(batch)
 
     def batch_at(self, position: int) -> Batch:
-        """This rank's share of the global batch that starts at a position; the stream stays where it is."""
+        """This rank's rows of the global batch that starts at a position; the stream stays where it is."""
         if isinstance(self._coming, Prefetch):
             self._coming.settle()  # it uses the same files and cache
         return self._on_device(self.batches[position])
@@ -217,14 +217,14 @@ class RankBatches(Dataset[HostBatch]):
         order: EpochOrder,
         augmentation: Augmentation,
         batch_size: int,
-        share: BatchSlice,
+        batch_slice: BatchSlice,
         *,
         skip: bool,
         cached: bool,
     ) -> None:
         self._reader, self._order, self._augmentation, self._skip = reader, order, augmentation, skip
         self._is_remote = reader.folder.is_remote
-        self._batch_size, self._share = batch_size, share
+        self._batch_size, self._slice = batch_size, batch_slice
         self._cache: dict[tuple[int, int, int], Sample] | None = {} if cached else None
         self._sizes = [shard.samples for shard in reader.manifest.shards]
         self._first = np.cumsum([0, *self._sizes[:-1]])
@@ -234,7 +234,7 @@ class RankBatches(Dataset[HostBatch]):
         self._errors: list[str] = []
 
     def __getitem__(self, position: int) -> HostBatch:
-        positions = np.arange(position, position + self._batch_size)[self._share.rows]
+        positions = np.arange(position, position + self._batch_size)[self._slice.rows]
         epochs, places = self._order.at(positions)
         self._fetch_ahead(position)
         draws = self._augmentation.draw(epochs, self._first[places[:, 0]] + places[:, 1])

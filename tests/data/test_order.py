@@ -285,11 +285,11 @@ def position_after_the_next(self: ShardStream) -> dict[str, int]:
 
 
 def overlapping(self: BatchSlice) -> slice:
-    return slice(self.number // 2, None, self.total)
+    return slice(self.index // 2, None, self.count)
 
 
 def another_order(self: BatchSlice) -> slice:
-    return slice(self.total - 1 - self.number, None, self.total)
+    return slice(self.count - 1 - self.index, None, self.count)
 
 
 def by_place_in_the_batch(self: Augmentation, epochs: np.ndarray, samples: np.ndarray) -> Draws:
@@ -307,7 +307,7 @@ right_draw = Augmentation.draw
         (BatchSlice, "rows", property(another_order)),
         (Augmentation, "draw", by_place_in_the_batch),
     ],
-    ids=["position", "overlapping shares", "shares in another order", "draws by place"],
+    ids=["position", "overlapping slices", "slices in another order", "draws by place"],
 )
 def test_control_a_wrong_run_is_noticed(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, owner: type, name: str, wrong: object
