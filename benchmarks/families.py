@@ -34,7 +34,7 @@ from benchmarks.recipe_run import run_recipe
 from benchmarks.record import put_into_readme, write_result
 from benchmarks.train_step import Step, seconds_of
 from recipes.digits import recipe
-from shortcutflow.train.optim import OptimizerConfig
+from shortcutflow.optim import OptimizerConfig
 
 START, END = "<!-- families table: benchmarks/families.py writes it -->", "<!-- end of families table -->"
 BUDGETS = (1, 128)

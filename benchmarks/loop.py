@@ -38,9 +38,10 @@ from shortcutflow.ema import EMA
 from shortcutflow.network import BackboneConfig
 from shortcutflow.objectives import ShortcutObjective
 from shortcutflow.train import loop
-from shortcutflow.train.parts import build_parts, save, saver_for, tensors_of
-from shortcutflow.train.position import Position
-from shortcutflow.train.reporter import Reporter
+from shortcutflow.train.checkpoint_writer import CheckpointWriter
+from shortcutflow.train.metrics import MetricLogger
+from shortcutflow.train.resume import Position
+from shortcutflow.train.state import build_train_state, save
 
 LATENT = (4, 32, 32)
 CLASSES = 1000
@@ -135,14 +136,14 @@ class Watched:
     @contextmanager
     def watching(self, config: RunConfig) -> Iterator[None]:
         """Time the run that is made in here."""
-        begin, observe = Reporter.start_step, self._start_step
+        begin, observe = MetricLogger.start_step, self._start_step
 
-        def start_step(reporter: Reporter) -> None:
+        def start_step(metrics: MetricLogger) -> None:
             observe()
-            begin(reporter)
+            begin(metrics)
 
         with ExitStack() as stack:
-            stack.enter_context(mock.patch.object(Reporter, "start_step", start_step))
+            stack.enter_context(mock.patch.object(MetricLogger, "start_step", start_step))
             objective = (type(config.objective), "__call__")
             for owner, name in (objective, (Tensor, "backward"), (torch.optim.AdamW, "step"), (EMA, "update")):
                 stack.enter_context(mock.patch.object(owner, name, self._timed(getattr(owner, name))))
@@ -179,12 +180,14 @@ class Watched:
 def synchronous_seconds(config: RunConfig, folder: Path) -> float:
     """How long a save of the same state takes that training waits for to its end."""
     world = World(0, 1, torch.device(config.training.device))
-    parts = build_parts(config, world)
-    tensors_of(parts)  # makes AdamW's moments
-    with saver_for(config, folder, world) as saver:
+    state = build_train_state(config, world)
+    for parameter in state.network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    state.optimizer.step()  # makes AdamW's moments
+    with CheckpointWriter(folder, keep=config.training.keep_checkpoints) as writer:
         start = time.perf_counter()
-        save(config, parts, saver, Position(), 1, 0)
-        saver.wait()
+        save(config, state, writer, Position(), 1, 0)
+        writer.wait()
         return time.perf_counter() - start
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import math
 import os
 import subprocess
 import sys
@@ -32,12 +31,12 @@ from benchmarks.loop import CLASSES, LATENT, PAGE, Row, made_run
 from benchmarks.record import print_rows, put_into_readme, write_result
 from shortcutflow.config import RunConfig
 from shortcutflow.distributed import joined
+from shortcutflow.dtensor import to_local
 from shortcutflow.network import BackboneConfig
-from shortcutflow.sharded import local
 from shortcutflow.train.heartbeat import Heartbeat
-from shortcutflow.train.parts import Parts, build_parts
-from shortcutflow.train.position import Position
-from shortcutflow.train.step import backward_pass, update
+from shortcutflow.train.resume import Position
+from shortcutflow.train.state import TrainState, build_train_state
+from shortcutflow.train.step import clip_gradients, forward_backward, step_if_finite
 
 COPIES = {"weights": 1, "gradients": 1, "AdamW": 2, "average": 1}
 """float32 numbers that are kept for each parameter."""
@@ -118,23 +117,23 @@ def count_here(folder: Path) -> None:
     """One process of them."""
     config = RunConfig.load(folder)
     with joined("cpu", always_grouped=True) as world:
-        parts = build_parts(config, world)
+        state = build_train_state(config, world)
         heartbeat = Heartbeat(folder, world.rank, world.size, 0)
-        reports = backward_pass(config, parts, world, next(parts.stream), Position(), 0, heartbeat)
-        assert all(math.isfinite(report.loss.item()) for report in reports)
+        reports = forward_backward(config, state, world, next(state.stream), Position(), 0, heartbeat)
+        grad_norm = clip_gradients(state.optimizer, None)
+        assert step_if_finite(state.optimizer, world, reports, grad_norm, False) == (False, False)
         del reports
-        update(parts, 0, None)
-        (folder / f"bytes_{world.rank}.json").write_text(json.dumps(bytes_held(parts)))
+        (folder / f"bytes_{world.rank}.json").write_text(json.dumps(bytes_held(state)))
 
 
-def bytes_held(parts: Parts) -> dict[str, int]:
+def bytes_held(state: TrainState) -> dict[str, int]:
     """Bytes of this process's tensors by kind, with their padding; each piece of memory once."""
-    weights = list(parts.network.parameters())
+    weights = list(state.network.parameters())
     kinds: dict[str, list[Any]] = {
         "weights": weights,
         "gradients": [p.grad for p in weights if p.grad is not None],
-        "AdamW": [value for state in parts.optimizer.state.values() for value in state.values()],
-        "average": [p for average in parts.emas.values() for p in average.network.parameters()],
+        "AdamW": [value for held in state.optimizer.state.values() for value in held.values()],
+        "average": [p for average in state.emas.values() for p in average.network.parameters()],
     }
     counted = {kind: _bytes_of(tensors) for kind, tensors in kinds.items()}
     # Of everything alive: a whole weight that sharding forgot to give back would be here.
@@ -149,7 +148,7 @@ def _has_memory(found: object) -> bool:
 
 
 def _bytes_of(tensors: Iterable[Any]) -> int:
-    storages = [local(tensor.detach()).untyped_storage() for tensor in tensors]
+    storages = [to_local(tensor.detach()).untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

@@ -29,9 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: a 
 import backbones
 import shortcutflow as sf
 from benchmarks.record import device_name, print_rows, write_result
+from shortcutflow.optim import OptimizerConfig, build_optimizer
 from shortcutflow.seeds import generator_for
-from shortcutflow.train.optim import OptimizerConfig, build_optimizer, clip_gradients
-from shortcutflow.train.speed import peak_flops
+from shortcutflow.train.metrics import peak_flops
+from shortcutflow.train.step import clip_gradients
 
 RECORDED_MS = 84.0
 """The released code at the settings of digits_reference: 84 to 87 ms on two quiet CPU cores, float32, compiled."""

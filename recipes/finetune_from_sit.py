@@ -46,7 +46,7 @@ from shortcutflow.data.source import ShardsData
 from shortcutflow.ema import EMAConfig
 from shortcutflow.network import BackboneConfig
 from shortcutflow.objectives.shortcut import ShortcutObjective
-from shortcutflow.train.optim import OptimizerConfig
+from shortcutflow.optim import OptimizerConfig
 
 SIT = Path("models/sit-xl-2")
 

@@ -19,7 +19,7 @@ from shortcutflow.data.pusht import PushTData
 from shortcutflow.ema import EMAConfig
 from shortcutflow.network import BackboneConfig
 from shortcutflow.objectives.shortcut import ShortcutObjective
-from shortcutflow.train.optim import OptimizerConfig
+from shortcutflow.optim import OptimizerConfig
 
 
 def recipe() -> RunConfig:

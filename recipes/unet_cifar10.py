@@ -32,7 +32,7 @@ from shortcutflow.data.imagefolder import ImageFolderData
 from shortcutflow.ema import EMAConfig
 from shortcutflow.network import BackboneConfig
 from shortcutflow.objectives.shortcut import ShortcutObjective
-from shortcutflow.train.optim import OptimizerConfig
+from shortcutflow.optim import OptimizerConfig
 
 TINY = {"width": 8, "multipliers": [1, 2], "stages": 1, "head_width": 8}
 

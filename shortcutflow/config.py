@@ -21,8 +21,8 @@ from shortcutflow.io.json import read_object
 from shortcutflow.network import BackboneConfig, build_network
 from shortcutflow.objectives import Context, ObjectiveConfig, objective_kinds
 from shortcutflow.old_names import renamed, renamed_path
+from shortcutflow.optim import OptimizerConfig
 from shortcutflow.seeds import seed_for
-from shortcutflow.train.optim import OptimizerConfig
 from shortcutflow.types import BatchSlice
 
 CONFIG_FILE = "config.json"
@@ -56,6 +56,8 @@ class TrainingConfig(BaseModel):
         grid_steps: the sampling budgets of the sample grids.
         on_non_finite: what a loss or gradient that is not finite does: "stop" the run, or "skip" the step and count it.
         hang_timeout: seconds without progress after which a process says which rank all wait for, and ends; 0 never.
+        loggers: what receives numbers and images beside ``metrics.jsonl``: "tensorboard", or names of the entry-point
+            group ``shortcutflow.loggers``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,6 +81,7 @@ class TrainingConfig(BaseModel):
     grid_steps: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 4, 128)
     on_non_finite: Literal["stop", "skip"] = "stop"
     hang_timeout: float = Field(default=1800, ge=0)
+    loggers: tuple[str, ...] = ("tensorboard",)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> TrainingConfig:

@@ -1,4 +1,4 @@
-"""The processes of one job: which one this is, its device and cores, how they find each other, and their groups."""
+"""The ranks of one job: rank, world size, device and cores of this process, rendezvous, and process groups."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined]
 
-PATIENCE = 30 * 60.0
-"""Seconds in which all processes must have come to the rendezvous, as PyTorch gives them."""
+RENDEZVOUS_TIMEOUT_S = 30 * 60.0
+"""Seconds in which all ranks must have come to the rendezvous; PyTorch's own default."""
 NEVER = timedelta(days=7)
-"""The timeout of a group whose processes may wait for each other as long as they like."""
-LEAVING_S = 30.0
+"""The timeout of a group whose ranks may wait for each other without a limit."""
+ABORT_TIMEOUT_S = 30.0
 """Seconds that an aborted group may take to be destroyed."""
 
 
 class PeerError(RuntimeError):
-    """Another process of the job failed; the message is its own."""
+    """Another rank of the job failed; the message is its error."""
 
 
 class Rank(NamedTuple):
-    """Which of the job's processes this one is, and which of its machine's."""
+    """Number of this process in the job, how many there are, and its number on its machine."""
 
     number: int = 0
     world_size: int = 1
@@ -86,19 +86,19 @@ def cores() -> int:
 
 
 def cores_per_process() -> int:
-    """The same, shared equally by the job's processes on this machine; at least 1."""
+    """CPU cores for this process, where the job's processes on this machine share them equally; at least 1."""
     return max(1, cores() // max(1, _number("LOCAL_WORLD_SIZE", 1)))
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train together, seen from one of them.
+    """The ranks that train together.
 
     Attributes:
         rank, size: of this process, and how many there are.
-        device: its device.
-        cpu_group: a gloo group, for checkpoints beside training and for waiting; None where there are no groups.
-        groups: all groups besides the default one, which are aborted on an error; add those that you make.
+        device: of this process.
+        cpu_group: a gloo group, for checkpoints beside training and for barriers; None where there are no groups.
+        groups: all groups besides the default one, which are aborted on an error; add new ones here.
     """
 
     rank: int
@@ -108,84 +108,73 @@ class World:
     groups: list[ProcessGroup] = field(default_factory=list)
 
     @property
-    def is_first(self) -> bool:
-        """Whether this process writes what is written once."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes what is written once."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes, in each."""
+        """The sum over all ranks, on each."""
         return self._reduced(values, "SUM")
 
     def max(self, values: Tensor) -> Tensor:
-        """The largest over all processes, in each, entry by entry."""
+        """The largest over all ranks, on each, entry by entry."""
         return self._reduced(values, "MAX")
 
     def wait_for_all(self) -> None:
-        """Return when every process has called this; the host waits, also where the device is a GPU."""
+        """Return when every rank has called this; the host waits, also where the device is a GPU."""
         if self.cpu_group is not None:
             torch.distributed.barrier(self.cpu_group)
 
-    def gather(self, something: Any) -> list[Any]:
-        """What each process gives, by rank, in each process. Slow: for rare events."""
+    def gather(self, value: Any) -> list[Any]:
+        """The argument of every rank, by rank, on each. Slow: for rare events."""
         if self.cpu_group is None:
-            return [something]
+            return [value]
         gathered: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(gathered, something)
+        torch.distributed.all_gather_object(gathered, value)
         return gathered
 
-    def _reduced(self, values: Tensor, how: str) -> Tensor:
+    def _reduced(self, values: Tensor, op: str) -> Tensor:
         if self.cpu_group is None:
             return values
         values = values.clone()
-        torch.distributed.all_reduce(values, getattr(torch.distributed.ReduceOp, how))
+        torch.distributed.all_reduce(values, getattr(torch.distributed.ReduceOp, op))
         return values
 
 
 @contextmanager
 def joined(device_name: str, *, always_grouped: bool = False, timeout: timedelta = NEVER) -> Iterator[World]:
-    """Join the processes that torchrun started, or stand alone; leave them at the end.
+    """Form the process group of the ranks that torchrun started, if there are several.
+
+    It is destroyed at the end, and aborted on an error: a destroyed NCCL group first waits for its collectives, which
+    hang where the others never enter them (pytorch/pytorch#141510).
 
     Args:
         device_name: "auto", "cpu" or "cuda".
-        always_grouped: make a group also for one process, which FSDP needs.
+        always_grouped: form a group also for one process, which FSDP needs.
         timeout: after which a collective fails.
 
     Raises:
         ValueError: for "cuda" where there is none.
-        PeerError: in place of a collective's error, where another process failed and so broke it.
+        PeerError: in place of a collective's error, where another rank failed and so broke it.
     """
     rank = Rank.from_environment()
     device = rank.device(device_name)
     if rank.world_size == 1 and not always_grouped:
         yield World(0, 1, device)
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    with process_group(rank, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout) as groups:
-        cpu_group = torch.distributed.new_group(backend="gloo", timeout=timeout)
-        groups.append(cpu_group)
-        yield World(rank.number, rank.world_size, device, cpu_group, groups)
-
-
-@contextmanager
-def process_group(rank: Rank, backend: str, timeout: timedelta) -> Iterator[list[ProcessGroup]]:
-    """Form the job's default process group; destroyed at the end, aborted on an error with those in the list it gives.
-
-    A destroyed NCCL group first waits for its collectives, which hang where the others never enter them
-    (pytorch/pytorch#141510).
-
-    Raises:
-        PeerError: in place of a collective's error, where another process failed and so broke it.
-    """
     # Loaded here: it takes half a second that a run of one process need not spend.
     import torch.distributed as dist
     from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     store: Any = HashStore() if rank.world_size == 1 else attempt_store(rank.number, rank.world_size)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank.number, world_size=rank.world_size, timeout=timeout)
     groups: list[ProcessGroup] = []
     try:
-        yield groups
+        groups.append(dist.new_group(backend="gloo", timeout=timeout))
+        yield World(rank.number, rank.world_size, device, groups[0], groups)
     except BaseException as error:
         first = _first_failure(store, rank, error)
         _abort(groups)
@@ -196,7 +185,7 @@ def process_group(rank: Rank, backend: str, timeout: timedelta) -> Iterator[list
 
 
 def _first_failure(store: Store, rank: Rank, error: BaseException) -> str:
-    """Leave this process's failure for the others; returns that of another which was there before, if any."""
+    """Report this rank's failure to the others; returns that of another rank which failed before, if any."""
     if isinstance(error, SystemExit):
         return ""
     mine = f"rank {rank.number} failed: {type(error).__name__}: {error}"
@@ -207,10 +196,10 @@ def _first_failure(store: Store, rank: Rank, error: BaseException) -> str:
 
 
 def _abort(groups: list[ProcessGroup]) -> None:
-    """Drop the groups without waiting for anyone."""
+    """Drop the groups without waiting for other ranks."""
     import torch.distributed as dist
 
-    def leave() -> None:
+    def abort() -> None:
         for group in [dist.group.WORLD, *groups]:
             with suppress(Exception):  # not every backend knows how to
                 group.abort()  # type: ignore[union-attr]
@@ -218,52 +207,46 @@ def _abort(groups: list[ProcessGroup]) -> None:
             dist.destroy_process_group()
 
     # Beside, so that whatever it waits for cannot hold back the error.
-    thread = threading.Thread(target=leave, daemon=True)
+    thread = threading.Thread(target=abort, daemon=True)
     thread.start()
-    thread.join(LEAVING_S)
+    thread.join(ABORT_TIMEOUT_S)
 
 
 def attempt_store(rank: int, size: int) -> Store:
-    """A part of torchrun's store that no process has written to before (pytorch/pytorch#135712).
+    """A store of this attempt alone, inside torchrun's (pytorch/pytorch#135712).
 
     torchrun keeps one store over all its restarts, with the addresses of the processes it has killed in it; gloo would
-    try to connect to those. How often this node was restarted does not tell the attempts apart: each node counts its
-    own failures only.
+    try to connect to those. The count of restarts does not tell attempts apart: each node counts its own failures only.
     """
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
     from torch.distributed.rendezvous import rendezvous
 
     store, _, _ = next(rendezvous("env://", rank, size))
-    return PrefixStore(agreed_name(store, rank, size), store)
+    return PrefixStore(attempt_name(store, rank, size), store)
 
 
-def agreed_name(store: Store, rank: int, size: int, patience: float = PATIENCE) -> str:
-    """A name that the processes of this attempt, all of which call this, have in common and no earlier one had.
+def attempt_name(store: Store, rank: int, size: int, timeout_s: float = RENDEZVOUS_TIMEOUT_S) -> str:
+    """A name that the ranks of this attempt, all of which call this, have in common and no earlier attempt had.
 
-    Each of the others says hello with a name made up for this attempt. The first answers by repeating it and adding
-    its own; only a process that gets its own name back knows that the answer is not from an earlier attempt, and
-    confirms it.
+    Every other rank says hello with an id drawn for this attempt, and takes rank 0's name from the answer to that id.
+    Rank 0 may first answer the id of an earlier attempt: it goes on until each rank has confirmed its name.
 
     Raises:
-        TimeoutError: naming the processes that did not come.
+        TimeoutError: naming the ranks that did not come.
     """
-    mine, until = uuid.uuid4().hex, time.monotonic() + patience
+    mine, until = uuid.uuid4().hex, time.monotonic() + timeout_s
     if rank != 0:
         store.set(f"hello/{rank}", mine)
-        while not (answer := _read(store, f"welcome/{rank}")).startswith(mine):
+        while not (name := _read(store, f"answer/{rank}/{mine}")):
             _wait(until, "rank 0 did not come")
-        name = answer.removeprefix(mine)
-        store.set(f"thanks/{rank}", name)
+        store.set(f"confirmed/{rank}/{name}", "yes")
         return name
-    answered: dict[int, str] = {}
     missing = set(range(1, size))
     while missing:
-        for other in list(missing):
-            hello = _read(store, f"hello/{other}")
-            if hello and answered.get(other) != hello:
-                store.set(f"welcome/{other}", hello + mine)
-                answered[other] = hello
-            if _read(store, f"thanks/{other}") == mine:
+        for other in sorted(missing):
+            if hello := _read(store, f"hello/{other}"):
+                store.set(f"answer/{other}/{hello}", mine)
+            if _read(store, f"confirmed/{other}/{mine}"):
                 missing.remove(other)
         if missing:
             _wait(until, f"ranks {', '.join(map(str, sorted(missing)))} did not come")
@@ -271,11 +254,11 @@ def agreed_name(store: Store, rank: int, size: int, patience: float = PATIENCE) 
 
 
 def _read(store: Store, key: str) -> str:
-    """What is there, without waiting for it."""
+    """The value of a key, without waiting for it; empty if there is none."""
     return store.get(key).decode() if store.check([key]) else ""
 
 
-def _wait(until: float, complaint: str) -> None:
+def _wait(until: float, message: str) -> None:
     if time.monotonic() > until:
-        raise TimeoutError(complaint)
+        raise TimeoutError(message)
     time.sleep(0.02)

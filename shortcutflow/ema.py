@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from shortcutflow.sharded import local
+from shortcutflow.dtensor import to_local
 
 MAX_SIGMA_REL = 12**-0.5
 """The relative width of a plain mean of all weights; a power-function EMA is narrower."""
@@ -111,7 +111,7 @@ class EMA:
             _reshard(self._sharded)
             self._rounded_off.clear()
             self._ema_parameters, self._parameters = list(self.network.parameters()), list(network.parameters())
-        ema, online = [local(p) for p in self._ema_parameters], [local(p) for p in self._parameters]
+        ema, online = [to_local(p) for p in self._ema_parameters], [to_local(p) for p in self._parameters]
         weight = 1 - self.config.decay_at(step)
         whole = [not _is_half(p) for p in ema]
         if any(whole):
@@ -136,7 +136,7 @@ def copy_weights(into: nn.Module, of: nn.Module) -> None:
     """Give a network the weights and buffers of an equal one, which is sharded as it is, if at all."""
     _reshard([m for net in (into, of) for m in net.modules() if hasattr(m, "reshard")])
     for mine, theirs in zip(into.parameters(), of.parameters(), strict=True):
-        local(mine).copy_(local(theirs))
+        to_local(mine).copy_(to_local(theirs))
     for mine_b, theirs_b in zip(into.buffers(), of.buffers(), strict=True):
         mine_b.copy_(theirs_b)
 

@@ -10,9 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from shortcutflow import checkpoint
 from shortcutflow.config import RunConfig, check_rows, with_overrides
 from shortcutflow.run_dir import CHECKPOINTS, find_run, load_run
-from shortcutflow.train import checkpoint
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from shortcutflow.dtensor import is_sharded
 from shortcutflow.ema import gamma_of
 from shortcutflow.io.atomic import atomic_file, remove_leftovers
 from shortcutflow.io.safetensors import opened
-from shortcutflow.sharded import is_sharded
 
 SNAPSHOTS = "averages"
 """The folder of a run that holds its snapshots."""

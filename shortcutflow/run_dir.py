@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import shortcutflow
+from shortcutflow import checkpoint
 from shortcutflow.config import CONFIG_FILE, CURRENT, RunConfig
 from shortcutflow.data.source import INFO_FILE, DataInfo
 from shortcutflow.io.atomic import atomic_file
 from shortcutflow.io.safetensors import read_tensors
-from shortcutflow.train import checkpoint
 
 CHECKPOINTS = "checkpoints"
 WEIGHTS_FILE = "weights.safetensors"

@@ -17,8 +17,8 @@ from shortcutflow.data.stream import ShardStream
 from shortcutflow.distributed import World
 from shortcutflow.network import BackboneConfig
 from shortcutflow.objectives import ShortcutObjective
-from shortcutflow.train.checkpoint import Saver
-from shortcutflow.train.parts import build_parts
+from shortcutflow.train.checkpoint_writer import CheckpointWriter
+from shortcutflow.train.state import build_train_state
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -60,7 +60,7 @@ def test_a_slow_objective_does_not(tmp_path: Path) -> None:
 
 
 def test_a_save_that_waits_is_seen_as_a_stall(tmp_path: Path) -> None:
-    rows = measured(tmp_path, slowed(Saver, "save"))
+    rows = measured(tmp_path, slowed(CheckpointWriter, "save"))
     row = rows["a checkpoint"]
     assert row["stall_ms"] > 900 * SLOW_S
     assert row["synchronous_ms"] > 1000 * SLOW_S
@@ -93,7 +93,7 @@ def test_memory_follows_the_formula_on_two_processes(tmp_path: Path) -> None:
 def test_a_forgotten_tensor_is_counted(tmp_path: Path) -> None:
     backbone = BackboneConfig(name="dit", options=TINY)
     config = loop.made_run(tmp_path / "shards", backbone, steps=1, global_batch_size=8, device="cpu")
-    parts = build_parts(config, World(0, 1, torch.device("cpu")))
+    parts = build_train_state(config, World(0, 1, torch.device("cpu")))
     before = memory.bytes_held(parts)
     forgotten = torch.empty(1_000_000)
     views = [forgotten.view(1000, 1000), forgotten[:10]]

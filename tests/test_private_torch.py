@@ -58,3 +58,14 @@ def test_private_attributes_of_modules() -> None:
     assert torch.compile(module)._orig_mod is module
     module.compile()
     assert module._compiled_call_impl is not None
+
+
+def test_fused_adamw_reads_found_inf() -> None:
+    """An attribute that torch.amp.GradScaler sets: by it the training loop updates the weights without a wait."""
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    for found_inf, expected in ((1.0, 1.0), (0.0, 0.9)):
+        weight.grad = torch.ones(2)
+        optimizer.found_inf = torch.tensor(found_inf)  # type: ignore[attr-defined]
+        optimizer.step()
+        assert torch.allclose(weight, torch.tensor(expected), atol=2e-3)

@@ -19,7 +19,7 @@ from shortcutflow.commands.recipes import RECIPE_GROUP, load_recipe
 from shortcutflow.config import RunConfig, validated
 from shortcutflow.data.imagefolder import ImageFolderData
 from shortcutflow.interop.convert import convert
-from shortcutflow.train.speed import PEAK_BFLOAT16
+from shortcutflow.train.metrics import PEAK_BFLOAT16
 from tests.interop.public_layouts import PublicTransformer
 
 ROOT = Path(__file__).parent.parent

@@ -16,8 +16,8 @@ from shortcutflow.commands.subjects import open_subject
 from shortcutflow.config import RunConfig
 from shortcutflow.data.digits import write_digits
 from shortcutflow.run_dir import WEIGHTS_FILE, load_run
+from shortcutflow.train.init_from import load_start, open_teacher
 from shortcutflow.train.loop import train
-from shortcutflow.train.starts import load_start, open_teacher
 from tests.train.launched import Job, do, tensors, tiny
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from shortcutflow.train.metrics import read_metrics
+from shortcutflow.train.loggers import read_metrics
 from tests.test_benchmarks_training import measured
 
 PAGE = Path(__file__).parent.parent / "docs" / "training.md"

@@ -125,5 +125,5 @@ def _make_stats(
         images = open_images(source, **raw)
         protocol = open_protocol(**by, device=world.device)
         make_reference(images, protocol, out, with_features=with_features, world=world, batch_size=batch_size)
-    if world.is_first:
+    if world.is_main:
         print(f"{out}: {images.count} images of {images.name}, protocol {protocol.name}")

@@ -110,14 +110,14 @@ def evaluate(
                 keep_logits=keep_features or "is" in metrics,
                 folder=folder,
             )  # fmt: skip
-            if world.is_first:
+            if world.is_main:
                 with timed(found.seconds, "distances"):
                     real_statistics, real_features = (real.statistics, real.features) if real else (None, None)
                     device = sampler.subject.device
                     values = compute_metrics(metrics, found, real_statistics, real_features, device)
                 rows.append({"steps": count, "values": values, "seconds": found.seconds})
     report = None
-    if world.is_first:
+    if world.is_main:
         report = report_of(sampler, protocol, real, rows, samples=samples, processes=world.size, seconds=seconds)
         write_report(report, out)
     world.wait_for_all()
@@ -287,7 +287,7 @@ def evaluate_run(folder: Path) -> dict[str, Any] | None:
             steps=settings.steps, metrics=settings.metrics, samples=settings.samples, reference=settings.reference,
             world=world,
         )  # fmt: skip
-        if world.is_first:
+        if world.is_main:
             grid = sample_grid(
                 subject, steps=settings.steps, count=COLUMNS, seed=config.seed, guidance_scale=settings.guidance_scale
             )

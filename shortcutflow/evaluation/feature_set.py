@@ -81,7 +81,7 @@ class FeatureSet:
             return self
         moments = self.moments.all_reduced(world)
         own = replace(self, moments=Moments())
-        parts: list[FeatureSet] | None = [own] * world.size if world.is_first else None
+        parts: list[FeatureSet] | None = [own] * world.size if world.is_main else None
         torch.distributed.gather_object(own, parts, group=world.cpu_group)
         found = FeatureSet().extended(parts) if parts is not None else own
         by_index, by_kept = np.argsort(found.index), np.argsort(found.kept)
@@ -148,7 +148,7 @@ def extract_all(
     found = _resumed(file, batches, wanted, keep_logits, folder)
     pending: list[FeatureSet] = []
     images = sum(map(len, batches))
-    with tqdm(total=images, initial=len(found.index), unit="image", mininterval=1, disable=not world.is_first) as bar:
+    with tqdm(total=images, initial=len(found.index), unit="image", mininterval=1, disable=not world.is_main) as bar:
         for batch in batches:
             if len(found.index) and batch.start <= found.index[-1]:
                 continue

@@ -85,7 +85,7 @@ def reference_of(
     digest = hash_of({"pictures": images.fingerprint(), "extractor": protocol.extractor.name})
     path = folder / f"reference-{file_name(protocol.name)}-{digest}.npz"
     # Rank 0 alone decides: ranks that disagreed would wait for each other in different places.
-    reused = world.gather(_is_usable(path, protocol, with_features) if world.is_first else None)[0]
+    reused = world.gather(_is_usable(path, protocol, with_features) if world.is_main else None)[0]
     if not reused:
         make_reference(images, protocol, path, with_features=with_features, world=world, side=side)
     return load_reference(path, protocol, with_features=with_features)._replace(reused=reused)
@@ -160,7 +160,7 @@ def make_reference(
         extract, images.count, batch_size=batch_size, file=file, world=world,
         keep=MOST_FEATURES if with_features else 0,
     )  # fmt: skip
-    if world.is_first:
+    if world.is_main:
         _write(path, found, images, protocol)
     world.wait_for_all()
     remove_checkpoint(file)

@@ -1,24 +1,26 @@
-"""A run's numbers: averaged between log lines without waiting for the device, kept as JSON lines and in TensorBoard."""
+"""The numbers of a log line: means over steps and ranks, throughput, memory, norms."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from shortcutflow.io.atomic import write_whole
+from shortcutflow.config import RunConfig
+from shortcutflow.data.stream import BatchStream
+from shortcutflow.distributed import World
+from shortcutflow.train.resume import Position
 from shortcutflow.types import LossReport, Mean
-
-METRICS_FILE = "metrics.jsonl"
-
 
 LEVELS = 32
 """Step sizes 1, 1/2, ... whose bootstrap errors are kept apart."""
+PEAK_BFLOAT16 = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+"""Dense bfloat16 FLOP/s by part of a GPU's name, from the makers' data sheets."""
 
 
 class RunningMeans:
@@ -40,17 +42,17 @@ class RunningMeans:
         error, level = report.row_loss[:n].float(), (-torch.log2(d[:n])).round().long().clamp(0, LEVELS - 1)
         self._error_and_rows.index_add_(0, level, torch.stack([error, torch.ones_like(error)], dim=1))
 
-    def take(self, sum_over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The means so far, over all processes, by name; then start anew. Metrics without a row anywhere are left out.
+    def take(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The means so far, over all ranks, by name; then start anew. Metrics without a row anywhere are left out.
 
         ``error_at/d=1_64`` is the bootstrap error at step size 1/64.
         """
         if self._error_and_rows is None:
             return {}
-        # One exchange, and one wait: every process has the same names, whatever rows its share holds.
+        # One exchange, and one wait: every rank has the same names, whatever rows its slice of the batch holds.
         sums = torch.stack([mean.total for mean in self._sums.values()])
         rows = sums.new_tensor([mean.rows for mean in self._sums.values()])
-        table = sum_over_processes(torch.cat([torch.stack([sums, rows], dim=1), self._error_and_rows])).tolist()
+        table = sum_over_ranks(torch.cat([torch.stack([sums, rows], dim=1), self._error_and_rows])).tolist()
         means = {}
         for (name, mean), (total, count) in zip(self._sums.items(), table, strict=False):
             if count > 0:
@@ -62,58 +64,114 @@ class RunningMeans:
         return means
 
 
-class MetricsLog:
-    """Writes numbers and pictures of a run to ``metrics.jsonl`` and ``tensorboard/`` in its folder.
+class MetricLogger:
+    """Collects a run's numbers between two log lines.
 
     Args:
-        run_dir: the run's folder.
-        resume_at: optimizer steps done; lines beyond it, left by a run that was killed after its last checkpoint, are
-            removed, so that a resumed run's file reads as if it had never stopped.
+        config: the run.
+        stream: counts the samples that could not be read.
+        world: the ranks of the run, all of which call :meth:`take` together.
+        position: where the run's steps begin.
+        flops: floating-point operations of the network on one sample; None if unknown.
     """
 
-    def __init__(self, run_dir: Path, *, resume_at: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    def __init__(
+        self, config: RunConfig, stream: BatchStream, world: World, position: Position, flops: int | None
+    ) -> None:
+        self._config, self._stream, self._world, self._position = config, stream, world, position
+        self._batch_size = config.training.global_batch_size
+        # A backward pass costs two forward ones.
+        evaluations = 3 + config.objective.target_evaluations(self._batch_size)
+        self._flops = flops * evaluations if flops is not None else None
+        self._peak = peak_flops(world.device) if config.training.precision == "bfloat16" else None
+        self._means = RunningMeans()
+        self._begin = self._step_begin = time.perf_counter()
+        self._reset(self._begin)
 
-        path = run_dir / METRICS_FILE
-        kept = [line for line in read_metrics(path) if line["step"] <= resume_at]
-        # Not in place: a kill in the middle would lose lines that no resumed run writes again.
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_at + 1 if resume_at else None)
+    def _reset(self, now: float) -> None:
+        self._begin, self._data_seconds, self._slowest, self._steps = now, 0.0, 0.0, 0
+        self._norms: dict[str, float] = {}
 
-    def __enter__(self) -> MetricsLog:
-        return self
+    def start_step(self) -> None:
+        """A step begins by waiting for data."""
+        self._step_begin = time.perf_counter()
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def got_data(self) -> None:
+        """The data is there."""
+        self._data_seconds += time.perf_counter() - self._step_begin
 
-    def numbers(self, step: int, values: dict[str, float]) -> None:
-        """Write one line and the same numbers as TensorBoard scalars."""
-        # JSON knows no NaN; a metric that is one is written as null.
-        line = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **line}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+    def add(self, reports: Sequence[LossReport], grad_norm: Tensor, norms: dict[str, float]) -> None:
+        """Add a step that was not skipped: its losses, and norms if they were measured."""
+        for report in reports:
+            self._means.add(report, grad_norm=grad_norm)
+        self._norms = norms
 
-    def picture(self, step: int, name: str, pixels: Any) -> None:
-        """Show a picture, (height, width, 3) uint8, in TensorBoard."""
-        self._board.add_image(name, pixels, step, dataformats="HWC")
+    def end_step(self) -> None:
+        """A step is over, skipped or not."""
+        self._slowest = max(self._slowest, time.perf_counter() - self._step_begin)
+        self._steps += 1
 
-    def close(self) -> None:
-        """Write out what is buffered."""
-        self._file.close()
-        self._board.close()
+    def take(self, done: int, skipped_steps: int) -> dict[str, float]:
+        """The numbers since the last call, by name, after ``done`` optimizer steps, so many of them skipped."""
+        now = time.perf_counter()
+        images_per_second = self._steps * self._batch_size / (now - self._begin)
+        numbers = self._means.take(self._world.sum) | self._norms
+        numbers |= {
+            "lr": self._config.optimizer.lr_at(done - 1, self._config.training.steps),
+            "skipped_steps": float(skipped_steps),
+            "damaged_samples": float(len(self._stream.damaged)),
+            "images_seen": self._position.images_at(done, self._batch_size),
+            "images_per_second": images_per_second,
+        }
+        waiting_share = self._data_seconds / max(now - self._begin, 1e-9)
+        numbers |= self._largest_of_ranks(waiting_share, self._slowest, float(peak_memory(self._world.device)))
+        if self._flops is not None:
+            achieved = self._flops * images_per_second / self._world.size
+            numbers["tflops_per_device"] = achieved / 1e12
+            if self._peak is not None:
+                numbers["model_flops_utilisation"] = achieved / self._peak
+        self._reset(now)
+        return numbers
+
+    def _largest_of_ranks(self, waiting_share: float, slowest: float, memory: float) -> dict[str, float]:
+        table = torch.zeros(3, self._world.size, dtype=torch.float64)
+        table[:, self._world.rank] = torch.tensor([waiting_share, slowest, memory])
+        if self._world.size > 1:
+            # Over the device's group: the other one may be busy with a checkpoint.
+            table = self._world.sum(table.to(self._world.device, torch.float32)).cpu()
+        waiting_share, slowest, memory = table.max(dim=1).values.tolist()
+        numbers = {"data_waiting_share": waiting_share, "slowest_step_seconds": slowest, "memory_bytes": memory}
+        if self._world.size > 1:
+            numbers["slowest_step_rank"] = float(table[1].argmax())
+        return numbers
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``; a last line that a kill cut off is left out."""
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+def forward_flops(network: nn.Module, num_classes: int | None) -> int | None:
+    """Floating-point operations of a forward pass on one sample; None for a network that does not count its own.
+
+    Call it before the network is sharded or compiled.
+    """
+    if not hasattr(network, "flops"):
+        return None
+    y = torch.zeros(1, dtype=torch.int64) if num_classes is not None else None
+    try:
+        return network.flops(y=y)  # type: ignore[operator]
+    except (RuntimeError, ValueError, TypeError, NotImplementedError):
+        # A network may need conditions of a kind that is not known here; that is no reason to stop a run.
+        return None
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bfloat16 FLOP/s of a known GPU, else None."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_BFLOAT16.items() if part in name), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: by tensors on a GPU, by the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Kilobytes on Linux, bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

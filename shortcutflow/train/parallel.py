@@ -1,14 +1,15 @@
-"""A network as several processes hold it: sharded (FSDP2), or replicated (DDP)."""
+"""A network on its device, and as several ranks hold it: sharded (FSDP2), or replicated (DDP)."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from shortcutflow.config import RunConfig, TrainingConfig
 from shortcutflow.distributed import World
 
 if TYPE_CHECKING:
@@ -19,14 +20,14 @@ AUTOCAST_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 def mesh_of(world: World, shard_group: int | None) -> DeviceMesh:
-    """The processes as a mesh of replicas and shards; one for all networks, as each mesh makes communicators.
+    """The ranks as a mesh of replicas and shards; one for all networks, as each mesh makes communicators.
 
     Args:
-        world: the processes.
-        shard_group: processes that hold one copy together; None: all.
+        world: the ranks.
+        shard_group: ranks that hold one copy together; None: all.
 
     Raises:
-        ValueError: if shard_group does not divide the number of processes.
+        ValueError: if shard_group does not divide the world size.
     """
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -39,6 +40,26 @@ def mesh_of(world: World, shard_group: int | None) -> DeviceMesh:
         mesh = init_device_mesh(world.device.type, (world.size // group, group), mesh_dim_names=("replicas", "shards"))
     world.groups.extend(mesh.get_all_groups())
     return mesh
+
+
+def place(network: nn.Module, config: RunConfig, world: World, mesh: DeviceMesh | None) -> None:
+    """Move a network to the device; with a mesh this rank's shards of it, unit by unit, compiled if the run is.
+
+    Raises:
+        ValueError: if it is to be compiled and sharded, and cannot be compiled block by block.
+    """
+    if mesh is None:
+        network.to(world.device)
+        return
+    if config.training.compile:
+        compile_blocks: Any = getattr(network, "compile_blocks", None)
+        if compile_blocks is None:
+            raise ValueError(
+                f"backbone {config.backbone.name!r} cannot be compiled block by block, which sharding needs: "
+                "use training.compile=false or training.parallel=ddp"
+            )
+        compile_blocks()
+    shard(network, mesh, bfloat16=config.training.precision == "bfloat16")
 
 
 def shard(network: nn.Module, mesh: DeviceMesh, *, bfloat16: bool) -> None:
@@ -59,7 +80,7 @@ def shard(network: nn.Module, mesh: DeviceMesh, *, bfloat16: bool) -> None:
     units: list[nn.Module] = network.shard_plan() if hasattr(network, "shard_plan") else []  # type: ignore[operator]
     for unit in units:
         fully_shard(unit, mesh=mesh, mp_policy=rounded if bfloat16 and _rounded_by_autocast(unit) else exact)
-    # The average is called without a backward pass: were its outermost weights kept after a call, the next one would
+    # An EMA is called without a backward pass: were its outermost weights kept after a call, the next one would
     # not see that they have been updated.
     fully_shard(network, mesh=mesh, mp_policy=exact, reshard_after_forward=True)
 
@@ -69,16 +90,16 @@ def _rounded_by_autocast(unit: nn.Module) -> bool:
     return all(isinstance(module, AUTOCAST_LAYERS) for module in owners)
 
 
-def summed_over_shards(world: World, *, sharded: bool, shard_group: int | None) -> Callable[[Tensor], Tensor]:
-    """What adds sums over this process's weights up to sums over all weights, each counted once."""
-    if not sharded:
+def sum_over_shards(world: World, settings: TrainingConfig) -> Callable[[Tensor], Tensor]:
+    """Turns sums over this rank's weights into sums over all weights, each counted once."""
+    if settings.parallel != "fsdp":
         return lambda values: values
-    copies = world.size // (shard_group or world.size)
+    copies = world.size // (settings.shard_group or world.size)
     return lambda values: world.sum(values) / copies
 
 
 def replicate(network: nn.Module, world: World) -> nn.Module:
-    """The network in DistributedDataParallel, which adds up the gradients of all processes during the backward pass."""
+    """The network in DistributedDataParallel, which sums the gradients of all ranks during the backward pass."""
     from torch.nn.parallel import DistributedDataParallel
 
     ids = [world.device.index] if world.device.type == "cuda" else None

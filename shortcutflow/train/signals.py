@@ -1,4 +1,4 @@
-"""A signal asks a run to stop: the loop sees it, saves, and ends with an exit status that means "try again later"."""
+"""A signal asks a run to stop: the loop saves, and ends with an exit status that means "try again later"."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 STOPPED_EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h, "try again later": what a scheduler can put back into its queue."""
-
+"""EX_TEMPFAIL of sysexits.h, "try again later": a scheduler can put the job back into its queue."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """SIGINT is Ctrl-C."""
 SETTLE_S = 1.0
@@ -23,17 +22,16 @@ SETTLE_S = 1.0
 
 
 class StoppedBySignal(SystemExit):
-    """A run that was asked to stop and has saved; nothing else is wrong with it. Its exit status is 75.
+    """A run has stopped at a signal, and everything is saved. Its exit status is 75.
 
     Args:
         name: the signal, for example "SIGTERM".
-        checkpoint: what was saved.
-        step: optimizer steps that it has done.
+        checkpoint: that was saved.
+        step: optimizer steps done.
     """
 
     def __init__(self, name: str, checkpoint: Path, step: int) -> None:
         super().__init__(STOPPED_EXIT_CODE)
-        self.checkpoint = checkpoint
         self.message = (
             f"stopped by {name}: {checkpoint} holds everything; the same command with --resume goes on from step {step}"
         )
@@ -45,9 +43,9 @@ class StoppedBySignal(SystemExit):
 class StopRequest:
     """Turns the first SIGTERM, SIGUSR1 or Ctrl-C into a request that the loop reads, for as long as the block lasts.
 
-    A second one of the same kind, sent more than SETTLE_S seconds after the first, ends the process at once: by then
-    the signal has its default action again, which works even where saving is stuck in a system call. A request that
-    nobody has read by the end of the block goes to the handlers that were there before.
+    A second one of the same kind, more than SETTLE_S seconds after the first, ends the process at once: by then the
+    signal has its default action again, which works even where saving is stuck in a system call. A request that was
+    not read by the end of the block goes to the handlers that were there before.
 
     Signals reach only the main thread of Python: in any other the block does nothing, and a warning says so.
     """
@@ -59,11 +57,10 @@ class StopRequest:
         self._was_read = False
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is not threading.main_thread():
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        else:
             logger.warning("not in the main thread: a signal will end this run without saving it")
-            return self
-        for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
@@ -92,9 +89,7 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if number not in self._arrived:
-            self._arrived[number] = now
-        elif now - self._arrived[number] > SETTLE_S:
+        if now - self._arrived.setdefault(number, now) > SETTLE_S:
             # The loop has not read the first one: it hangs in Python code.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import backbones
-from shortcutflow.train.starts import start_from_flow
+from shortcutflow.train.init_from import start_from_flow
 from tests.backbones_contract.cases import FIRST, Case, one_of_each_family
 
 STEP_SIZES = (1 / 128, 1 / 16, 0.25, 1.0)

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
+from shortcutflow import checkpoint
 from shortcutflow.config import RunConfig
-from shortcutflow.train import checkpoint
+from shortcutflow.train.loggers import read_metrics
 from shortcutflow.train.loop import train
-from shortcutflow.train.metrics import read_metrics
 
 
 def live(run_dir: Path) -> int:

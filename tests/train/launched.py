@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from recipes.digits import recipe
+from shortcutflow import checkpoint
 from shortcutflow.config import RunConfig, with_overrides
 from shortcutflow.data.stream import ShardStream
 from shortcutflow.launch import Options, run_recipe
-from shortcutflow.train import checkpoint
 from shortcutflow.train.loop import train
 from shortcutflow.types import Batch
 
@@ -94,7 +94,7 @@ class Outcome:
     Attributes:
         error, message: of the exception that ended it.
         keys: of each batch it was handed.
-        optimizer_steps: how many it made.
+        optimizer_steps: how many changed its weights.
         restarts: how often the launcher had started the processes again.
     """
 
@@ -278,7 +278,7 @@ def watched(job: Job, outcome: Outcome) -> Iterator[None]:
         return batch
 
     def counted(optimizer: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
-        outcome.optimizer_steps += 1
+        outcome.optimizer_steps += not optimizer.found_inf  # type: ignore[attr-defined]
         return step(optimizer, *args, **kwargs)
 
     with ExitStack() as stack:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from shortcutflow.io import atomic
-from shortcutflow.train.checkpoint import Saver
-from shortcutflow.train.shard_writer import ShardWriter
+from shortcutflow.train import checkpoint_writer
+from shortcutflow.train.checkpoint_writer import CheckpointWriter
 
 POINTS = ("nothing written", "tensors written", "state written", "tensors on disk", "all on disk", "named", "pruning")
 """When the process is killed, in the order of what happens."""
@@ -49,9 +49,9 @@ def patch_at(point: str) -> Any:
     """Makes this process die at the point."""
     match point:
         case "nothing written":
-            return mock.patch.object(ShardWriter, "write_data", die)
+            return mock.patch.object(checkpoint_writer, "write_shards", die)
         case "tensors written":
-            return mock.patch.object(ShardWriter, "finish", after(ShardWriter.finish, 1))
+            return mock.patch.object(checkpoint_writer, "write_shards", after(checkpoint_writer.write_shards, 1))
         case "state written":
             return mock.patch.object(atomic, "sync", die)
         case "tensors on disk":
@@ -67,12 +67,12 @@ def patch_at(point: str) -> Any:
 
 def save_and_die(folder: Path, point: str) -> None:
     """Step 1 is saved, step 2 is begun."""
-    saver = Saver(folder, keep=1)
-    saver.save(1, filled(1), {})
-    saver.wait()
+    writer = CheckpointWriter(folder, keep=1)
+    writer.save(1, filled(1), {})
+    writer.wait()
     with patch_at(point):
-        saver.save(2, filled(2), {})
-        saver.wait()
+        writer.save(2, filled(2), {})
+        writer.wait()
 
 
 def main(folder: Path) -> None:

@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import warnings
 import weakref
 from pathlib import Path
@@ -17,22 +19,29 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultSavePlanner, HuggingFaceStorageWriter, SavePlan
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from shortcutflow import checkpoint
+from shortcutflow.checkpoint import Checkpoint, latest_in
 from shortcutflow.ema import PowerFunctionEMAConfig
-from shortcutflow.posthoc import find_snapshots
-from shortcutflow.train import checkpoint, parts
-from shortcutflow.train.checkpoint import Checkpoint, Saver, SavingError, latest_in
-from shortcutflow.train.optim import OptimizerConfig, build_optimizer
-from shortcutflow.train.shard_writer import PLACES, ShardWriter
-from shortcutflow.train.staging import share
+from shortcutflow.optim import OptimizerConfig, build_optimizer
+from shortcutflow.posthoc import find_snapshots, posthoc_ema
+from shortcutflow.train import checkpoint_writer, state
+from shortcutflow.train.checkpoint_writer import (
+    SHARD_OFFSETS,
+    CheckpointWriter,
+    SavingError,
+    tensors_of_rank,
+    write_shards,
+)
 from tests.train import launched
 from tests.train.saving import POINTS, filled
 
 
 def save(folder: Path, step: int, **groups: dict[str, Tensor]) -> Checkpoint:
     """A whole checkpoint, when this returns."""
-    with Saver(folder) as saver:
-        saver.save(step, groups or filled(step), {"images_seen": 10 * step})
+    with CheckpointWriter(folder) as writer:
+        writer.save(step, groups or filled(step), {"images_seen": 10 * step})
     last = latest_in(folder)
     assert last is not None
     return last
@@ -73,17 +82,17 @@ def test_round_trip(tmp_path: Path) -> None:
 
 def test_tensors_may_change_as_soon_as_save_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing has been written by then, and what is written is the state of that moment."""
-    write, changed = ShardWriter.write_data, []
+    write, changed = write_shards, []
 
     def late(*args, **kwargs):
         while not changed:
             pass
         return write(*args, **kwargs)
 
-    monkeypatch.setattr(ShardWriter, "write_data", late)
+    monkeypatch.setattr(checkpoint_writer, "write_shards", late)
     groups = filled(1)
-    with Saver(tmp_path) as saver:
-        saver.save(1, groups, {})
+    with CheckpointWriter(tmp_path) as writer:
+        writer.save(1, groups, {})
         assert latest_in(tmp_path) is None
         for tensors in groups.values():
             for tensor in tensors.values():
@@ -93,10 +102,10 @@ def test_tensors_may_change_as_soon_as_save_returns(tmp_path: Path, monkeypatch:
 
 
 def test_one_at_a_time(tmp_path: Path) -> None:
-    """A save waits for the one before it, and the last is whole when the saver is left."""
-    with Saver(tmp_path, keep=10) as saver:
+    """A save waits for the one before it, and the last is whole when the writer is left."""
+    with CheckpointWriter(tmp_path, keep=10) as writer:
         for step in range(1, 6):
-            saver.save(step, filled(step), {})
+            writer.save(step, filled(step), {})
             assert len(checkpoint.all_in(tmp_path)) >= step - 1
     for saved in checkpoint.all_in(tmp_path):
         assert_is_filled(saved, saved.step)
@@ -114,9 +123,9 @@ def test_saving_over_the_same_step(tmp_path: Path) -> None:
     [(1, 0, [60]), (2, 0, [50, 60]), (9, 0, [10, 20, 30, 40, 50, 60]), (1, 20, [20, 40, 60]), (2, 30, [30, 50, 60])],
 )
 def test_what_is_kept(tmp_path: Path, keep: int, keep_every: int, left: list[int]) -> None:
-    with Saver(tmp_path, keep=keep, keep_every=keep_every) as saver:
+    with CheckpointWriter(tmp_path, keep=keep, keep_every=keep_every) as writer:
         for step in range(10, 70, 10):
-            saver.save(step, {"network": {"a": torch.zeros(1)}}, {})
+            writer.save(step, {"network": {"a": torch.zeros(1)}}, {})
     assert [saved.step for saved in checkpoint.all_in(tmp_path)] == left
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in left]
 
@@ -151,15 +160,15 @@ def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) 
     with monkeypatch.context() as patched:
         match place:
             case "write":
-                patched.setattr(ShardWriter, "write_data", disk_full)
+                patched.setattr(checkpoint_writer, "write_shards", disk_full)
             case "sync":
                 patched.setattr("shortcutflow.io.atomic.sync", disk_full)
             case _:
                 patched.setattr(Path, "replace", disk_full)
-        saver = Saver(tmp_path)
-        saver.save(2, filled(2), {})
+        writer = CheckpointWriter(tmp_path)
+        writer.save(2, filled(2), {})
         with pytest.raises(SavingError, match="No space left on device") as caught:
-            saver.wait()
+            writer.wait()
     assert f"the last whole checkpoint is {tmp_path / 'step_00000001'}" in str(caught.value)
     assert_is_filled(latest_in(tmp_path), 1)
     assert not list(tmp_path.glob(".*")), "half a checkpoint does not keep the disk full"
@@ -167,19 +176,19 @@ def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) 
 
 
 def test_failure_is_told_at_the_next_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ShardWriter, "write_data", disk_full)
-    saver = Saver(tmp_path)
-    saver.save(1, filled(1), {})
+    monkeypatch.setattr(checkpoint_writer, "write_shards", disk_full)
+    writer = CheckpointWriter(tmp_path)
+    writer.save(1, filled(1), {})
     with pytest.raises(SavingError, match="there is no checkpoint before it"):
-        saver.save(2, filled(2), {})
+        writer.save(2, filled(2), {})
 
 
 def test_failure_does_not_hide_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ShardWriter, "write_data", disk_full)
+    monkeypatch.setattr(checkpoint_writer, "write_shards", disk_full)
 
     def train() -> None:
-        with Saver(tmp_path) as saver:
-            saver.save(1, filled(1), {})
+        with CheckpointWriter(tmp_path) as writer:
+            writer.save(1, filled(1), {})
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -190,14 +199,15 @@ LIMITED = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from shortcutflow.train.checkpoint import Saver, SavingError
+from shortcutflow.train.checkpoint_writer import CheckpointWriter, SavingError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-with Saver(Path(sys.argv[1])) as saver:
-    saver.save(1, {"network": {"a": torch.ones(1000)}}, {})
+with CheckpointWriter(Path(sys.argv[1])) as writer:
+    writer.save(1, {"network": {"a": torch.ones(1000)}}, {})
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-saver.save(2, {"network": {"a": torch.ones(1_000_000)}}, {})
+writer = CheckpointWriter(Path(sys.argv[1]))
+writer.save(2, {"network": {"a": torch.ones(1_000_000)}}, {})
 try:
-    saver.wait()
+    writer.wait()
 except SavingError as error:
     print(error)
 """
@@ -347,7 +357,7 @@ def test_format_is_that_of_pytorch(tmp_path: Path) -> None:
     places = []
     for file in (*(tmp_path / "torch").iterdir(), *folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
-            places.append(json.loads(opened.metadata()[PLACES]))
+            places.append(json.loads(opened.metadata()[SHARD_OFFSETS]))
             assert {name: opened.get_tensor(name).tolist() for name in tensors} == {
                 n: t.tolist() for n, t in tensors.items()
             }
@@ -355,14 +365,12 @@ def test_format_is_that_of_pytorch(tmp_path: Path) -> None:
     assert places[0] == places[1]
 
 
-def test_two_parts_of_one_tensor_are_refused(tmp_path: Path) -> None:
-    """A file's header has room for the place of one."""
-    planner = DefaultSavePlanner()
-    planner.set_up_planner({"a": torch.zeros(2)}, is_coordinator=True)
-    items = planner.create_local_plan().items
-    (plan,) = ShardWriter(tmp_path).prepare_global_plan([SavePlan([*items, *items])])
-    with pytest.raises(ValueError, match="one process holds two parts of 'a'"):
-        ShardWriter(tmp_path).write_data(plan, planner)
+def test_two_shards_of_one_tensor_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file's header has room for the offset of one."""
+    plan = DefaultSavePlanner.create_local_plan
+    monkeypatch.setattr(DefaultSavePlanner, "create_local_plan", lambda self: SavePlan([*plan(self).items] * 2))
+    with pytest.raises(ValueError, match="one rank holds two shards of 'a'"):
+        write_shards({"a": torch.zeros(2)}, tmp_path / "file")
     assert not list(tmp_path.iterdir())
 
 
@@ -383,11 +391,57 @@ def test_no_warning_and_no_filter_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [1, 2, 8])
 def test_processes_share_what_all_of_them_hold(size: int) -> None:
     flat = {f"{n}": torch.zeros(1 + 50 * (n % 5), 10) for n in range(100)}
-    shares = [share(flat, rank, size) for rank in range(size)]
+    shares = [tensors_of_rank(flat, rank, size) for rank in range(size)]
     assert sorted(name for each in shares for name in each) == sorted(flat), "each tensor in one process"
     sizes = [sum(tensor.nbytes for tensor in each.values()) for each in shares]
     assert max(sizes) - min(sizes) <= max(tensor.nbytes for tensor in flat.values())
     assert all(list(each) == [name for name in flat if name in each] for each in shares)
+
+
+class OnGPU(Tensor):
+    """A tensor that says it is on a GPU, for a machine without one."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+def test_a_gpu_is_waited_for_once_for_scalars_and_once_for_all_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AdamW alone has a step count for each of hundreds of parameters, and each wait for one stops the GPU."""
+    built: list[StagingOptions] = []
+    staged: list[dict[str, Tensor]] = []
+    waits: list[tuple[int, ...]] = []
+
+    class Counting(DefaultStager):
+        def __init__(self, options: StagingOptions) -> None:
+            built.append(options)
+            super().__init__(StagingOptions(False, False, False, False))
+
+        def stage(self, state_dict: dict[str, Any], **more: Any) -> Any:
+            staged.append(state_dict)
+            return super().stage({name: plain(tensor) for name, tensor in state_dict.items()}, **more)
+
+    def plain(tensor: Tensor) -> Tensor:
+        return tensor.as_subclass(Tensor)
+
+    monkeypatch.setattr("torch.distributed.checkpoint.staging.DefaultStager", Counting)
+    monkeypatch.setattr(Tensor, "cpu", lambda tensor: (waits.append(tuple(tensor.shape)), plain(tensor))[1])
+    weights = {f"{i}/exp_avg": torch.randn(3, 2).as_subclass(OnGPU) for i in range(50)}
+    steps = {f"{i}/step": torch.tensor(float(i)).as_subclass(OnGPU) for i in range(50)}
+    with CheckpointWriter(tmp_path) as writer:
+        for step in (1, 2):
+            writer.save(step, {"optimizer": weights | steps}, {})
+    assert [(each.use_pinned_memory, each.use_non_blocking_copy, each.use_async_staging) for each in built] == [
+        (True, True, False)
+    ], "one stager for the run, which pins its memory and waits once"
+    assert waits == [(50, 1)] * 2
+    for each in staged:
+        assert {name for name, tensor in each.items() if tensor.is_cuda} == {f"optimizer/{name}" for name in weights}
+    monkeypatch.undo()
+    last = latest_in(tmp_path)
+    assert last is not None
+    saved = last.tensors("optimizer")
+    assert all(torch.equal(saved[name], plain(tensor)) for name, tensor in (weights | steps).items())
 
 
 def test_copies_can_be_moved(tmp_path: Path) -> None:
@@ -397,29 +451,75 @@ def test_copies_can_be_moved(tmp_path: Path) -> None:
     assert_is_filled(latest_in(tmp_path / "there"), 1)
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_a_snapshot_puts_one_tensor_together_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
+def due_snapshot(net: nn.Module) -> tuple[Any, Any]:
+    """A config and a state with one power-function EMA, of which a snapshot is due at step 4."""
+    settings = PowerFunctionEMAConfig(sigma_rel=0.1, snapshot_every=2)
+    config = SimpleNamespace(emas={"ema": settings}, training=SimpleNamespace(steps=10))
+    return config, SimpleNamespace(emas={"ema": SimpleNamespace(network=net)})
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_a_snapshot_gathers_one_tensor_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_main: bool
 ) -> None:
-    """On the GPUs; the whole of it is only in the host's memory, of the process that writes."""
-    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    """On the GPUs; all of it is only in the host memory of the rank that writes."""
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
     most = []
 
     class Gathered:
         def __init__(self, tensor: Tensor) -> None:
             self.tensor = tensor
-            alive.add(self)  # type: ignore[arg-type]
+            alive.add(self)
             most.append(len(alive))
 
-        def cpu(self) -> Tensor:
-            return self.tensor
+        def to(self, device: str, *, copy: bool) -> Tensor:
+            return self.tensor.clone()
 
-    monkeypatch.setattr(parts, "whole", Gathered)
-    net = nn.Sequential(*(nn.Linear(2, 2) for _ in range(5)))
-    settings = PowerFunctionEMAConfig(sigma_rel=0.1, snapshot_every=2)
-    config: Any = SimpleNamespace(emas={"ema": settings}, training=SimpleNamespace(steps=10))
-    held: Any = SimpleNamespace(emas={"ema": SimpleNamespace(network=net)})
-    parts.save_snapshots(config, held, tmp_path, 4, first=first)
+    monkeypatch.setattr(state, "full_tensor", Gathered)
+    config, held = due_snapshot(nn.Sequential(*(nn.Linear(2, 2) for _ in range(5))))
+    with CheckpointWriter(tmp_path) as writer:
+        state.save_snapshots(config, held, writer, tmp_path, 4, is_main=is_main)
     assert len(most) == 10
     assert max(most) == 1
-    assert [found.step for found in find_snapshots(tmp_path)] == ([4] if first else [])
+    assert [found.step for found in find_snapshots(tmp_path)] == ([4] if is_main else [])
+
+
+def test_a_snapshot_is_written_beside_training_and_before_the_checkpoint_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a run killed between the two, and resumed from the checkpoint, would never write it."""
+    write, may_write = state.write_snapshot, threading.Event()
+
+    def slow(*args: Any) -> object:
+        assert may_write.wait(60)
+        return write(*args)
+
+    monkeypatch.setattr(state, "write_snapshot", slow)
+    net = nn.Linear(2, 2)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    config, held = due_snapshot(net)
+    with CheckpointWriter(tmp_path) as writer:
+        state.save_snapshots(config, held, writer, tmp_path, 4, is_main=True)
+        writer.save(4, filled(4), {})
+        with torch.no_grad():
+            net.weight.zero_()
+        time.sleep(0.5)
+        assert latest_in(tmp_path) is None
+        may_write.set()
+    assert_is_filled(latest_in(tmp_path), 4)
+    (found,) = find_snapshots(tmp_path)
+    kept = posthoc_ema([found], sigma_rel=0.1, step=4)
+    assert all(torch.allclose(kept[name], before[name], atol=1e-3) for name in before)
+
+
+def test_a_snapshot_that_cannot_be_written_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "write_snapshot", disk_full)
+    config, held = due_snapshot(nn.Linear(2, 2))
+    for saves in (True, False):
+        writer = CheckpointWriter(tmp_path)
+        state.save_snapshots(config, held, writer, tmp_path, 4, is_main=True)
+        if saves:
+            writer.save(4, filled(4), {})
+        with pytest.raises(SavingError, match="No space left on device"):
+            writer.wait()
+        assert latest_in(tmp_path) is None

@@ -14,9 +14,9 @@ from shortcutflow.config import with_overrides
 from shortcutflow.data.digits import write_digits
 from shortcutflow.distributed import World
 from shortcutflow.ema import EMA
+from shortcutflow.train.loggers import read_metrics
 from shortcutflow.train.loop import train
-from shortcutflow.train.metrics import read_metrics
-from shortcutflow.train.parts import build_parts
+from shortcutflow.train.state import build_train_state
 from tests.train.launched import (
     STALE_AVERAGE,
     Job,
@@ -190,10 +190,10 @@ def test_the_device_holds_no_whole_network(shards: Path, monkeypatch: pytest.Mon
         unit.to("meta")
 
     monkeypatch.setattr("torch.distributed.fsdp.fully_shard", moved)
-    monkeypatch.setattr("shortcutflow.train.parts.mesh_of", lambda *_: "a mesh")
+    monkeypatch.setattr("shortcutflow.train.state.mesh_of", lambda *_: "a mesh")
     config = tiny(shards, "training.parallel=fsdp", "backbone.options.depth=4")
-    parts = build_parts(config, World(0, 1, torch.device("meta")))
-    networks = [parts.network, *(average.network for average in parts.emas.values())]
+    parts = build_train_state(config, World(0, 1, torch.device("meta")))
+    networks = [parts.network, *(ema.network for ema in parts.emas.values())]
     assert len(networks) == 3
     each = [tensor.numel() for tensor in [*parts.network.parameters(), *parts.network.buffers()]]
     assert sum(seen) == 3 * sum(each), "all of each network came from host memory, through a unit"

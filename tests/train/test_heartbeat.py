@@ -79,7 +79,7 @@ def test_two_processes_one_sleeps_in_data(tmp_path: Path) -> None:
     (code_0, said_0), (code_1, said_1) = [outcome(process) for process in ranks]
     assert code_0 == code_1 == HANG_EXIT_CODE == 76
     for said in (said_0, said_1, (tmp_path / "hang.txt").read_text()):
-        assert ": rank 1: furthest behind, in step 2, data" in said
+        assert ": rank 1: step 2, data: furthest behind" in said
         table = [line for line in said.splitlines() if line.startswith("  rank ")]
         assert table[0].startswith("  rank 0: step 2, backward")
         assert "<--" not in table[0]
@@ -183,7 +183,7 @@ def test_file_is_written_only_on_change_and_ends_finished(tmp_path: Path) -> Non
         assert json.loads(path.read_text())["step"] == 19_999
         time.sleep(0.8)
         assert (path.stat().st_ino, path.stat().st_mtime_ns) == (first.st_ino, first.st_mtime_ns)
-    assert json.loads(path.read_text())["left"] == FINISHED
+    assert json.loads(path.read_text())["exit"] == FINISHED
     clear_beats(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -233,7 +233,7 @@ def test_seconds_until_the_next_look() -> None:
     assert overdue([beat(7, "step", 0), beat(7, "data", 95)], now=100) == ([], 5.0)
 
 
-def test_report_says_when_nobody_can_be_told() -> None:
+def test_report_says_when_no_rank_can_be_named() -> None:
     assert "compare their stacks" in report_of([beat(7, "data", 0)] * 2, [0, 1], now=100)
     assert "with ValueError" in report_of([beat(7, "step", 0), beat(7, "data", 0, "ValueError")], [1], now=100)
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from shortcutflow import checkpoint
 from shortcutflow.data.digits import write_digits
-from shortcutflow.train import checkpoint
+from shortcutflow.train.loggers import read_metrics
 from shortcutflow.train.loop import train
-from shortcutflow.train.metrics import read_metrics
 from shortcutflow.train.signals import STOPPED_EXIT_CODE
 from tests.train import launched
 from tests.train.launched import Job, Outcome, furthest_apart, outcomes, repeatable, tensors, tiny, tiny_overrides

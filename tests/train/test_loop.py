@@ -19,9 +19,8 @@ from shortcutflow.data.digits import DigitsData
 from shortcutflow.data.source import DataInfo
 from shortcutflow.run_dir import WEIGHTS_FILE, load_run
 from shortcutflow.train import loop
+from shortcutflow.train.loggers import METRICS_FILE, JSONLines, read_metrics
 from shortcutflow.train.loop import train
-from shortcutflow.train.metrics import METRICS_FILE, MetricsLog, read_metrics
-from tests.backbones_contract.cases import cases
 from tests.train.launched import tensors
 
 
@@ -98,9 +97,11 @@ def test_compiled_equals_eager(tmp_path: Path, shards: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [3, 20, 60, 10_000])
-def test_killed_while_resuming_keeps_the_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+def test_killed_while_resuming_keeps_the_lines(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
     """Lines beyond the checkpoint are removed; stopped in the middle of that, a run has lost none of the others."""
-    path = tmp_path / METRICS_FILE
+    config, path = tiny(shards), tmp_path / METRICS_FILE
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 6)))
 
     def cut_off(self: Path, content: bytes) -> None:
@@ -110,8 +111,8 @@ def test_killed_while_resuming_keeps_the_lines(tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_bytes", cut_off)
         with pytest.raises(KeyboardInterrupt):
-            MetricsLog(tmp_path, resume_at=3)
-    MetricsLog(tmp_path, resume_at=3).close()
+            JSONLines(config, tmp_path, 3)
+    JSONLines(config, tmp_path, 3).close()
     assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3}]
 
 
@@ -148,7 +149,7 @@ def test_switches_are_put_back(tmp_path: Path, shards: Path, monkeypatch: pytest
 
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     before, during = state(), []
-    built = loop.build_parts
+    built = loop.build_train_state
 
     def watched(*args: Any) -> Any:
         during.append(state())
@@ -156,7 +157,7 @@ def test_switches_are_put_back(tmp_path: Path, shards: Path, monkeypatch: pytest
             raise ZeroDivisionError
         return built(*args)
 
-    monkeypatch.setattr(loop, "build_parts", watched)
+    monkeypatch.setattr(loop, "build_train_state", watched)
     for tf32, deterministic in ((True, False), (False, True)):
         switches = (f"training.tf32={json.dumps(tf32)}", f"training.deterministic={json.dumps(deterministic)}")
         config = tiny(shards, "training.steps=1", "training.grid_steps=[1]", *switches)
@@ -165,27 +166,3 @@ def test_switches_are_put_back(tmp_path: Path, shards: Path, monkeypatch: pytest
         assert state() == before
     assert during == [("tf32", "tf32", False), ("ieee", "ieee", True)]
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-
-
-@pytest.mark.parametrize("name", sorted({case.name for case in cases()}))
-def test_targets_inside_autocast_cost_no_gradient(name: str) -> None:
-    """One module makes targets without a gradient and is then trained, in one block: autocast caches its casts."""
-    case = next(case for case in cases() if case.name == name)
-    net = case.build()
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    x, t, d, y = case.inputs()
-    gradients = []
-    for inside in (True, False):
-        net.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16) if inside else nullcontext():
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                v = net(x, t, d, y).float()
-            with torch.autocast("cpu", torch.bfloat16):
-                (net(x, t, d, y) - v - 1).square().mean().backward()
-        gradients.append([p.grad.clone() if p.grad is not None else None for p in net.parameters()])
-    assert any(g is not None and g.abs().max() > 0 for g in gradients[0])
-    for one, other in zip(*gradients, strict=True):
-        assert (one is None) == (other is None)
-        assert one is None or torch.equal(one, other)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from shortcutflow.data.digits import write_digits
-from shortcutflow.train.metrics import read_metrics
+from shortcutflow.train.loggers import read_metrics
 from tests.backbones_contract.cases import TINY
 from tests.train.launched import Job, Outcome, outcomes, tiny
 

@@ -12,9 +12,9 @@ from shortcutflow.config import RunConfig, with_overrides
 from shortcutflow.distributed import World
 from shortcutflow.launch import Options, run_recipe, smoke
 from shortcutflow.run_dir import load_run
-from shortcutflow.train.loop import agreed_start, train
-from shortcutflow.train.metrics import read_metrics
-from shortcutflow.train.position import Position
+from shortcutflow.train.loggers import read_metrics
+from shortcutflow.train.loop import train
+from shortcutflow.train.resume import Position, agreed_start
 from tests.train.test_loop import tiny
 
 

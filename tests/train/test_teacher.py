@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from shortcutflow import checkpoint
 from shortcutflow.config import RunConfig
-from shortcutflow.train import checkpoint
 from shortcutflow.train.loop import train
 from tests.train.test_loop import tiny
 

@@ -1,4 +1,4 @@
-"""Trained networks that a run begins from: its first weights, and the teacher it learns from."""
+"""Trained networks that a run begins with: its initial weights, and the teacher it learns from."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from shortcutflow.run_dir import find_run
 
 
 def load_start(config: RunConfig, network: nn.Module, teacher: Model | None) -> None:
-    """Give a new network its first weights: those of ``config.start``, or of the teacher, or leave it as it is drawn.
+    """Load a new network's first weights: those of ``config.start``, or of the teacher, or leave it as it is drawn.
 
-    A start that knows the flow alone is made ready for step sizes: they change nothing until training makes them. The
-    teacher's weights without a start are taken as they are, as the paper's two-phase methods do.
+    If ``start`` is a flow model, step sizes are made to change nothing until training makes them. The teacher's weights
+    without a start are taken as they are, as the paper's two-phase methods do.
 
     Raises:
         ValueError: if the start is another network than the run's.
@@ -25,7 +25,6 @@ def load_start(config: RunConfig, network: nn.Module, teacher: Model | None) -> 
     # Often they are one, and large.
     start = teacher if config.start in (None, config.teacher) else None
     start = start or open_trained(str(config.start), config, "start")
-    made_ready = config.start is not None and start.config.flow_only
     knows_steps = not start.config.flow_only and config.objective.step_conditioned
     if knows_steps and start.finest_steps != config.finest_steps:
         raise ValueError(
@@ -34,7 +33,7 @@ def load_start(config: RunConfig, network: nn.Module, teacher: Model | None) -> 
         )
     # Parameters of the objective's own begin anew.
     network.load_state_dict(network.state_dict() | start.network.state_dict())
-    if made_ready:
+    if config.start is not None and start.config.flow_only:
         start_from_flow(network, start.finest_steps)
 
 
@@ -66,15 +65,8 @@ def open_teacher(config: RunConfig) -> Model | None:
     return teacher
 
 
-def new_teacher(config: RunConfig, finest_steps: int | None) -> nn.Module | None:
-    """A frozen network for the teacher's weights in a checkpoint; None if the run learns from none."""
-    if config.teacher is None:
-        return None
-    return config.build_network(finest_steps=finest_steps, wrapped=False).eval().requires_grad_(False)
-
-
 def open_trained(place: str, config: RunConfig, use: str) -> Model:
-    """A model's folder, a run's (with the newest of several runs), or a hub id; the network is in host memory.
+    """Load a model's folder, a run's (the newest, if it holds several), or a hub id; the network is in host memory.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -90,8 +82,10 @@ def open_trained(place: str, config: RunConfig, use: str) -> Model:
             f"{of_model.name!r} with options {of_model.options}, this run {of_run.name!r} with {of_run.options}"
         )
     info = config.data.describe()
-    mine = {"shape": info.shape, "num_classes": info.num_classes, "condition_shape": info.condition_shape}
-    for name, value in mine.items():
-        if value != (theirs := getattr(model.config, name)):
-            raise ValueError(f"{path} cannot be the {use}: its {name} is {theirs}, that of this run's data is {value}")
+    for name in ("shape", "num_classes", "condition_shape"):
+        of_data, trained_on = getattr(info, name), getattr(model.config, name)
+        if of_data != trained_on:
+            raise ValueError(
+                f"{path} cannot be the {use}: its {name} is {trained_on}, that of this run's data is {of_data}"
+            )
     return model

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from shortcutflow import checkpoint
 from shortcutflow.data.digits import write_digits
 from shortcutflow.data.stream import ShardStream
 from shortcutflow.distributed import joined
 from shortcutflow.objectives import ShortcutObjective
-from shortcutflow.train import checkpoint
-from shortcutflow.train.faults import MOST_SKIPPED_IN_A_ROW, NonFiniteError
+from shortcutflow.train.loggers import read_metrics
 from shortcutflow.train.loop import train
-from shortcutflow.train.metrics import read_metrics
+from shortcutflow.train.nonfinite import MAX_SKIPPED_IN_A_ROW, NonFiniteError
 from shortcutflow.types import Batch
 from tests.train.launched import Job, furthest_apart, outcomes, tensors, tiny
 
@@ -73,7 +73,9 @@ def test_nan_in_the_data_stops_before_the_weights_change(
     assert re.search(rf"bootstrap loss nan at d = 0\.\d+, t = [0-9.]+ of sample {key}", message)
     assert "the weights were not changed" in message
     assert message.endswith(f"last good checkpoint: {tmp_path / 'checkpoints' / 'step_00000003'}")
-    assert len(weights) == 4, "the optimizer took the four good steps and no more"
+    assert len(weights) == 5
+    assert not torch.equal(weights[3], weights[2])
+    assert torch.equal(weights[4], weights[3]), "the optimizer took the four good steps and no more"
     assert all(w.isfinite().all() for w in weights)
     saved = tensors(tmp_path, 3)
     assert all(tensor.isfinite().all() for tensor in saved.values())
@@ -126,7 +128,7 @@ def test_skipped_steps_are_counted_on_after_a_resume(
 def test_too_many_skipped_in_a_row_stop(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """20 pass, also twice; 21 do not."""
     config = tiny(shards, "training.on_non_finite=skip", "training.steps=100", "training.log_every=100")
-    most = MOST_SKIPPED_IN_A_ROW
+    most = MAX_SKIPPED_IN_A_ROW
     assert most == 20
     handed_out = break_data(monkeypatch, *range(3, 3 + most), *range(4 + most, 4 + 2 * most), *range(50, 100))
     with pytest.raises(NonFiniteError, match=f"{most + 1} steps in a row were skipped") as caught:
@@ -180,4 +182,4 @@ def test_one_rank_alone(tmp_path: Path, shards: Path) -> None:
             assert read_metrics(run_dir / "metrics.jsonl")[-1]["skipped_steps"] == 1
     assert [rank.error for rank in stopped] == ["NonFiniteError"] * 2
     assert [rank.optimizer_steps for rank in stopped] == [2, 2]
-    assert f"{MOST_SKIPPED_IN_A_ROW + 1} steps in a row were skipped" in stopped[0].message
+    assert f"{MAX_SKIPPED_IN_A_ROW + 1} steps in a row were skipped" in stopped[0].message
