@@ -17,8 +17,8 @@ from tests.conftest import GOLDEN
 from tests.parity.recorded import Recording, build, shortcut_objective
 
 
-def train_as_released(flags: dict, arch: dict, *, seed: int) -> dict[str, np.ndarray]:
-    """The released training on the digits: 2,000 steps, unconditional, as tests/golden/digits_reference.npz."""
+def train_as_released(flags: dict, arch: dict, *, steps: int, seed: int) -> dict[str, np.ndarray]:
+    """The first steps of the released training on the digits, unconditional, as tests/golden/digits_reference.npz."""
     images = torch.from_numpy(load_digits()[0])
     order = np.random.default_rng(seed).integers(0, len(images), (flags["max_steps"], flags["batch_size"]))
     torch.manual_seed(seed)
@@ -31,7 +31,7 @@ def train_as_released(flags: dict, arch: dict, *, seed: int) -> dict[str, np.nda
     null = torch.full((flags["batch_size"],), arch["num_classes"])
     generator = torch.Generator().manual_seed(seed)
     curves: dict[str, list[float]] = {"loss_flow": [], "loss_bootstrap": [], "v_magnitude_bootstrap": []}
-    for step, rows in enumerate(order):
+    for step, rows in enumerate(order[:steps]):
         batch = images[rows]
         report = objective(
             net, batch, null, target_net=average.network, null_y=arch["num_classes"], generator=generator
@@ -51,7 +51,8 @@ def farthest(curve: np.ndarray, others: list[np.ndarray]) -> float:
     return float(np.mean(np.abs(curve - mean) / mean))
 
 
-def test_released_training_curves() -> None:
+@pytest.mark.parametrize("steps", [600, pytest.param(2000, marks=pytest.mark.slow)])
+def test_released_training_curves(steps: int) -> None:
     """Losses and bootstrap velocities, in means of 100 steps, beside three recorded runs.
 
     The flow loss and the size of bootstrap targets must lie about as close to the recorded runs as these lie to each
@@ -60,19 +61,19 @@ def test_released_training_curves() -> None:
     current weights, the control, are noticed by the size of bootstrap targets.
     """
     z = Recording.open(GOLDEN / "digits_reference.npz")
-    curves = train_as_released(z.json("flags"), z.json("arch"), seed=0)
+    curves = train_as_released(z.json("flags"), z.json("arch"), steps=steps, seed=0)
     runs = json.loads((GOLDEN / "digits_summary.json").read_text())["runs"]
     recorded = [run["mean100"] for run in runs.values() if run["steps"] == 2000 and run["bootstrap_ema"] == 1]
     assert len(recorded) == 3
     for name, curve in curves.items():
-        seeds = [np.array(run[name]) for run in recorded]
+        seeds = [np.array(run[name])[: len(curve)] for run in recorded]
         spread = [farthest(seed, [other for other in seeds if other is not seed]) for seed in seeds]
         # Twice, because the distance to a mean of three is compared with distances to means of two.
         limit = 0.5 if name == "loss_bootstrap" else 2 * max(spread)
         assert farthest(curve, seeds) <= limit, (name, farthest(curve, seeds), spread)
         if name == "v_magnitude_bootstrap":
             no_average = [r["mean100"] for r in runs.values() if r["steps"] == 2000 and r["bootstrap_ema"] == 0]
-            assert all(farthest(np.array(wrong[name]), seeds) > 5 * limit for wrong in no_average)
+            assert all(farthest(np.array(wrong[name])[: len(curve)], seeds) > 5 * limit for wrong in no_average)
 
 
 @pytest.mark.slow

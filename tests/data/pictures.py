@@ -112,3 +112,7 @@ def contents(source: RawSource) -> list[tuple[bytes, int | None]]:
 def files_of(folder: Path) -> dict[str, bytes]:
     """What a prepared folder holds, half-written files too."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".lock")}
+
+
+FILES = pictures(11)
+"""The images that the tests of sources pack in every way."""

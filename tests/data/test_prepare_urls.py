@@ -15,10 +15,10 @@ from shortcutflow.data.prepare import prepare
 from shortcutflow.data.sources import open_source
 from tests.data.pictures import (
     CLASSES,
+    FILES,
     by_class,
     contents,
     files_of,
-    pictures,
     tar_of,
     webdataset_of,
     write_files,
@@ -27,7 +27,6 @@ from tests.data.pictures import (
 )  # fmt: skip
 from tests.data.test_remote import Server
 
-FILES = pictures(11)
 HALVES = [{name: FILES[name] for name in sorted(FILES)[i::2]} for i in range(2)]
 
 

@@ -14,10 +14,10 @@ from shortcutflow.data.sources import open_source
 from shortcutflow.data.sources.readers import RawSource
 from tests.data.pictures import (
     CLASSES,
+    FILES,
     by_class,
     contents,
     picture,
-    pictures,
     tar_of,
     webdataset_of,
     write_files,
@@ -25,8 +25,6 @@ from tests.data.pictures import (
     written,
     zip_of,
 )
-
-FILES = pictures(11)
 
 
 def class_tars(root: Path) -> Path:

@@ -17,17 +17,15 @@ from shortcutflow.data.images import ImageError
 from shortcutflow.data.sources import open_source, readers
 from tests.data.pictures import (
     CLASSES,
+    FILES,
     by_class,
     contents,
     picture,
-    pictures,
     tar_of,
     write_files,
     written,
     zip_of,
 )
-
-FILES = pictures(11)
 
 
 def test_compressed_tars_are_refused(tmp_path: Path) -> None:
