@@ -7,6 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -18,6 +19,9 @@ from shortcutflow.commands.recipes import DryRun, ObjectiveName, Overrides, Resu
 from shortcutflow.commands.training import average_command, sample_command, show_config_command, train_command
 from shortcutflow.config import RunConfig
 from shortcutflow.launch import Options, run_recipe
+
+if TYPE_CHECKING:
+    from shortcutflow.train.loggers import Logger
 
 NUMBER = re.compile(r"[\d.,e+-]+")
 METRIC = re.compile(r"(fid|kid|is|precision|recall|density|coverage|label_accuracy|,)+")
@@ -54,8 +58,11 @@ for name, command in COMMANDS.items():
 app.add_typer(plot_app, name="plot")
 
 
-def launch(config: RunConfig, argv: Sequence[str] | None = None) -> None:
-    """Run a recipe file: the command line of ``shortcutflow train``, without the recipe's name."""
+def launch(config: RunConfig, argv: Sequence[str] | None = None, loggers: Sequence[Logger] = ()) -> None:
+    """Run a recipe file: the command line of ``shortcutflow train``, without the recipe's name.
+
+    ``loggers`` receive numbers and images beside those that the config names; see shortcutflow/train/loggers.py.
+    """
     recipe_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
     @recipe_app.command()
@@ -67,7 +74,7 @@ def launch(config: RunConfig, argv: Sequence[str] | None = None) -> None:
         dry_run: DryRun = False,
         objective: ObjectiveName = None,
     ) -> None:
-        run_recipe(config, overrides or [], Options(run_dir, resume, smoke, dry_run, objective))
+        run_recipe(config, overrides or [], Options(run_dir, resume, smoke, dry_run, objective), loggers)
 
     _call(recipe_app, sys.argv[1:] if argv is None else argv)
 

@@ -9,10 +9,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shortcutflow import checkpoint
 from shortcutflow.config import RunConfig, check_rows, with_overrides
 from shortcutflow.run_dir import CHECKPOINTS, find_run, load_run
+
+if TYPE_CHECKING:
+    from shortcutflow.train.loggers import Logger
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,9 @@ class Options:
     objective: str | None = None
 
 
-def run_recipe(config: RunConfig, overrides: Sequence[str] = (), options: Options = Options()) -> Path | None:
+def run_recipe(
+    config: RunConfig, overrides: Sequence[str] = (), options: Options = Options(), loggers: Sequence[Logger] = ()
+) -> Path | None:
     """Train and evaluate; prints where things are. Gives the run's folder, or None for a dry run.
 
     Raises:
@@ -56,7 +62,7 @@ def run_recipe(config: RunConfig, overrides: Sequence[str] = (), options: Option
         return None
     if options.smoke:
         config = _with_models(_with_data(config))
-    _train_and_evaluate(config, folder, resume=options.resume)
+    _train_and_evaluate(config, folder, resume=options.resume, loggers=loggers)
     return folder
 
 
@@ -82,7 +88,7 @@ def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _train_and_evaluate(config: RunConfig, folder: Path, *, resume: bool) -> None:
+def _train_and_evaluate(config: RunConfig, folder: Path, *, resume: bool, loggers: Sequence[Logger]) -> None:
     # Imported here: they take seconds to load, which --help and --dry-run should not.
     from shortcutflow.train.loop import train
     from shortcutflow.train.signals import StoppedBySignal
@@ -90,7 +96,7 @@ def _train_and_evaluate(config: RunConfig, folder: Path, *, resume: bool) -> Non
     _check_evaluation(config)
     start = time.perf_counter()
     try:
-        train(config, folder, resume=resume)
+        train(config, folder, resume=resume, loggers=loggers)
     except StoppedBySignal as stopped:
         if _is_first():
             print(f"\n{stopped.message}", flush=True)

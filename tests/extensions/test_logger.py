@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from recipes.digits import recipe
+from shortcutflow.cli import launch
 from shortcutflow.config import with_overrides
 from shortcutflow.train.loggers import read_metrics
 from shortcutflow.train.loop import train
@@ -127,3 +128,13 @@ def test_a_logger_is_closed_when_the_run_fails(tmp_path: Path) -> None:
     with pytest.raises(ConnectionError):
         train(with_overrides(recipe(), overrides), tmp_path / "run", loggers=[failing])
     assert failing.lines == ["closed"]
+
+
+def test_a_recipe_file_passes_its_own_logger(tmp_path: Path) -> None:
+    printed = Printed()
+    config = with_overrides(recipe(), ["evaluation=null", "training.loggers=[]", f"data.folder={tmp_path}/digits"])
+    with pytest.raises(SystemExit) as ended:
+        launch(config, ["--smoke", "--run-dir", str(tmp_path / "run")], loggers=[printed])
+    assert ended.value.code == 0
+    assert printed.lines[0].startswith("1: loss ")
+    assert printed.lines[-1] == "closed"
