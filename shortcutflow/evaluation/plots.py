@@ -162,7 +162,7 @@ def reconstruction_rows(
     """
     levels = levels_of(model.finest_steps)
     chosen = np.linspace(0, levels, min(columns or levels + 1, levels + 1)).round()
-    t = torch.tensor([*(1 - 2.0**-level for level in chosen), 1.0], device=data.device)
+    t = torch.tensor([*(1 - 2.0**-level for level in chosen), 1.0], dtype=torch.float32, device=data.device)
     every = (len(t), *data.shape)
     x_t = interpolate(
         noise.expand(every).flatten(0, 1), data.expand(every).flatten(0, 1), t.repeat_interleave(len(data))
