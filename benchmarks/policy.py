@@ -31,18 +31,19 @@ START, END = "<!-- policy table: benchmarks/policy.py writes it -->", "<!-- end 
 
 def measured(run_dir: Path) -> dict[str, Any]:
     """What a finished run's folder says."""
-    report, config = json.loads((run_dir / "evaluation.json").read_text()), RunConfig.load(run_dir)
+    report, config = json.loads((run_dir / "evaluation-policy.json").read_text()), RunConfig.load(run_dir)
     settings = config.model_dump(mode="json", exclude={"data": {"folder"}})
     return {
         "objective": config.objective.kind, "seed": config.seed, "config": settings,
-        "protocol": report["protocol"], "rows": report["rows"],
+        "protocol": report["protocol"]["description"],
+        "rows": [{"steps": row["steps"], **row["values"]} for row in report["rows"]],
     }  # fmt: skip
 
 
 def train(objective: str, seed: int, folder: Path) -> Path:
     """One run of the recipe."""
     run_dir = folder / f"{objective}-{seed}"
-    recipe = str(ROOT / "recipes" / "policy_sequences.py")
+    recipe = str(ROOT / "recipes" / "policy_sequences")
     options = [f"seed={seed}", "--objective", objective, "--run-dir", str(run_dir)]
     subprocess.run([sys.executable, recipe, *options], check=True, cwd=folder)
     return run_dir

@@ -10,9 +10,10 @@ samples whose label a classifier of the real digits reads.
 """
 
 from shortcutflow.cli import launch
-from shortcutflow.config import ProtocolEvaluation, RunConfig, TrainingConfig
+from shortcutflow.config import RunConfig, TrainingConfig
 from shortcutflow.data.digits import DigitsData
 from shortcutflow.ema import EMAConfig
+from shortcutflow.evaluation.protocol_evaluation import ProtocolEvaluation
 from shortcutflow.network import BackboneConfig
 from shortcutflow.objectives.shortcut import ShortcutObjective
 from shortcutflow.optim import OptimizerConfig

@@ -5,25 +5,31 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 from torch import nn
 
-from shortcutflow.data import DataConfig
+from shortcutflow import plugins
+from shortcutflow.data import DATA_SOURCES, DataConfig
 from shortcutflow.data.source import DataInfo
 from shortcutflow.ema import AnyEMAConfig, EMAConfig
 from shortcutflow.io.atomic import write_whole
 from shortcutflow.io.json import read_object
 from shortcutflow.network import BackboneConfig, build_network
-from shortcutflow.objectives import Context, ObjectiveConfig, objective_kinds
+from shortcutflow.objectives import OBJECTIVES, Context, ObjectiveConfig
 from shortcutflow.old_names import renamed, renamed_path
 from shortcutflow.optim import OptimizerConfig
+from shortcutflow.plugins import Kinds
 from shortcutflow.seeds import seed_for
 from shortcutflow.types import BatchSlice
+
+if TYPE_CHECKING:
+    from shortcutflow.run_dir import Run
 
 CONFIG_FILE = "config.json"
 CURRENT = "current"
@@ -94,71 +100,44 @@ class TrainingConfig(BaseModel):
         return self
 
 
-class ProtocolEvaluation(BaseModel):
-    """What ``shortcutflow evaluate`` measures when training ends; docs/evaluation.md describes protocols and metrics.
+class EvaluationSettings(BaseModel, ABC):
+    """Base of what a config can have measured when training ends.
 
-    Args:
-        protocol: its name.
-        metrics: their names.
-        steps: numbers of steps of the sampler.
-        samples: how many for each.
-        guidance_scale: of the sampler.
-        reference: what samples are compared with, as ``--reference``; None is the images of the training data.
-        batch_size: samples at once.
-        precision: of the network: "float32" or "bfloat16".
+    A subclass declares ``kind: Literal["NAME"] = "NAME"``. Another package's are found by the entry-point group
+    ``shortcutflow.evaluations``: ``NAME = "module:Class"``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["protocol"] = "protocol"
-    protocol: str = "clean-fid"
-    metrics: tuple[str, ...] = ("fid",)
-    steps: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 4, 128)
-    samples: int = Field(default=50_000, ge=2)
-    guidance_scale: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    reference: str | None = None
-    batch_size: int = Field(default=250, ge=1)
-    precision: Literal["float32", "bfloat16"] = "float32"
+    on_every_rank: ClassVar[bool] = False
+    """Whether all ranks of a run take part in ``run``, or the first one alone."""
 
-    def smoke(self) -> ProtocolEvaluation:
-        """The same with hardly any samples."""
-        return self.model_copy(update={"samples": 20, "steps": (1, 4)})
+    kind: str
 
+    def check(self, config: RunConfig) -> None:
+        """Raise ValueError or ImportError, before training starts, if it cannot run for this config."""
 
-class PolicyEvaluation(BaseModel):
-    """How a policy does in Push-T's environment when training ends.
+    def smoke(self) -> Self | None:
+        """The same with hardly any samples, for a smoke run; None if a smoke run measures nothing."""
+        return self
 
-    Args:
-        steps: the sampling budgets of a decision.
-        episodes: how many, from starting positions that no demonstration had.
-        executed: actions carried out before the next decision.
-        max_steps: actions after which an episode ends unsolved.
-    """
+    @abstractmethod
+    def run(self, run: Run) -> Mapping[str, Any] | None:
+        """Measure a trained run, on the device of its network.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["policy"] = "policy"
-    steps: tuple[Annotated[int, Field(ge=1)], ...] = (1, 4, 128)
-    episodes: int = Field(default=100, ge=1)
-    executed: int = Field(default=8, ge=1)
-    max_steps: int = Field(default=300, ge=1)
-
-    def smoke(self) -> PolicyEvaluation:
-        """The same with two short episodes."""
-        return self.model_copy(update={"episodes": 2, "max_steps": 16, "steps": (1, 4)})
+        Returns:
+            The report, which JSON can hold: "rows" has a mapping for each number of "steps" with its "values" by name
+            and, if they were measured, "seconds" by phase. On ranks other than the first, anything.
+        """
 
 
-def _without_pixels(value: Any) -> Any:
-    """An evaluation of kind "pixels", as configs had it before protocols, as the protocol that replaced it."""
-    if isinstance(value, dict) and value.get("kind") == "pixels":
-        now = {"kind": "protocol", "protocol": "digits", "metrics": ("fid", "label_accuracy")}
-        return {"steps": (1, 2, 4, 8, 32, 128), "samples": 2000} | value | now
-    return value
-
-
-EvaluationConfig = Annotated[
-    Annotated[ProtocolEvaluation | PolicyEvaluation, Field(discriminator="kind")], BeforeValidator(_without_pixels)
-]
+EVALUATIONS = Kinds(
+    "evaluation",
+    "shortcutflow.evaluations",
+    EvaluationSettings,
+    lazy={"protocol": "shortcutflow.evaluation.protocol_evaluation:ProtocolEvaluation"},
+)
+EvaluationConfig = Annotated[SerializeAsAny[EvaluationSettings], EVALUATIONS]
 
 
 class RunConfig(BaseModel):
@@ -206,10 +185,6 @@ class RunConfig(BaseModel):
             if chosen != CURRENT and chosen not in self.emas:
                 known = ", ".join([*self.emas, CURRENT])
                 raise ValueError(f"{field} is {chosen!r}; known: {known}")
-        if isinstance(self.evaluation, PolicyEvaluation) and self.data.kind != "pusht":
-            raise ValueError(
-                f"evaluation of kind 'policy' is of pusht; with data of kind {self.data.kind!r} it must be null"
-            )
         if self.objective.needs_teacher != (self.teacher is not None):
             needs = "needs teacher=FOLDER, a run" if self.objective.needs_teacher else "takes no teacher"
             raise ValueError(f"objective {self.objective.kind!r} {needs}; teacher is {self.teacher}")
@@ -305,6 +280,10 @@ def validated(values: dict[str, Any], *, where: str) -> RunConfig:
         raise ValueError(f"{where}: " + "; ".join(lines)) from error
 
 
+OPEN_SECTIONS = {"data": DATA_SOURCES, "objective": OBJECTIVES, "evaluation": EVALUATIONS}
+"""Sections of a run whose kinds other packages can add to."""
+
+
 def with_overrides(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
     """A config with ``section.field=value`` applied; values are JSON, or else taken as text.
 
@@ -331,17 +310,17 @@ def _set(values: dict[str, Any], path: str, text: str) -> None:
             raise ValueError(_unknown(path, ".".join([*sections[:i], section]), here, sections[:i]))
         here = here[section]
     free_form = bool(sections) and sections[-1] in ("options", "emas")
+    kinds = _kinds_of(sections)
     # A section that has changed its kind lacks the fields that have no default.
-    kind = _kinds(sections[0]).get(here.get("kind")) if len(sections) == 1 else None  # type: ignore[arg-type]
-    if field not in here and not free_form and field not in (kind.model_fields if kind is not None else ()):
+    fields = kinds(here.get("kind")).model_fields if kinds is not None else {}
+    if field not in here and not free_form and field not in fields:
         raise ValueError(_unknown(path, field, here, sections))
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = text
-    is_ema = sections[:1] == ["emas"] and len(sections) == 2
-    if field == "kind" and (len(sections) == 1 or is_ema) and value != here.get("kind"):
-        _change_kind(here, sections[0], ".".join(sections), value)
+    if field == "kind" and kinds is not None and value != here["kind"]:
+        _change_kind(here, kinds(value))
     else:
         here[field] = value
 
@@ -352,31 +331,27 @@ def _unknown(path: str, field: str, here: dict[str, Any], sections: list[str]) -
     return f"{path!r}: {'.'.join(sections) or 'a run'} has no field {field!r}; {hint}it has: {', '.join(here)}"
 
 
-def _change_kind(here: dict[str, Any], section: str, place: str, kind: str) -> None:
-    """Keep what the new kind of a section, or of one of its EMAs, also has."""
-    kinds = _kinds(section)
-    if kind not in kinds:
-        raise ValueError(f"{place}.kind is {kind!r}; known: {', '.join(sorted(kinds))}")
-    fields = kinds[kind].model_fields
+def _change_kind(here: dict[str, Any], to: type[BaseModel]) -> None:
+    """Keep what the new kind of a section also has."""
     defaults = {
-        name: field.get_default(call_default_factory=True) for name, field in fields.items() if not field.is_required()
+        name: field.get_default(call_default_factory=True)
+        for name, field in to.model_fields.items()
+        if not field.is_required()
     }
-    kept = {name: value for name, value in here.items() if name in fields}
+    kept = {name: value for name, value in here.items() if name in to.model_fields and name != "kind"}
     here.clear()
-    here.update(defaults | kept | {"kind": kind})
+    here.update(defaults | kept)
 
 
-def _kinds(section: str) -> dict[str, type[BaseModel]]:
-    """The models of a section, by their ``kind``; none if it has no kinds."""
-    if section == "objective":
-        return dict(objective_kinds())
-    models = _models_in(RunConfig.model_fields[section].annotation)
-    return {model.model_fields["kind"].default: model for model in models if "kind" in model.model_fields}
+def _kinds_of(sections: list[str]) -> Callable[[object], type[BaseModel]] | None:
+    """Finds the settings class of a kind, for a section or an EMA that has kinds; None for any other."""
+    if len(sections) == 1 and sections[0] in OPEN_SECTIONS:
+        return OPEN_SECTIONS[sections[0]].find
+    return _kind_of_ema if len(sections) == 2 and sections[0] == "emas" else None
 
 
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models of a union, however it is nested."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for part in get_args(annotation):
-        yield from _models_in(part)
+def _kind_of_ema(kind: object) -> type[BaseModel]:
+    known = {each.model_fields["kind"].default: each for each in get_args(AnyEMAConfig)}
+    if kind not in known:
+        raise ValueError(plugins.unknown("kind of EMA", kind, known))
+    return known[kind]

@@ -93,7 +93,8 @@ def _train_and_evaluate(config: RunConfig, folder: Path, *, resume: bool, logger
     from shortcutflow.train.loop import train
     from shortcutflow.train.signals import StoppedBySignal
 
-    _check_evaluation(config)
+    if config.evaluation is not None:
+        config.evaluation.check(config)
     start = time.perf_counter()
     try:
         train(config, folder, resume=resume, loggers=loggers)
@@ -109,39 +110,21 @@ def _train_and_evaluate(config: RunConfig, folder: Path, *, resume: bool, logger
         raise
     if _is_first():
         print(f"trained in {time.perf_counter() - start:.0f} s")
-    if config.evaluation is not None and (table := _evaluate(config, folder)):
+    if table := _evaluate(config, folder):
         print(f"\n{config.objective.kind}, weights: {config.sample_weights}\n{table}\n", flush=True)
 
 
-def _check_evaluation(config: RunConfig) -> None:
-    """Refuse, before there is a run folder, an evaluation at the end that cannot be made or lacks a package."""
-    if config.evaluation is None:
-        return
-    if config.evaluation.kind == "policy":
-        from shortcutflow.data.pusht_expert import make_env
-
-        make_env()
-    else:
-        from shortcutflow.evaluation.evaluate import check_run
-
-        check_run(config)
-
-
 def _evaluate(config: RunConfig, folder: Path) -> str:
-    """Measure as the config says, with all processes; returns the table on rank 0, else nothing."""
-    if config.evaluation is not None and config.evaluation.kind == "policy":
-        from shortcutflow.distributed import Rank
-        from shortcutflow.evaluation import policy
+    """Measure as the config says and write the report; returns it as a table on rank 0, else nothing."""
+    from shortcutflow.distributed import Rank
+    from shortcutflow.evaluation.report import finish_report, table_of
 
-        if not _is_first():
-            return ""
-        device = Rank.from_environment().device(config.training.device)
-        return policy.table(policy.evaluate_policy(load_run(folder, device=device)))
-    from shortcutflow.evaluation.evaluate import evaluate_run
-    from shortcutflow.evaluation.report import table_of
-
-    report = evaluate_run(folder)
-    return table_of(report) if report is not None else ""
+    settings, rank = config.evaluation, Rank.from_environment()
+    if settings is None or not (rank.number == 0 or settings.on_every_rank):
+        return ""
+    run = load_run(folder, device=rank.device(config.training.device))
+    measured = settings.run(run)
+    return table_of(finish_report(measured, run)) if measured is not None and rank.number == 0 else ""
 
 
 def smoke(config: RunConfig) -> RunConfig:

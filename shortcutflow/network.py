@@ -6,16 +6,17 @@ Nothing here knows a particular backbone: a config names one, and only what is i
 from __future__ import annotations
 
 import inspect
-from importlib.metadata import entry_points
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
+from shortcutflow import plugins
 from shortcutflow.seeds import seed_for
 
-ENTRY_POINT_GROUP = "shortcutflow.backbones"
+BACKBONE_GROUP = "shortcutflow.backbones"
+"""Of entry points; each names a mapping from backbone names to builders."""
 
 
 class BackboneConfig(BaseModel):
@@ -50,25 +51,25 @@ def build_network(
     """Build the named network, its initial weights a function of the seed.
 
     Raises:
-        ValueError: for an unknown name, listing the installed ones, or options its builder does not take.
+        ValueError: for an unknown name, listing the installed ones, one that two packages have, or options that its
+            builder does not take.
+        ImportError: if a package that declares backbones cannot be imported.
     """
-    known: list[str] = []
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        builders = entry.load()
-        known += builders
-        if config.name not in builders:
-            continue
-        builder = builders[config.name]
-        options = {"shape": shape, "num_classes": num_classes, "finest_steps": finest_steps}
-        # Only what is conditioned on tensors has to know of them.
-        options |= {"condition_shape": condition_shape} if condition_shape is not None else {}
-        options |= config.options
-        try:
-            inspect.signature(builder).bind(**options)
-        except TypeError as error:
-            raise ValueError(f"backbone {config.name!r}: {error}; it takes {inspect.signature(builder)}") from error
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_for(seed, "network"))
-            return builder(**options)
-    hint = "" if known else "; none is installed, so the package itself is not: pip install -e ."
-    raise ValueError(f"unknown backbone {config.name!r}; known: {', '.join(sorted(known))}{hint}")
+    installed = dict(plugins.load_all(BACKBONE_GROUP, "backbone package"))
+    found = {origin: builders[config.name] for origin, builders in installed.items() if config.name in builders}
+    plugins.only_one("backbone", config.name, found)
+    if not found:
+        known = [name for builders in installed.values() for name in builders]
+        raise ValueError(plugins.unknown("backbone", config.name, known))
+    (builder,) = found.values()
+    options = {"shape": shape, "num_classes": num_classes, "finest_steps": finest_steps}
+    # Only what is conditioned on tensors has to know of them.
+    options |= {"condition_shape": condition_shape} if condition_shape is not None else {}
+    options |= config.options
+    try:
+        inspect.signature(builder).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"backbone {config.name!r}: {error}; it takes {inspect.signature(builder)}") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(seed, "network"))
+        return builder(**options)

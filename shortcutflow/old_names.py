@@ -10,9 +10,23 @@ PUBLIC = {"Average": "EMA", "AverageConfig": "EMAConfig"}
 """Of the package ``shortcutflow``."""
 
 
+EVALUATIONS = {
+    "pixels": {
+        "kind": "protocol", "protocol": "digits", "metrics": ("fid", "label_accuracy"),
+        "steps": (1, 2, 4, 8, 32, 128), "samples": 2000,
+    },
+}  # fmt: skip
+"""Kinds of a run's evaluation: what each is now. Fields that a config gives take precedence."""
+
+
 def renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """A run's config with today's names of its fields."""
-    return {RUN_FIELDS.get(name, name): value for name, value in values.items()}
+    """A run's config with today's names of its fields and kinds."""
+    values = {RUN_FIELDS.get(name, name): value for name, value in values.items()}
+    evaluation = values.get("evaluation")
+    if isinstance(evaluation, dict) and evaluation.get("kind") in EVALUATIONS:
+        now = EVALUATIONS[evaluation["kind"]]
+        values["evaluation"] = now | evaluation | {"kind": now["kind"]}
+    return values
 
 
 def renamed_path(path: str) -> str:

@@ -127,7 +127,7 @@ def test_one_training_objective_per_name(inside: Path, capsys: pytest.CaptureFix
 
 
 MISTAKES = [
-    (["train", "digit"], "unknown recipe 'digit'; known: digits"),
+    (["train", "digit"], "unknown recipe 'digit'; did you mean 'digits'? known: digits"),
     (["train", "missing.py"], "there is no recipe file missing.py"),
     (["train", "digits", "training.step=3"], "did you mean 'steps'?"),
     (["train", "digits", "trainin.steps=3"], "did you mean 'training'?"),

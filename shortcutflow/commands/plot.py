@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shortcutflow.commands.subjects import check_out, open_subject, write_image
-from shortcutflow.data.source import DataSettings, ShardsData
+from shortcutflow.data.source import DataSource, ShardsData
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -184,7 +184,7 @@ def _decoded(model: Subject, samples: Mapping[Any, Tensor]) -> dict[Any, Tensor]
     return dict(zip(samples, ImageDecoder(model.info, model.device)(*samples.values()), strict=True))
 
 
-def _data(model: Subject, folder: Path | None) -> DataSettings:
+def _data(model: Subject, folder: Path | None) -> DataSource:
     """The real data, which must fit the network."""
     if folder is not None:
         source = ShardsData(folder=folder)

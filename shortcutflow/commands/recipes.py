@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from shortcutflow import plugins
 from shortcutflow.config import RunConfig
 
 RECIPE_GROUP = "shortcutflow.recipes"
@@ -30,10 +31,9 @@ def load_recipe(name: str) -> RunConfig:
     """
     if name.endswith(".py"):
         return _recipe_of_file(Path(name))()
-    recipes = {entry.name: entry for entry in entry_points(group=RECIPE_GROUP)}
-    if name not in recipes:
-        raise ValueError(f"unknown recipe {name!r}; known: {', '.join(sorted(recipes))}; or give a file, NAME.py")
-    return recipes[name].load()()
+    if name not in (known := plugins.names(RECIPE_GROUP)):
+        raise ValueError(f"{plugins.unknown('recipe', name, known)}; or give a file, NAME.py")
+    return plugins.load(RECIPE_GROUP, name, "recipe")()
 
 
 def _recipe_of_file(path: Path) -> Callable[[], RunConfig]:
@@ -43,6 +43,7 @@ def _recipe_of_file(path: Path) -> Callable[[], RunConfig]:
     if spec is None or spec.loader is None:
         raise ValueError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where classes that the recipe defines look their annotations up
     spec.loader.exec_module(module)
     if not callable(getattr(module, "recipe", None)):
         raise ValueError(f"{path} is no recipe: it has no function recipe() -> RunConfig")

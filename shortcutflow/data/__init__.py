@@ -1,15 +1,16 @@
-"""The data sources a run can name: a closed set, told apart by ``kind``."""
+"""The data sources that a run can name by their ``kind``: these, and those of installed packages."""
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import SerializeAsAny
 
 from shortcutflow.data.digits import DigitsData
 from shortcutflow.data.imagefolder import ImageFolderData
-from shortcutflow.data.pusht import PushTData
-from shortcutflow.data.source import ShardsData
+from shortcutflow.data.source import DataSource, ShardsData
 from shortcutflow.data.webdataset import WebdatasetData
+from shortcutflow.plugins import Kinds
 
-DataConfig = Annotated[
-    DigitsData | ImageFolderData | PushTData | ShardsData | WebdatasetData, Field(discriminator="kind")
-]
+__all__ = ["DATA_SOURCES", "DataConfig", "DigitsData", "ImageFolderData", "ShardsData", "WebdatasetData"]
+
+DATA_SOURCES = Kinds("data source", "shortcutflow.data", DataSource)
+DataConfig = Annotated[SerializeAsAny[DataSource], DATA_SOURCES]

@@ -11,7 +11,7 @@ from shortcutflow.data.imagefolder import ImageFolderData
 from shortcutflow.data.manifest import MANIFEST, LatentsInfo, Manifest
 from shortcutflow.data.remote import is_url
 from shortcutflow.data.shards import EncodedBatch, Sample, shard_name, write_shard, write_shards
-from shortcutflow.data.source import DataSettings, ShardsData
+from shortcutflow.data.source import READING, DataSource, ShardsData
 from shortcutflow.io.atomic import build_once
 
 SAMPLES_PER_SHARD, SHARDS = 16, 2
@@ -22,7 +22,7 @@ LATENTS = LatentsInfo(vae="stand-in/for/an autoencoder", sha256="0" * 64, scalin
 """The autoencoder is neither a folder nor a hub id: sample grids show the latents themselves."""
 
 
-def fake_data_for(data: DataSettings, *, labelled: bool) -> tuple[ShardsData, str] | None:
+def fake_data_for(data: DataSource, *, labelled: bool) -> tuple[ShardsData, str] | None:
     """Shards to use where a recipe's data is not there, written below ``data/`` if need be, and a sentence about them.
 
     Shards of latents are replaced by random moments, of 256x256 pixels; raw images by random ones of their size. What
@@ -36,7 +36,7 @@ def fake_data_for(data: DataSettings, *, labelled: bool) -> tuple[ShardsData, st
         classes = IMAGE_CLASSES if data.labels else None
         size, place = data.size, _folder_for(data.shards, classes)
         build_once(place, lambda folder: write_images(folder, size, classes), marker=MANIFEST)
-        fake = ShardsData(folder=place, **data.model_dump(include=set(DataSettings.model_fields)))
+        fake = ShardsData(folder=place, **data.model_dump(include=READING))
         return fake, f"stand-in data: random images in {place}, because {data.path} is not there"
     if isinstance(data, ShardsData) and data.vae is not None and not is_url(data.folder):
         if (Path(data.folder) / MANIFEST).is_file():

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 import shortcutflow
-from shortcutflow.config import ProtocolEvaluation, RunConfig
-from shortcutflow.distributed import World, joined
+from shortcutflow.data.source import DataSettings
+from shortcutflow.distributed import World
 from shortcutflow.evaluation.distances.inception_score import require_scores
 from shortcutflow.evaluation.feature_set import WORK, checkpoint_file, extract_all, remove_checkpoint, timed
-from shortcutflow.evaluation.features.protocols import EvaluationProtocol, open_protocol
+from shortcutflow.evaluation.features.protocols import EvaluationProtocol
 from shortcutflow.evaluation.metrics import WITH_FEATURES, WITH_REFERENCE, check_metrics, compute_metrics
 from shortcutflow.evaluation.real_images import DIGITS, RealImages, open_images
 from shortcutflow.evaluation.reference import (
@@ -28,18 +28,12 @@ from shortcutflow.evaluation.reference import (
     load_reference,
     reference_of,
 )
-from shortcutflow.evaluation.report import report_of, report_path, write_report
-from shortcutflow.evaluation.sample_grid import sample_grid, save_image
+from shortcutflow.evaluation.report import report_of, write_report
 from shortcutflow.evaluation.samples import Sampler
-from shortcutflow.evaluation.subject import subject_of_run
 from shortcutflow.io.atomic import claim, require_ours
-from shortcutflow.run_dir import load_run
 from shortcutflow.schedule import step_sizes
 
-SAMPLES_FILE = "samples.png"
-COLUMNS = 20
-"""Samples in it for each number of steps."""
-_OF_LATENTS = (
+OF_LATENTS = (
     "{name} was trained on latents, and a reference is made of images: name those that they were made from, or their "
     "statistics, with --reference or evaluation.reference"
 )
@@ -85,7 +79,7 @@ def evaluate(
     world = world or World(0, 1, sampler.subject.device)
     check_request(steps, metrics, samples)
     _check_place(out)
-    width = _check_extractor(sampler.side, sampler.subject.info.num_classes, protocol, metrics)
+    width = check_extractor(sampler.side, sampler.subject.info.num_classes, protocol, metrics)
     seconds: dict[str, float] = {}
     with timed(seconds, "whole"):
         with timed(seconds, "reference"):
@@ -151,7 +145,7 @@ def _check_place(out: Path) -> None:
     require_ours(out)
 
 
-def _check_extractor(
+def check_extractor(
     side: tuple[int, int], num_classes: int | None, protocol: EvaluationProtocol, metrics: Sequence[str]
 ) -> int:
     """Number of features that the extractor finds in one image of noise of the samples' size.
@@ -199,14 +193,14 @@ def _reference(
     if source is None:
         found: Reference | RealImages = training_images(sampler)
     else:
-        found = _open_reference(source, protocol, metrics, sampler.side)
+        found = open_reference(source, protocol, metrics, sampler.side)
     if isinstance(found, Reference):
         return found
     with_features = any(name in WITH_FEATURES for name in metrics)
     return reference_of(found, protocol, folder, with_features=with_features, world=world, side=sampler.side)
 
 
-def _open_reference(
+def open_reference(
     source: str | Path, protocol: EvaluationProtocol, metrics: Sequence[str], side: tuple[int, int] | None
 ) -> Reference | RealImages:
     """Statistics, or the images to make them of; side is that of the samples, if it is known."""
@@ -230,66 +224,10 @@ def training_images(sampler: Sampler) -> RealImages:
     if data is None:
         raise ValueError(f"nothing says what {name} was trained on: name images or their statistics with --reference")
     if sampler.autoencoder is not None:
-        raise ValueError(_OF_LATENTS.format(name=name))
-    try:
-        return open_images(DIGITS if data.kind == "digits" else data.opened())
-    except NotImplementedError:
+        raise ValueError(OF_LATENTS.format(name=name))
+    if not isinstance(data, DataSettings):
         raise ValueError(
             f"{name} was trained on data of kind {data.kind!r}, which is a stream and no folder of shards: name "
             "images or their statistics with --reference"
-        ) from None
-
-
-def check_run(config: RunConfig) -> None:
-    """Refuse, before a run is trained, an evaluation at its end that cannot be made.
-
-    Raises:
-        ValueError, OSError, ImportError: as :func:`evaluate`.
-    """
-    settings, info = config.evaluation, config.data.describe()
-    assert isinstance(settings, ProtocolEvaluation)
-    check_request(settings.steps, settings.metrics, settings.samples)
-    if not info.is_picture:
-        raise ValueError(
-            f"evaluation.protocol {settings.protocol!r} is of images, data of kind {config.data.kind!r} has samples of "
-            f"shape {info.shape}: use evaluation=null"
         )
-    protocol, side = open_protocol(settings.protocol), (info.shape[1], info.shape[2])
-    if info.vae is None:
-        _check_extractor(side, info.num_classes, protocol, settings.metrics)
-    if any(name in WITH_REFERENCE for name in settings.metrics):
-        source = settings.reference or (DIGITS if config.data.kind == "digits" else None)
-        if source is not None:
-            _open_reference(source, protocol, settings.metrics, side if info.vae is None else None)
-        elif info.vae is not None:
-            raise ValueError(_OF_LATENTS.format(name=config.name))
-
-
-def evaluate_run(folder: Path) -> dict[str, Any] | None:
-    """Evaluate a finished run as its config says; every process of the job must call this.
-
-    Writes the report and ``samples.png``, the first samples at each number of steps, into the run's folder.
-
-    Returns:
-        The report, on rank 0; None on the others.
-    """
-    config = RunConfig.load(folder)
-    settings = config.evaluation
-    assert isinstance(settings, ProtocolEvaluation)
-    with joined(config.training.device) as world:
-        subject = subject_of_run(load_run(folder, device=world.device))
-        sampler = Sampler(
-            subject, seed=config.seed, guidance_scale=settings.guidance_scale, batch_size=settings.batch_size,
-            precision=settings.precision,
-        )  # fmt: skip
-        report = evaluate(
-            sampler, open_protocol(settings.protocol, device=world.device), report_path(folder, settings.protocol),
-            steps=settings.steps, metrics=settings.metrics, samples=settings.samples, reference=settings.reference,
-            world=world,
-        )  # fmt: skip
-        if world.is_main:
-            grid = sample_grid(
-                subject, steps=settings.steps, count=COLUMNS, seed=config.seed, guidance_scale=settings.guidance_scale
-            )
-            save_image(grid, folder / SAMPLES_FILE)
-        return report
+    return open_images(DIGITS if data.kind == "digits" else data.opened())

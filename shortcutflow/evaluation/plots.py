@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shortcutflow import sampling
-from shortcutflow.data.source import DataSettings
+from shortcutflow.data.source import DataSource
 from shortcutflow.data.stream import BatchStream
 from shortcutflow.evaluation.generate import fresh_noise_of
 from shortcutflow.evaluation.sample_grid import image_grid, n_steps
@@ -303,7 +303,7 @@ def nearest_neighbours(
     return distance, position
 
 
-def neighbours_in_data(settings: DataSettings, samples: Tensor, k: int) -> tuple[Tensor, Tensor, float]:
+def neighbours_in_data(settings: DataSource, samples: Tensor, k: int) -> tuple[Tensor, Tensor, float]:
     """The nearest training samples of generated ones, and how near training samples are to each other.
 
     Args:
@@ -338,7 +338,7 @@ def neighbours_image(images: Tensor, distance: Tensor, y: Tensor | None, *, titl
     return image_grid(list(images), titles, column_titles=columns, title=title, cell=64)
 
 
-def some_data(settings: DataSettings, count: int, *, seed: int = 0) -> Batch:
+def some_data(settings: DataSource, count: int, *, seed: int = 0) -> Batch:
     """The first samples of the first epoch in a seed's order, not mirrored, the same in every process.
 
     Raises:
@@ -349,7 +349,7 @@ def some_data(settings: DataSettings, count: int, *, seed: int = 0) -> Batch:
     return _stream(settings, batch_size=count, seed=seed).batch_at(0)
 
 
-def all_data(settings: DataSettings, *, batch_size: int = 512) -> Iterator[Batch]:
+def all_data(settings: DataSource, *, batch_size: int = 512) -> Iterator[Batch]:
     """Every sample once, not mirrored, in batches; always in the same order. Latents are those of one draw."""
     stream = _stream(settings, batch_size=batch_size, seed=0)
     for start in range(0, stream.samples, batch_size):
@@ -358,9 +358,8 @@ def all_data(settings: DataSettings, *, batch_size: int = 512) -> Iterator[Batch
         yield Batch(batch.data[:left], None if batch.y is None else batch.y[:left], batch.keys[:left])
 
 
-def _stream(settings: DataSettings, *, batch_size: int, seed: int) -> BatchStream:
-    still = settings.model_copy(update={"workers": 0, "cache_bytes": 0, "horizontal_flip": False})
-    return still.open_stream(batch_size=batch_size, seed=seed)
+def _stream(settings: DataSource, *, batch_size: int, seed: int) -> BatchStream:
+    return settings.as_stored().open_stream(batch_size=batch_size, seed=seed)
 
 
 def _names(y: Tensor | None, n: int) -> Sequence[str]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shortcutflow.evaluation.runs import REPORT_FILE
 from shortcutflow.io.json import read_object
+from shortcutflow.models.config import REPORTS
 from shortcutflow.run_dir import find_run
 
 if TYPE_CHECKING:
@@ -37,9 +37,8 @@ def find_report(path: Path, *, protocol: str | None = None) -> Path:
     """
     if path.is_file():
         return path
-    stem = Path(REPORT_FILE).stem
-    pattern = f"{stem}*.json" if protocol is None else f"{stem}-{protocol}.json"
-    folder = path if any(path.glob(f"{stem}*.json")) else find_run(path)
+    pattern = REPORTS if protocol is None else f"evaluation-{protocol}.json"
+    folder = path if any(path.glob(REPORTS)) else find_run(path)
     found = sorted(folder.glob(pattern))
     if not found:
         raise FileNotFoundError(f"{folder} holds no {pattern}: measure the run first, with shortcutflow evaluate")

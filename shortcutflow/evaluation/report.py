@@ -18,6 +18,7 @@ from shortcutflow.evaluation.metrics import METRICS
 from shortcutflow.evaluation.reference import Reference, file_name
 from shortcutflow.evaluation.samples import Sampler
 from shortcutflow.io.atomic import write_whole
+from shortcutflow.run_dir import Run
 
 
 def report_path(folder: Path, protocol: str) -> Path:
@@ -91,26 +92,42 @@ def _device_name(device: torch.device) -> str:
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
 
 
+def finish_report(measured: Mapping[str, Any], run: Run) -> dict[str, Any]:
+    """What a run's own evaluation found, with what it takes to repeat it; written into the run's folder."""
+    settings = run.config.evaluation
+    assert settings is not None
+    report = {
+        "format": "shortcutflow-evaluation",
+        "subject": {"name": run.config.name, "folder": str(run.folder), "weights": run.weights, "step": run.step},
+        "seed": run.config.seed,
+        "evaluation": settings.model_dump(mode="json"),
+        "versions": {"shortcutflow": shortcutflow.__version__, "torch": torch.__version__},
+        **measured,
+    }
+    write_report(report, report_path(run.folder, getattr(settings, "protocol", settings.kind)))
+    return report
+
+
 def write_report(report: Mapping[str, Any], path: Path) -> None:
     """Write it, whole or not at all."""
     write_whole(path, json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def table_of(report: Mapping[str, Any]) -> str:
-    """The rows for people, with a line that says how they were measured."""
-    reference = report["reference"]
-    against = f" against {reference['source']}" if reference is not None else ""
-    if reference is not None and reference["reused"]:
+    """The rows as a table, with a line that says how they were measured."""
+    reference, protocol = report.get("reference"), report.get("protocol")
+    samples = f", {report['samples']} samples" if "samples" in report else ""
+    against = f" against {reference['source']}" if reference else ""
+    if reference and reference["reused"]:
         against += f", whose statistics were reused from {reference['file']}"
-    names = list(report["rows"][0]["values"])
-    lines = [
-        f"{report['subject']['name']}, weights {report['subject']['weights']}, {report['samples']} samples{against}",
-        f"protocol {report['protocol']['name']}: {report['protocol']['description']}",
-        "steps" + "".join(f"{name:>12}" for name in names) + "     seconds",
-    ]
-    for row in report["rows"]:
+    lines = [f"{report['subject']['name']}, weights {report['subject']['weights']}{samples}{against}"]
+    lines += [f"protocol {protocol['name']}: {protocol['description']}"] if protocol else []
+    rows = report.get("rows", [])
+    names = list(rows[0]["values"]) if rows else []
+    lines.append("steps" + "".join(f"{name:>12}" for name in names) + "     seconds")
+    for row in rows:
         values = "".join(f"{_short(row['values'][name]):>12}" for name in names)
-        lines.append(f"{row['steps']:5d}{values}{sum(row['seconds'].values()):12.1f}")
+        lines.append(f"{row['steps']:5d}{values}{sum(row.get('seconds', {}).values()):12.1f}")
     return "\n".join(lines)
 
 

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from recipes.digits import recipe
+from recipes.policy_sequences.data import PushTData
 from shortcutflow.cli import main, spread_lists
-from shortcutflow.config import ProtocolEvaluation, RunConfig
+from shortcutflow.config import RunConfig
 from shortcutflow.evaluation.features.protocols import open_protocol
 from shortcutflow.evaluation.metrics import METRICS
+from shortcutflow.evaluation.protocol_evaluation import ProtocolEvaluation
 from shortcutflow.evaluation.samples import Sampler
 from shortcutflow.models.model import load
 from shortcutflow.train.loop import train
@@ -144,7 +146,7 @@ def test_a_config_of_kind_pixels_is_the_protocol_digits() -> None:
         ('evaluation.metrics=["is"]', "metric 'is' needs class scores, which protocol digits does not give"),
         ("evaluation.reference=nowhere", "there is no nowhere"),
         ("evaluation.reference=nowhere.npz", "nowhere.npz"),
-        ('data={"kind":"pusht"}', "is of images, data of kind 'pusht' has samples of shape"),
+        (f"data={PushTData().model_dump_json()}", "is of images, data of kind 'pusht' has samples of shape"),
     ],
 )
 def test_an_evaluation_that_cannot_be_made_is_refused_before_training(

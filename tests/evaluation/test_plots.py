@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from torch import Tensor
 from recipes.digits import recipe
 from shortcutflow.config import RunConfig, with_overrides
 from shortcutflow.data.digits import DigitsData
-from shortcutflow.data.source import DataInfo, DataSettings
+from shortcutflow.data.source import DataInfo, DataSource
 from shortcutflow.data.stream import BatchStream
 from shortcutflow.evaluation.decode import ImageDecoder
 from shortcutflow.evaluation.evaluate import training_images
@@ -310,8 +310,11 @@ class TenNumbers:
     def load_state_dict(self, state: dict[str, int]) -> None: ...
 
 
-class Foreign(DataSettings):
-    kind: str = "foreign"
+class Foreign(DataSource):
+    kind: Literal["foreign"] = "foreign"
+
+    def describe(self) -> DataInfo:
+        return DataInfo((1, 8, 8), None)
 
     def open_stream(self, *, batch_size: int, seed: int, **_: Any) -> BatchStream:
         return TenNumbers(batch_size, seed)

@@ -1,21 +1,24 @@
 """Push-T: a policy that generates its next 16 actions in one step, tried in the real environment.
 
-    python recipes/policy_sequences.py
-    python recipes/policy_sequences.py --objective flow_matching     # the contrast
+    shortcutflow train policy_sequences
+    shortcutflow train policy_sequences --objective flow_matching     # the contrast
 
 A round pusher must push a T-shaped block onto its goal (gym-pusht). A scripted expert solves it by itself; 600 of its
-episodes, gathered at the first run, are the demonstrations. The policy is a shortcut model over trajectories: 16 target
+episodes, recorded at the first run, are the demonstrations. The policy is a shortcut model over trajectories: 16 target
 positions, conditioned on the last two states; 8 are executed, then it decides again. At the end 100 episodes from
 unseen starting positions are run with decisions of 1, 4 and 128 network calls.
 
-Gathering takes two minutes, training six on two CPU cores. Score (mean of the largest coverage over 0.95, at most 1) of
+Recording takes two minutes, training six on two CPU cores. Score (mean of the largest coverage over 0.95, at most 1) of
 one run, seed 0: 0.67 with one network call a decision, 0.86 with 4, 0.92 with 128; solved 3 %, 15 % and 21 %. The paper
 reports 0.95 for a diffusion policy with 100 steps and 0.87 for one shortcut step, on other demonstrations.
+
+Data source (``data.py``) and evaluation (``evaluation.py``) are the recipe's own: the library finds them by the entry
+points in ``pyproject.toml``, as it finds those of any other package.
 """
 
-from shortcutflow.cli import launch
-from shortcutflow.config import PolicyEvaluation, RunConfig, TrainingConfig
-from shortcutflow.data.pusht import PushTData
+from recipes.policy_sequences.data import PushTData
+from recipes.policy_sequences.evaluation import PolicyEvaluation
+from shortcutflow.config import RunConfig, TrainingConfig
 from shortcutflow.ema import EMAConfig
 from shortcutflow.network import BackboneConfig
 from shortcutflow.objectives.shortcut import ShortcutObjective
@@ -34,7 +37,3 @@ def recipe() -> RunConfig:
         training=TrainingConfig(steps=3500, global_batch_size=128, device="auto"),
         evaluation=PolicyEvaluation(),
     )
-
-
-if __name__ == "__main__":
-    launch(recipe())

@@ -1,4 +1,4 @@
-"""A scripted expert for Push-T (gym-pusht): it plans pushes in closed form and gathers the demonstrations.
+"""A scripted expert for Push-T (gym-pusht) that plans pushes in closed form, and its demonstrations.
 
 gym-pusht's block has no friction with the pusher, and the space forgets all velocities at every physics step. So a push
 at a fixed point of a face moves the block with a constant twist in its own frame: with inward normal n, lever
@@ -36,16 +36,15 @@ DISTANCES = np.array([1, 2, 3.5, 5.5, 8, 12, 17, 23, 30, 38, 48, 60, 75, 92, 112
 
 
 class Demonstration(NamedTuple):
-    """One episode: states (n + 1, 5) and actions (n, 2) in pixels and radians, coverage (n,) after each action."""
+    """One episode: states (n + 1, 5) and actions (n, 2) in pixels and radians."""
 
     states: np.ndarray
     actions: np.ndarray
-    coverage: np.ndarray
     success: bool
 
 
 class Contacts(NamedTuple):
-    """Places to push at, in the block's frame: points on its edge and inward unit normals, each (C,)."""
+    """Where to push, in the block's frame: points on its edge and inward unit normals, each (C,)."""
 
     point: np.ndarray
     normal: np.ndarray
@@ -53,10 +52,6 @@ class Contacts(NamedTuple):
     def behind(self, gap: float) -> np.ndarray:
         """Centres (C,) of the pusher when it is ``gap`` pixels from touching."""
         return self.point - (RADIUS + gap) * self.normal
-
-    def pick(self, index: int) -> Contacts:
-        """One of the contacts, alone."""
-        return Contacts(self.point[[index]], self.normal[[index]])
 
     def push(self, distance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Moves (C, D) complex and turns (C, D) of the block, in its frame, for push distances (D,)."""
@@ -71,9 +66,11 @@ def contacts() -> Contacts:
     along = np.linspace
     faces = [(along(-52, 52, 11) - 45j, 1j), (along(-8, 8, 3) + 75j, -1j)]
     for side in (-1, 1):
-        faces.append((side * 60 + 1j * along(-37, -23, 3), -side))
-        faces.append((side * along(33, 52, 4) - 15j, -1j))
-        faces.append((side * 15 + 1j * along(3, 67, 9), -side))
+        faces += [
+            (side * 60 + 1j * along(-37, -23, 3), -side),
+            (side * along(33, 52, 4) - 15j, -1j),
+            (side * 15 + 1j * along(3, 67, 9), -side),
+        ]
     return Contacts(np.concatenate([p for p, _ in faces]), np.concatenate([np.full(len(p), n) for p, n in faces]))
 
 
@@ -112,7 +109,7 @@ def residual(place: np.ndarray, heading: np.ndarray) -> np.ndarray:
     """Steps that putting right a pose is guessed to take: its place (pixels) and unit heading, relative to the goal.
 
     One term for not being there (coverage passes 0.95 at about 2 pixels), one for being 10 pixels off or more, and one
-    that grows for ever. Together they outweigh any push that helps, or the plan might be to give up.
+    that grows without bound. Together they outweigh any push that helps, or the plan might be to give up.
     """
     square = np.abs(place) ** 2 + 2 * GYRATION**2 * (1 - heading.real)  # mean over the block's area, pixels^2
     return 40 * square**2 / (square**2 + 5) + 40 * square / (square + 100) + np.sqrt(np.abs(square))
@@ -121,8 +118,8 @@ def residual(place: np.ndarray, heading: np.ndarray) -> np.ndarray:
 def beyond(world: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
     """How far (pixels) world points lie outside a square, at most 0 inside."""
     low, high = bounds
-    across = np.maximum(low - world.real, world.real - high)
-    return np.maximum(across, np.maximum(low - world.imag, world.imag - high))
+    x, y = world.real, world.imag
+    return np.maximum.reduce([low - x, x - high, low - y, y - high])
 
 
 def unreachable(world: np.ndarray) -> np.ndarray:
@@ -140,10 +137,6 @@ class Expert:
         self.spins = np.exp(1j * self.turns).astype(np.complex64)  # single precision: `after` is all the work there is
         self.nodes, self.between = lengths(NODES, NODES), lengths(self.stand, self.stand)
         self.to_nodes, self.from_nodes = lengths(self.stand, NODES), lengths(NODES, self.stand)
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the last episode."""
         self.contact = -1  # none chosen
         self.last = -1  # the contact before, which cannot be chosen again at once
         self.pushing = False  # or still walking to the contact
@@ -165,10 +158,14 @@ class Expert:
         target = center + spin * target
         return np.clip(np.array([target.real, target.imag]), *REACH).astype(np.float32)
 
+    def chosen(self) -> Contacts:
+        """The chosen contact, alone."""
+        return Contacts(self.contacts.point[[self.contact]], self.contacts.normal[[self.contact]])
+
     def ahead(self, reached: float, distance: float) -> complex:
         """The next target, in the block's frame, of a push: the contact point, where the push will have moved it."""
         lead = min(PUSH_LEAD + min(reached, 0.0), distance)
-        move, turn = self.contacts.pick(self.contact).push(np.array([max(lead, 0.0)]))
+        move, turn = self.chosen().push(np.array([max(lead, 0.0)]))
         short = self.contacts.normal[self.contact] * min(lead, 0.0)
         return complex(move[0, 0] + np.exp(1j * turn[0, 0]) * (self.touch[self.contact] + short))
 
@@ -189,7 +186,7 @@ class Expert:
 
     def remaining(self, center: complex, angle: float) -> float:
         """How much further to push at the present contact (pixels), from a coarse search and two finer ones."""
-        here = self.contacts.pick(self.contact)
+        here = self.chosen()
 
         def best(distances: np.ndarray) -> float:
             moves, turns = here.push(distances)
@@ -267,18 +264,15 @@ def make_env() -> Any:
 def demonstrate(seed: int, max_steps: int = 300, disturbance: float = 4.0) -> Demonstration:
     """Let the expert play the episode that the environment starts from ``seed``, until success or ``max_steps``.
 
-    The push that succeeds is carried to its end, which is nearer to the goal than 95 % coverage: who imitates it aims
-    at the goal itself.
-
-    What is carried out is the expert's action plus a slowly changing disturbance (standard deviation of its increments
-    in pixels), what is recorded is the action: so demonstrations show the way back from small mistakes, which a policy
-    will make (Laskey et al., arXiv 1703.09327).
+    The push that succeeds is carried to its end, which is nearer to the goal than 95 % coverage: a policy that imitates
+    it aims at the goal itself. The action that is executed has a slowly changing disturbance (standard deviation of
+    its increments in pixels) that the recorded action lacks, so demonstrations show the way back from small mistakes,
+    which a policy will make (Laskey et al., arXiv 1703.09327).
     """
     env, expert = make_env(), Expert()
     state, _ = env.reset(seed=seed)
     states, success = [state], False
     actions: list[np.ndarray] = []
-    coverage: list[float] = []
     rng, push = np.random.default_rng(seed), np.zeros(2)
     while len(actions) < max_steps:
         action = expert(state)
@@ -286,10 +280,8 @@ def demonstrate(seed: int, max_steps: int = 300, disturbance: float = 4.0) -> De
             break
         actions.append(action)
         push = 0.7 * push + rng.normal(scale=disturbance, size=2)
-        state, _, reached, _, info = env.step(np.clip(action + push, *REACH).astype(np.float32))
+        state, _, reached, _, _ = env.step(np.clip(action + push, *REACH).astype(np.float32))
         success = success or reached
         states.append(state)
-        coverage.append(info["coverage"])
     env.close()
-    played = np.array(actions, np.float32).reshape(-1, 2)
-    return Demonstration(np.array(states, np.float32), played, np.array(coverage, np.float32), bool(success))
+    return Demonstration(np.array(states, np.float32), np.array(actions, np.float32).reshape(-1, 2), bool(success))

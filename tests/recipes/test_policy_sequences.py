@@ -10,15 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from recipes.policy_sequences import recipe
-from shortcutflow.config import PolicyEvaluation
-from shortcutflow.data import pusht
+from recipes.policy_sequences import evaluation, recipe
+from recipes.policy_sequences.data import FEATURES, PushTData, actions_of, features, scaled_actions, windows
+from recipes.policy_sequences.evaluation import FIRST_SEED, SOLVED, Episode, PolicyEvaluation
+from recipes.policy_sequences.expert import Demonstration, Expert, demonstrate
 from shortcutflow.data.manifest import Manifest
-from shortcutflow.data.pusht import PushTData, actions_of, features, scaled_actions, windows
-from shortcutflow.data.pusht_expert import Demonstration, Expert, demonstrate
 from shortcutflow.data.stream import ShardStream
-from shortcutflow.evaluation import policy
-from shortcutflow.evaluation.policy import FIRST_SEED, SOLVED, Episode, evaluate_policy, table
+from shortcutflow.evaluation.report import finish_report, table_of
 from shortcutflow.launch import Options, run_recipe
 from shortcutflow.run_dir import Run
 
@@ -56,7 +54,7 @@ def test_windows_are_what_was_seen_and_what_followed(episodes: list[Demonstratio
 def test_features_do_not_jump_where_the_angle_wraps() -> None:
     below, above = np.array([100.0, 200, 300, 250, 2 * np.pi - 1e-6]), np.array([100.0, 200, 300, 250, 1e-6])
     np.testing.assert_allclose(features(below), features(above), atol=1e-4)
-    assert features(below).shape == (pusht.FEATURES,)
+    assert features(below).shape == (FEATURES,)
 
 
 def test_pusher_and_actions_are_seen_in_the_blocks_frame() -> None:
@@ -94,12 +92,15 @@ def test_prepare_once_and_refuse_other_settings(tmp_path: Path, capfd: pytest.Ca
     assert (manifest.shape, manifest.condition_shape) == (info.shape, info.condition_shape) == ((16, 2), (2, 13))
     batch = next(ShardStream(folder, batch_size=32, seed=0))
     assert batch.data.abs().max() < 6
-    with pytest.raises(ValueError, match=r"holds other demonstrations \(2 successful .* than asked for \(3 successful"):
+    with pytest.raises(
+        ValueError,
+        match=r"holds 2 successful demonstrations .* for 3 successful demonstrations .* name another data.folder",
+    ):
         PushTData(folder=tmp_path / "pusht", demonstrations=3).prepare()
 
 
-def run_of(network: torch.nn.Module, folder: Path, **evaluation: int) -> Run:
-    settings = PolicyEvaluation(steps=(1,), **evaluation)
+def run_of(network: torch.nn.Module, folder: Path, **given: int) -> Run:
+    settings = PolicyEvaluation(steps=(1,), **given)
     config = recipe().model_copy(update={"evaluation": settings})
     return Run(folder, config, config.data.describe(), 1, "ema", network)
 
@@ -116,12 +117,13 @@ class Still(torch.nn.Module):
 
 
 def test_a_policy_that_does_nothing_scores_what_the_start_covers(tmp_path: Path) -> None:
-    (row,) = evaluate_policy(run_of(Still(), tmp_path, episodes=4, max_steps=16))
-    assert row.score < 0.6
-    assert (row.solved, row.length) == (0, 16)
-    report = json.loads((tmp_path / "evaluation.json").read_text())
-    assert report["rows"][0]["score"] == row.score
-    assert f"{row.score:.3f}" in table([row])
+    run = run_of(Still(), tmp_path, episodes=4, max_steps=16)
+    report = finish_report(run.config.evaluation.run(run), run)  # type: ignore[union-attr, arg-type]
+    assert json.loads((tmp_path / "evaluation-policy.json").read_text()) == report
+    values = report["rows"][0]["values"]
+    assert values["score"] < 0.6
+    assert (values["solved"], values["length"]) == (0, 16)
+    assert f"{values['score']:.4f}" in table_of(report)
 
 
 def test_the_expert_through_the_same_episodes_solves_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,9 +133,10 @@ def test_the_expert_through_the_same_episodes_solves_them(tmp_path: Path, monkey
     def by_expert(run: Run, running: list[Episode], steps: int, decision: int) -> np.ndarray:
         return np.stack([experts.setdefault(e.seed, Expert())(e.states[-1])[None] for e in running])
 
-    monkeypatch.setattr(policy, "decide", by_expert)
-    (row,) = evaluate_policy(run_of(Still(), tmp_path, episodes=3, executed=1))
-    assert (row.score, row.solved) == (1, 1)
+    monkeypatch.setattr(evaluation, "decide", by_expert)
+    run = run_of(Still(), tmp_path, episodes=3, executed=1)
+    (row,) = run.config.evaluation.run(run)["rows"]  # type: ignore[union-attr, index]
+    assert (row["values"]["score"], row["values"]["solved"]) == (1, 1)
     assert sorted(experts) == [FIRST_SEED, FIRST_SEED + 1, FIRST_SEED + 2]
     assert 0.5 < SOLVED <= 0.95
 
@@ -143,7 +146,7 @@ def test_recipe_at_smoke_size_trains_and_resumes(tmp_path: Path, monkeypatch: py
     small = ["data.demonstrations=2", "backbone.options.width=8", "evaluation.episodes=1", "training.device=cpu"]
     folder = run_recipe(recipe(), small, Options(run_dir=tmp_path / "run", smoke=True))
     assert folder is not None
-    rows = json.loads((folder / "evaluation.json").read_text())["rows"]
+    rows = json.loads((folder / "evaluation-policy.json").read_text())["rows"]
     assert [row["steps"] for row in rows] == [1, 4]
     assert not (folder / "samples.png").exists()
     run_recipe(recipe(), ["training.steps=6"], Options(run_dir=folder, resume=True))

@@ -1,0 +1,97 @@
+"""The evaluation of a run when training ends: what ``shortcutflow evaluate`` measures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field
+
+from shortcutflow.config import EvaluationSettings, RunConfig
+from shortcutflow.distributed import joined
+from shortcutflow.evaluation.evaluate import OF_LATENTS, check_extractor, check_request, evaluate, open_reference
+from shortcutflow.evaluation.features.protocols import open_protocol
+from shortcutflow.evaluation.metrics import WITH_REFERENCE
+from shortcutflow.evaluation.real_images import DIGITS
+from shortcutflow.evaluation.report import report_path
+from shortcutflow.evaluation.sample_grid import sample_grid, save_image
+from shortcutflow.evaluation.samples import Sampler
+from shortcutflow.evaluation.subject import subject_of_run
+from shortcutflow.run_dir import Run
+
+SAMPLES_FILE = "samples.png"
+COLUMNS = 20
+"""Samples in it for each number of steps."""
+
+
+class ProtocolEvaluation(EvaluationSettings):
+    """What ``shortcutflow evaluate`` measures when training ends; docs/evaluation.md describes protocols and metrics.
+
+    Args:
+        protocol: its name.
+        metrics: their names.
+        steps: numbers of steps of the sampler.
+        samples: how many for each.
+        guidance_scale: of the sampler.
+        reference: what samples are compared with, as ``--reference``; None is the images of the training data.
+        batch_size: samples at once.
+        precision: of the network: "float32" or "bfloat16".
+    """
+
+    on_every_rank: ClassVar[bool] = True
+
+    kind: Literal["protocol"] = "protocol"
+    protocol: str = "clean-fid"
+    metrics: tuple[str, ...] = ("fid",)
+    steps: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 4, 128)
+    samples: int = Field(default=50_000, ge=2)
+    guidance_scale: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    reference: str | None = None
+    batch_size: int = Field(default=250, ge=1)
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    def check(self, config: RunConfig) -> None:
+        """Refuse an evaluation that cannot be made.
+
+        Raises:
+            ValueError, OSError, ImportError: as :func:`shortcutflow.evaluation.evaluate.evaluate`.
+        """
+        info = config.data.describe()
+        check_request(self.steps, self.metrics, self.samples)
+        if not info.is_picture:
+            raise ValueError(
+                f"evaluation.protocol {self.protocol!r} is of images, data of kind {config.data.kind!r} has samples of "
+                f"shape {info.shape}: use evaluation=null"
+            )
+        protocol, side = open_protocol(self.protocol), (info.shape[1], info.shape[2])
+        if info.vae is None:
+            check_extractor(side, info.num_classes, protocol, self.metrics)
+        if any(name in WITH_REFERENCE for name in self.metrics):
+            source = self.reference or (DIGITS if config.data.kind == "digits" else None)
+            if source is not None:
+                open_reference(source, protocol, self.metrics, side if info.vae is None else None)
+            elif info.vae is not None:
+                raise ValueError(OF_LATENTS.format(name=config.name))
+
+    def smoke(self) -> Self:
+        """The same with hardly any samples."""
+        return self.model_copy(update={"samples": 20, "steps": (1, 4)})
+
+    def run(self, run: Run) -> Mapping[str, Any] | None:
+        """Evaluate with all ranks; writes ``samples.png``, the first samples at each number of steps."""
+        subject = subject_of_run(run)
+        with joined(run.config.training.device) as world:
+            sampler = Sampler(
+                subject, seed=run.config.seed, guidance_scale=self.guidance_scale, batch_size=self.batch_size,
+                precision=self.precision,
+            )  # fmt: skip
+            report = evaluate(
+                sampler, open_protocol(self.protocol, device=world.device), report_path(run.folder, self.protocol),
+                steps=self.steps, metrics=self.metrics, samples=self.samples, reference=self.reference, world=world,
+            )  # fmt: skip
+            if world.is_main:
+                grid = sample_grid(
+                    subject, steps=self.steps, count=COLUMNS, seed=run.config.seed, guidance_scale=self.guidance_scale
+                )
+                save_image(grid, run.folder / SAMPLES_FILE)
+            return report
