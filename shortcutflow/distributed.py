@@ -50,6 +50,11 @@ class Rank(NamedTuple):
             raise ValueError(f"RANK must lie in 0 ... WORLD_SIZE - 1, got {number} of {world_size}")
         return cls(number, world_size, local)
 
+    @property
+    def is_main(self) -> bool:
+        """Whether it is rank 0, which alone prints and writes."""
+        return self.number == 0
+
     def device(self, wanted: str | None) -> torch.device:
         """The device to work on: ``wanted``, or for None and "auto" a GPU if there is one. Ranks take one each.
 

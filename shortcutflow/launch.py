@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from shortcutflow import checkpoint
 from shortcutflow.config import RunConfig, check_rows, with_overrides
+from shortcutflow.distributed import Rank
 from shortcutflow.run_dir import CHECKPOINTS, find_run, load_run
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """What a person may ask of a recipe besides ``section.field=value``.
+    """Options of a recipe besides ``section.field=value``.
 
     Attributes:
         run_dir: the run's folder; None makes a new one below ``runs/NAME``.
@@ -41,7 +42,7 @@ class Options:
 def run_recipe(
     config: RunConfig, overrides: Sequence[str] = (), options: Options = Options(), loggers: Sequence[Logger] = ()
 ) -> Path | None:
-    """Train and evaluate; prints where things are. Gives the run's folder, or None for a dry run.
+    """Train and evaluate; prints where things are. Returns the run's folder, or None for a dry run.
 
     Raises:
         ValueError: for overrides that do not fit, or a folder that holds a run already.
@@ -50,13 +51,13 @@ def run_recipe(
     overrides = [f"objective.kind={options.objective}"] * (options.objective is not None) + list(overrides)
     if options.resume:
         folder = find_run(options.run_dir or _runs_of(config))
-        # The saved config is the run; only what is said now may change it, for example training.steps.
+        # The saved config is the run; only these overrides change it, for example training.steps.
         config = with_overrides(RunConfig.load(folder), overrides)
     else:
         config = with_overrides(smoke(config) if options.smoke else config, overrides)
         folder = options.run_dir or _new_folder(config)
     if options.dry_run:
-        if _is_first():
+        if Rank.from_environment().is_main:
             print(config.model_dump_json(indent=2))
             print(f"would train {config.training.steps} steps into {folder}")
         return None
@@ -73,19 +74,11 @@ def _runs_of(config: RunConfig) -> Path:
 def _new_folder(config: RunConfig) -> Path:
     """A folder that no run has, the same in every process of a job and after its restarts."""
     job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    if job == "none" and _world_size() == 1:
+    if job == "none" and Rank.from_environment().world_size == 1:
         return _runs_of(config) / time.strftime("%Y%m%d-%H%M%S")
     if job == "none":
         raise ValueError("several processes without a common job id need --run-dir, a folder that they all see")
     return _runs_of(config) / f"job-{job}"
-
-
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _train_and_evaluate(config: RunConfig, folder: Path, *, resume: bool, loggers: Sequence[Logger]) -> None:
@@ -99,7 +92,7 @@ def _train_and_evaluate(config: RunConfig, folder: Path, *, resume: bool, logger
     try:
         train(config, folder, resume=resume, loggers=loggers)
     except StoppedBySignal as stopped:
-        if _is_first():
+        if Rank.from_environment().is_main:
             print(f"\n{stopped.message}", flush=True)
         raise
     except KeyboardInterrupt:
@@ -108,7 +101,7 @@ def _train_and_evaluate(config: RunConfig, folder: Path, *, resume: bool, logger
         goes_on = f"--resume --run-dir {folder} goes on from step {last.step}" if last else "nothing was saved yet"
         print(f"\nstopped; {goes_on}")
         raise
-    if _is_first():
+    if Rank.from_environment().is_main:
         print(f"trained in {time.perf_counter() - start:.0f} s")
     if table := _evaluate(config, folder):
         print(f"\n{config.objective.kind}, weights: {config.sample_weights}\n{table}\n", flush=True)
@@ -116,15 +109,14 @@ def _train_and_evaluate(config: RunConfig, folder: Path, *, resume: bool, logger
 
 def _evaluate(config: RunConfig, folder: Path) -> str:
     """Measure as the config says and write the report; returns it as a table on rank 0, else nothing."""
-    from shortcutflow.distributed import Rank
     from shortcutflow.evaluation.report import finish_report, table_of
 
     settings, rank = config.evaluation, Rank.from_environment()
-    if settings is None or not (rank.number == 0 or settings.on_every_rank):
+    if settings is None or not (rank.is_main or settings.on_every_rank):
         return ""
     run = load_run(folder, device=rank.device(config.training.device))
     measured = settings.run(run)
-    return table_of(finish_report(measured, run)) if measured is not None and rank.number == 0 else ""
+    return table_of(finish_report(measured, run)) if measured is not None and rank.is_main else ""
 
 
 def smoke(config: RunConfig) -> RunConfig:
@@ -143,7 +135,7 @@ def smoke(config: RunConfig) -> RunConfig:
 
 def _smoke_batch(config: RunConfig) -> int:
     """At most 8 samples, unless the processes would not get equally many of them, or too few of some kind."""
-    world = _world_size()
+    world = Rank.from_environment().world_size
     smallest = math.ceil(min(8, config.training.global_batch_size) / world) * world
     for batch in range(smallest, config.training.global_batch_size, world):
         with suppress(ValueError):
@@ -160,7 +152,7 @@ def _with_data(config: RunConfig) -> RunConfig:
     fake = fake_data_for(config.data, labelled=labelled)
     if fake is None:
         return config
-    if _is_first():
+    if Rank.from_environment().is_main:
         print(fake[1], flush=True)
     return config.model_copy(update={"data": fake[0]})
 
@@ -173,7 +165,7 @@ def _with_models(config: RunConfig) -> RunConfig:
     from shortcutflow.interop.fake_model import fake_model
 
     folder = fake_model(config)
-    if _is_first():
+    if Rank.from_environment().is_main:
         uses, instead_of = " and ".join(trained), ", ".join(sorted({str(path) for path in trained.values()}))
         print(f"stand-in {uses}: random weights in {folder}, not {instead_of}", flush=True)
     return config.model_copy(update=dict.fromkeys(trained, str(folder)))

@@ -15,6 +15,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Generator, Tensor, device
 
+DEFAULT_STEPS = (1, 2, 4, 128)
+"""Numbers of sampling steps that are shown and measured unless others are given."""
+
 
 def levels_of(finest_steps: int) -> int:
     """L = log2(M), the number of doublings from the finest step to one step.

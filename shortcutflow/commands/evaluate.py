@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from shortcutflow.commands.subjects import open_subject
+from shortcutflow.schedule import DEFAULT_STEPS
 
-STEPS, METRICS, SAMPLES, BATCH_SIZE = (1, 2, 4, 128), ("fid",), 50_000, 250
+STEPS, METRICS, SAMPLES, BATCH_SIZE = DEFAULT_STEPS, ("fid",), 50_000, 250
 
 
 def evaluate_command(

@@ -13,6 +13,7 @@ from shortcutflow.commands.subjects import check_out, open_subject, write_image
 from shortcutflow.config import RunConfig
 from shortcutflow.io.atomic import atomic_file
 from shortcutflow.launch import Options, run_recipe
+from shortcutflow.schedule import DEFAULT_STEPS
 
 
 def train_command(
@@ -32,7 +33,7 @@ def sample_command(
     model: Annotated[
         str, typer.Argument(help="A run's or model's folder, a folder of runs (the newest is taken), or a hub id.")
     ],
-    steps: Annotated[list[int] | None, typer.Option(help="Numbers of steps, a row each. [default: 1 4 128]")] = None,
+    steps: Annotated[list[int] | None, typer.Option(help="Numbers of steps, a row each. [default: 1 2 4 128]")] = None,
     labels: Annotated[list[int] | None, typer.Option(help="A label a sample. [default: all in turn]")] = None,
     count: Annotated[int | None, typer.Option(help="Samples a row, where no labels are given. [default: 10]")] = None,
     out: Annotated[Path, typer.Option(help="The image to write (PNG).")] = Path("samples.png"),
@@ -50,7 +51,7 @@ def sample_command(
     check_out(out, (".png",))
     subject = open_subject(model, weights, Rank().device(device))
     grid = sample_grid(
-        subject, steps=steps or [1, 4, 128], labels=labels, count=count, seed=seed, guidance_scale=guidance_scale
+        subject, steps=steps or DEFAULT_STEPS, labels=labels, count=count, seed=seed, guidance_scale=guidance_scale
     )
     write_image(grid, out, subject)
 

@@ -18,6 +18,7 @@ from shortcutflow.evaluation.sample_grid import sample_grid, save_image
 from shortcutflow.evaluation.samples import Sampler
 from shortcutflow.evaluation.subject import subject_of_run
 from shortcutflow.run_dir import Run
+from shortcutflow.schedule import DEFAULT_STEPS
 
 SAMPLES_FILE = "samples.png"
 COLUMNS = 20
@@ -43,7 +44,7 @@ class ProtocolEvaluation(EvaluationSettings):
     kind: Literal["protocol"] = "protocol"
     protocol: str = "clean-fid"
     metrics: tuple[str, ...] = ("fid",)
-    steps: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 4, 128)
+    steps: tuple[Annotated[int, Field(ge=1)], ...] = DEFAULT_STEPS
     samples: int = Field(default=50_000, ge=2)
     guidance_scale: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     reference: str | None = None

@@ -1,0 +1,96 @@
+"""``section.field=value`` on a command line: a config with some of its values changed."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterable
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from shortcutflow import plugins
+from shortcutflow.config.evaluation import EVALUATIONS
+from shortcutflow.config.run import RunConfig, validated
+from shortcutflow.data import DATA_SOURCES
+from shortcutflow.ema import AnyEMAConfig
+from shortcutflow.objectives import OBJECTIVES
+from shortcutflow.old_names import renamed_path
+
+OPEN_SECTIONS = {"data": DATA_SOURCES, "objective": OBJECTIVES, "evaluation": EVALUATIONS}
+"""Sections of a run whose kinds other packages can add to."""
+
+
+def with_overrides(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
+    """A config with ``section.field=value`` applied; values are JSON, or else taken as text.
+
+    A new ``kind`` of a section keeps the fields that both kinds have and gives the others their defaults.
+
+    Raises:
+        ValueError: for an override without "=", an unknown field (naming those there are), or an impossible value.
+    """
+    values = config.model_dump(mode="json")
+    # A kind comes first: which fields a section has depends on it.
+    for override in sorted(overrides, key=lambda o: not o.partition("=")[0].endswith(".kind")):
+        path, equals, text = override.partition("=")
+        if not equals or not path:
+            raise ValueError(f"an override has the form section.field=value, got {override!r}")
+        _set(values, renamed_path(path), text)
+    return validated(values, where="config")
+
+
+def _set(values: dict[str, Any], path: str, text: str) -> None:
+    *sections, field = path.split(".")
+    here = values
+    for i, section in enumerate(sections):
+        if here.get(section, {}) is None and section in OPEN_SECTIONS and field == "kind":
+            here[section] = {"kind": None}
+        if not isinstance(here.get(section), dict):
+            raise ValueError(_unknown(path, ".".join([*sections[:i], section]), here, sections[:i]))
+        here = here[section]
+    free_form = bool(sections) and sections[-1] in ("options", "emas")
+    kinds = _kinds_of(sections)
+    # A section that has changed its kind lacks the fields that have no default.
+    fields = kinds(here["kind"]).model_fields if kinds is not None and "kind" in here else {}
+    if field not in here and not free_form and field not in fields:
+        raise ValueError(_unknown(path, field, here, sections))
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    if field == "kind" and kinds is not None and value != here.get("kind"):
+        _change_kind(here, kinds(value))
+    else:
+        here[field] = value
+
+
+def _unknown(path: str, field: str, here: dict[str, Any], sections: list[str]) -> str:
+    close = difflib.get_close_matches(field.rpartition(".")[2], list(here), n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{path!r}: {'.'.join(sections) or 'a run'} has no field {field!r}; {hint}it has: {', '.join(here)}"
+
+
+def _change_kind(here: dict[str, Any], to: type[BaseModel]) -> None:
+    """Keep what the new kind of a section also has."""
+    defaults = {
+        name: field.get_default(call_default_factory=True)
+        for name, field in to.model_fields.items()
+        if not field.is_required()
+    }
+    kept = {name: value for name, value in here.items() if name in to.model_fields and name != "kind"}
+    here.clear()
+    here.update(defaults | kept)
+
+
+def _kinds_of(sections: list[str]) -> Callable[[object], type[BaseModel]] | None:
+    """Finds the settings class of a kind, for a section or an EMA that has kinds; None for any other."""
+    if len(sections) == 1 and sections[0] in OPEN_SECTIONS:
+        return OPEN_SECTIONS[sections[0]].find
+    return _kind_of_ema if len(sections) == 2 and sections[0] == "emas" else None
+
+
+def _kind_of_ema(kind: object) -> type[BaseModel]:
+    known = {each.model_fields["kind"].default: each for each in get_args(AnyEMAConfig)}
+    if kind not in known:
+        raise ValueError(plugins.unknown("kind of EMA", kind, known))
+    return known[kind]
