@@ -155,7 +155,7 @@ MISTAKES = [
     (["sample", "runs/digits/first", "--guidance-scale", "inf"], "guidance_scale must be a finite number"),
     (["sample", "runs/digits/first", "--steps", "0"], "steps must be at least 1, got 0"),
     (["sample", "runs/digits/first", "--labels", "3", "10"], "labels must be from 0 to 9, got 10"),
-    (["sample", "runs/digits/first", "--labels", "3", "--count", "2"], "not both"),
+    (["sample", "runs/digits/first", "--labels", "3", "--count", "2"], "either labels or a count"),
     (["sample", "runs/digits/first", "--count", "0"], "count must be at least 1"),
     (["sample", "runs/digits/first", "--weights", "slow"], "it has: ema, current"),
     (["sample", "runs/digits/first", "--out", "grid.jpg"], ".png"),
