@@ -20,8 +20,8 @@ from shortcutflow.io.json import read_object
 from shortcutflow.network import BackboneConfig, build_network
 from shortcutflow.objectives import Context, ObjectiveConfig
 from shortcutflow.old_names import renamed
-from shortcutflow.seeds import seed_for
 from shortcutflow.optim import OptimizerConfig
+from shortcutflow.seeds import seed_for
 from shortcutflow.types import BatchSlice
 
 CONFIG_FILE = "config.json"
