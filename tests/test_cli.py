@@ -123,7 +123,13 @@ def test_one_training_objective_per_name(inside: Path, capsys: pytest.CaptureFix
     """--objective keeps what both kinds share: label dropping stays as the recipe has it."""
     succeed("show-config", "digits", "objective.kind=flow_matching")
     shown = json.loads(capsys.readouterr().out)["objective"]
-    assert shown == {"condition_dropout": 0.1, "sigma_min": 0.0, "kind": "flow_matching", "time_steps": None}
+    assert shown == {
+        "condition_dropout": 0.1,
+        "sigma_min": 0.0,
+        "kind": "flow_matching",
+        "time_steps": None,
+        "time_density": None,
+    }
 
 
 MISTAKES = [
@@ -156,7 +162,7 @@ MISTAKES = [
     (["sample", "runs/digits/first", "--steps", "0"], "steps must be at least 1, got 0"),
     (["sample", "runs/digits/first", "--labels", "3", "10"], "labels must be from 0 to 9, got 10"),
     (["sample", "runs/digits/first", "--labels", "3", "--count", "2"], "either labels or a count"),
-    (["sample", "runs/digits/first", "--count", "0"], "count must be at least 1"),
+    (["sample", "runs/digits/first", "--count", "0"], "number of samples must be at least 1, got 0"),
     (["sample", "runs/digits/first", "--weights", "slow"], "it has: ema, current"),
     (["sample", "runs/digits/first", "--out", "grid.jpg"], ".png"),
     (["sample", "runs/digits/first", "--out", "none/grid.png"], "no folder none"),
