@@ -87,7 +87,7 @@ def test_smoke_from_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     folder = run(name)
-    kind = "pictures" if name == "unet_cifar10" else "latents"
+    kind = "images" if name == "unet_cifar10" else "latents"
     line, *model = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stand-in")]
     assert re.fullmatch(rf"stand-in data: random {kind} in data/smoke-\S+, because data/\S+ is not there", line)
     assert [said.partition(":")[0] for said in model] == ["stand-in start and teacher"] * name.startswith("finetune")
