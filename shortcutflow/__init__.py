@@ -1,6 +1,5 @@
 """shortcutflow: one network, one training run, any number of sampling steps."""
 
-import warnings
 from importlib import import_module
 from typing import Any
 
@@ -8,7 +7,7 @@ from shortcutflow.ema import EMA, EMAConfig
 from shortcutflow.objectives.flow_matching import FlowMatchingObjective
 from shortcutflow.objectives.objective import Context, Draw, Objective
 from shortcutflow.objectives.shortcut import ShortcutObjective
-from shortcutflow.old_names import PUBLIC
+from shortcutflow.old_names import renamed_attribute
 from shortcutflow.sampling import Trajectory, draw_noise, sample, trajectory
 from shortcutflow.types import Batch, BatchSlice, LossReport, Network, Targets
 
@@ -43,7 +42,4 @@ def __getattr__(name: str) -> Any:
     # Loaded when asked for: whoever only trains or samples needs no configs and no files of models.
     if name == "load":
         return import_module("shortcutflow.models.model").load
-    if name in PUBLIC:
-        warnings.warn(f"shortcutflow.{name} is now shortcutflow.{PUBLIC[name]}", DeprecationWarning, stacklevel=2)
-        return globals()[PUBLIC[name]]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return renamed_attribute(__name__, name)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from shortcutflow.dtensor import to_local
+from shortcutflow.old_names import renamed_attribute
 
 MAX_SIGMA_REL = 12**-0.5
 """The relative width of a plain mean of all weights; a power-function EMA is narrower."""
@@ -146,3 +147,7 @@ def _reshard(sharded: list[Any]) -> None:
     # compute targets. Its parameters are then a copy that no update would reach and that the next pass would still use.
     for module in sharded:
         module.reshard()
+
+
+def __getattr__(name: str) -> Any:
+    return renamed_attribute(__name__, name)

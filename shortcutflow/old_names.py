@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from typing import Any
 
 RUN_FIELDS = {"averages": "emas"}
 """Top-level fields of a run's config."""
-PUBLIC = {"Average": "EMA", "AverageConfig": "EMAConfig"}
-"""Of the package ``shortcutflow``."""
-
-
+PUBLIC = {
+    "shortcutflow": {"Average": "EMA", "AverageConfig": "EMAConfig"},
+    "shortcutflow.ema": {
+        "Average": "EMA",
+        "AverageConfig": "EMAConfig",
+        "PowerAverageConfig": "PowerFunctionEMAConfig",
+    },
+}
+"""Names that scripts and recipes import, by module."""
 EVALUATIONS = {
     "pixels": {
         "kind": "protocol", "protocol": "digits", "metrics": ("fid", "label_accuracy"),
@@ -17,6 +24,19 @@ EVALUATIONS = {
     },
 }  # fmt: skip
 """Kinds of a run's evaluation: what each is now. Fields that a config gives take precedence."""
+
+
+def renamed_attribute(module: str, name: str) -> Any:
+    """The attribute of a module that has this old name; for its ``__getattr__``.
+
+    Raises:
+        AttributeError: if the module never had it.
+    """
+    new = PUBLIC[module].get(name)
+    if new is None:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    warnings.warn(f"{module}.{name} is now {module}.{new}", DeprecationWarning, stacklevel=3)
+    return getattr(sys.modules[module], new)
 
 
 def renamed(values: dict[str, Any]) -> dict[str, Any]:
