@@ -1,4 +1,4 @@
-"""``import shortcutflow`` is light: no heavy package, and at most 0.3 s on top of torch."""
+"""``import shortcutflow`` is light: no heavy package, and at most a fifth of torch's own import time."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ print(sorted(name for name in {HEAVY} if name in set(sys.modules) - before))
 
 def test_import_time() -> None:
     code = """
-import time, torch
+import time
 start = time.perf_counter()
+import torch
+middle = time.perf_counter()
 import shortcutflow
-print(time.perf_counter() - start)
+print((time.perf_counter() - middle) / (middle - start))
 """
-    # The fastest of up to ten: what the import costs, not what else the machine does.
-    assert any(float(run(code)) <= 0.3 for _ in range(10))
+    # As a fraction of torch's own import, the smallest of up to ten, so that the speed of the machine does not matter.
+    assert any(float(run(code)) <= 0.2 for _ in range(10))

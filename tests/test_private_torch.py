@@ -25,9 +25,7 @@ PRIVATE = {
     # One launch for all weights of an average.
     "torch._foreach_lerp_",
     # What an exported graph is made of.
-    "torch._ops.HigherOrderOperator",
     "torch._ops.OpOverload",
-    "torch.ops.aten._assert_tensor_metadata.default",
 }
 
 

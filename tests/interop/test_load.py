@@ -215,7 +215,7 @@ def test_card_says_what_was_measured(tmp_path: Path) -> None:
 MISTAKES = {
     "unknown backbone": (
         {"backbone": {"name": "dti", "options": {}}},
-        "unknown backbone 'dti'; known: diffusers_unet, dit",
+        "unknown backbone 'dti'; did you mean 'dit'. known: diffusers_unet, dit",
     ),
     "module as backbone": ({"backbone": {"name": "os.system", "options": {}}}, "unknown backbone 'os.system'"),
     "other width": ({"backbone": {"name": "dit", "options": OPTIONS | {"width": 32}}}, "do not fit the network"),
