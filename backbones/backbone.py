@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from backbones.embeddings import Condition, SinusoidalEmbedding
 class Backbone(nn.Module):
     """A network s(x_t, t, d, y) for images (channels, height, width) or sequences (length, channels).
 
-    An image has the size the network was built for; a sequence may have another length at each call.
+    An image has the size the network was built for; a sequence may have another length at each call. A subclass for
+    samples of another number of axes, such as videos (channels, frames, height, width), says so in ``axes``.
 
     A large network is built without memory and filled where it will live::
 
@@ -31,21 +32,25 @@ class Backbone(nn.Module):
         shape: shape of one sample.
 
     Attributes:
+        axes: numbers of axes that a sample may have.
         gradient_checkpointing: run each unit of :meth:`shard_plan` again in the backward pass instead of keeping what
             is in it: less memory, for a third more time. May be set at any time.
         diffusion: turns the prediction of a network that was trained to undo diffusion into a velocity; None otherwise.
 
     Raises:
-        ValueError: if shape is neither an image's nor a sequence's.
+        ValueError: for a shape of another number of axes, or with an axis of no length.
     """
 
+    axes: ClassVar[tuple[int, ...]] = (2, 3)
     condition: Condition
 
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
         self.shape = tuple(shape)
-        if len(self.shape) not in (2, 3) or min(self.shape) < 1:
-            raise ValueError(f"shape must be (channels, height, width) or (length, channels), got {self.shape}")
+        if len(self.shape) not in self.axes or min(self.shape) < 1:
+            kinds = {2: "(length, channels)", 3: "(channels, height, width)"}
+            allowed = " or ".join(kinds.get(n, f"{n} numbers, channels first") for n in sorted(self.axes, reverse=True))
+            raise ValueError(f"shape must be {allowed}, got {self.shape}")
         self.gradient_checkpointing = False
         self.diffusion: Diffusion | None = None
 
@@ -57,7 +62,7 @@ class Backbone(nn.Module):
     @property
     def channels(self) -> int:
         """Channels of a sample."""
-        return self.shape[0] if self.is_image else self.shape[1]
+        return self.shape[1] if len(self.shape) == 2 else self.shape[0]
 
     def forward(self, x_t: Tensor, t: Tensor, d: Tensor, y: Tensor | None = None) -> Tensor:
         """The average velocity over [t, t + d].
@@ -150,7 +155,7 @@ class Backbone(nn.Module):
 
     def check_inputs(self, x_t: Tensor, t: Tensor, d: Tensor) -> None:
         """Raise ValueError unless x_t is a batch of samples of this network, with a time and a step size for each."""
-        expected: tuple[int | str, ...] = self.shape if self.is_image else ("length", self.channels)
+        expected: tuple[int | str, ...] = ("length", self.channels) if len(self.shape) == 2 else self.shape
         fits = x_t.ndim == len(self.shape) + 1 and all(
             wanted in (size, "length") for size, wanted in zip(x_t.shape[1:], expected, strict=True)
         )
