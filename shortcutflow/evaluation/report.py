@@ -123,10 +123,10 @@ def table_of(report: Mapping[str, Any]) -> str:
     lines = [f"{report['subject']['name']}, weights {report['subject']['weights']}{samples}{against}"]
     lines += [f"protocol {protocol['name']}: {protocol['description']}"] if protocol else []
     rows = report.get("rows", [])
-    names = list(rows[0]["values"]) if rows else []
-    lines.append("steps" + "".join(f"{name:>12}" for name in names) + "     seconds")
+    widths = {name: max(12, len(name) + 2) for name in (rows[0]["values"] if rows else ())}
+    lines.append("steps" + "".join(f"{name:>{width}}" for name, width in widths.items()) + "     seconds")
     for row in rows:
-        values = "".join(f"{_short(row['values'][name]):>12}" for name in names)
+        values = "".join(f"{_short(row['values'][name]):>{width}}" for name, width in widths.items())
         lines.append(f"{row['steps']:5d}{values}{sum(row.get('seconds', {}).values()):12.1f}")
     return "\n".join(lines)
 
