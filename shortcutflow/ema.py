@@ -124,8 +124,8 @@ class EMA:
                 exact.lerp_(other.float(), weight)
                 p.copy_(exact)
                 self._rounded_off[i] = exact - p.float()
-        for mine_b, theirs_b in zip(self.network.buffers(), network.buffers(), strict=True):
-            mine_b.copy_(theirs_b)
+        for target, source in zip(self.network.buffers(), network.buffers(), strict=True):
+            target.copy_(source)
 
 
 def _is_half(p: Tensor) -> bool:
@@ -136,10 +136,10 @@ def _is_half(p: Tensor) -> bool:
 def copy_weights(into: nn.Module, of: nn.Module) -> None:
     """Give a network the weights and buffers of an equal one, which is sharded as it is, if at all."""
     _reshard([m for net in (into, of) for m in net.modules() if hasattr(m, "reshard")])
-    for mine, theirs in zip(into.parameters(), of.parameters(), strict=True):
-        to_local(mine).copy_(to_local(theirs))
-    for mine_b, theirs_b in zip(into.buffers(), of.buffers(), strict=True):
-        mine_b.copy_(theirs_b)
+    for target, source in zip(into.parameters(), of.parameters(), strict=True):
+        to_local(target).copy_(to_local(source))
+    for buffer, source_buffer in zip(into.buffers(), of.buffers(), strict=True):
+        buffer.copy_(source_buffer)
 
 
 def _reshard(sharded: list[Any]) -> None:

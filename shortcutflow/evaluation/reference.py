@@ -95,9 +95,6 @@ def _is_usable(path: Path, protocol: EvaluationProtocol, with_features: bool) ->
     try:
         load_reference(path, protocol, with_features=with_features)
     except (OSError, ValueError):  # absent, damaged, or without features
-        _require_ours(path)
-        for suffix in (".npz", ".json", ".safetensors"):
-            path.with_suffix(suffix).unlink(missing_ok=True)
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""Training objectives, told apart by ``kind``: those of this library, and those that other packages add."""
+"""Training objectives, distinguished by ``kind``: those of this library, and those that other packages add."""
 
 from typing import Annotated
 
