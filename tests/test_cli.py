@@ -142,7 +142,7 @@ MISTAKES = [
     (["train", "digits", "training.steps=many"], "training.steps"),
     (
         ["train", "digits", "objective.kind=diffusion"],
-        "known: consistency_distillation, consistency_training, flow_matching, live_reflow, ",
+        "unknown kind of objective 'diffusion'; known: consistency_distillation, consistency_training, flow_matching, ",
     ),
     (["train", "digits", "objective.finest_steps=100"], "power of two"),
     (["train", "digits", "training.global_batch_size=3"], "use at least 4 samples"),

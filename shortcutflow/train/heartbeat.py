@@ -95,13 +95,17 @@ def overdue(beats: Sequence[Beat | None], now: float) -> tuple[list[int], float]
         The ranks; and the seconds until the first of those furthest behind is overdue, 0 if one is.
     """
     order = [(-1, -1) if beat is None else beat.order for beat in beats]
-    left_s = {rank: _seconds_left(beats[rank], now) for rank, place in enumerate(order) if place == min(order)}
+    # A rank may have waited in a collective for a slow one that has just passed it.
+    passed_at = max((beat.time for beat in beats if beat is not None and beat.order > min(order)), default=0.0)
+    left_s = {
+        rank: _seconds_left(beats[rank], passed_at, now) for rank, place in enumerate(order) if place == min(order)
+    }
     return [rank for rank, left in left_s.items() if left <= 0], max(0.0, min(left_s.values()))
 
 
-def _seconds_left(beat: Beat | None, now: float) -> float:
+def _seconds_left(beat: Beat | None, passed_at: float, now: float) -> float:
     # There is nothing to wait for in a rank that never came or that an exception ended.
-    return 0.0 if beat is None or beat.exit else beat.time + beat.allowed_s - now
+    return 0.0 if beat is None or beat.exit else max(beat.time, passed_at) + beat.allowed_s - now
 
 
 def report_of(beats: Sequence[Beat | None], named: Sequence[int], now: float) -> str:

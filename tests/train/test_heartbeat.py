@@ -204,6 +204,8 @@ CASES: dict[str, tuple[list[Beat | None], list[int]]] = {
     "never_started": ([beat(7, "data", 0), None], [1]),
     "all_at_one_place": ([beat(7, "backward", 0), beat(7, "backward", 0)], [0, 1]),
     "finished_rank_is_not_waited_for": ([beat(7, "evaluate", 0), beat(7, "log", 0, FINISHED)], [0]),
+    "waited_for_one_that_has_just_passed": ([beat(7, "backward", 0), beat(7, "step", 99)], []),
+    "waited_for_one_that_has_just_finished": ([beat(7, "backward", 0), beat(7, "backward", 99, FINISHED)], []),
     "rank_that_failed_is": ([beat(7, "step", 0), beat(7, "data", 99, "ValueError")], [1]),
 }
 
@@ -220,7 +222,7 @@ def test_who_is_named(case: str) -> None:
 def test_the_rank_at_fault_speaks_first(tmp_path: Path) -> None:
     """The others wait two ticks of 0.25 s more, or its stack might be lost when the launcher ends all."""
     dog = Heartbeat(tmp_path, 0, 2, 1.0)
-    dog.beat(7, "backward")
+    dog._last = 7, "backward", time.monotonic() - 20
     heartbeat.write_beat(tmp_path / "rank_00001.json", beat(7, "data", time.time() - 10.1))
     report, wait_s = dog._look()
     assert report == ""
