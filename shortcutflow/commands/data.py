@@ -44,12 +44,14 @@ def prepare_command(
     # Crop and format are strings here; what they may be is checked where they are used.
     options: dict[str, Any] = {
         "size": size, "crop": crop, "labels": "none" if no_labels else labels, "encoding": encoding, "seed": seed,
-        "samples_per_shard": samples_per_shard, "format": format, "quality": quality, "mirror": mirror,
-        "vae": (vae or DEFAULT_VAE) if latents else None, "device": device, "workers": workers, "strict": strict,
-        "cache": cache,
+        "samples_per_shard": samples_per_shard,
     }  # fmt: skip
+    if latents:
+        options |= {"vae": vae or DEFAULT_VAE, "device": device, "mirror": mirror}
+    else:
+        options |= {"format": format, "quality": quality}
     try:
-        manifest = prepare(source, folder, **options)
+        manifest = prepare(source, folder, workers=workers, strict=strict, cache=cache, **options)
     except KeyboardInterrupt:
         print(f"\nstopped; the same command continues in {folder}", file=sys.stderr)
         raise typer.Exit(130) from None

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from shortcutflow.data.images import Crop, ImageFormat
 from shortcutflow.data.manifest import MANIFEST, Manifest
-from shortcutflow.data.prepare import Preparation, prepare
+from shortcutflow.data.prepare import ImageOptions, Preparation, prepare
 from shortcutflow.data.remote import is_url
 from shortcutflow.data.source import DataInfo, DataSettings
 from shortcutflow.data.sources import open_source
@@ -65,11 +65,8 @@ class ImageFolderData(DataSettings):
                     f"data.folder, or train on these with data.kind=shards data.folder={self.shards}"
                 )
             return self.shards
-        prepare(
-            self.path, self.shards, size=self.size, crop=self.crop, format=self.format, quality=self.quality,
-            labels=self.labels, encoding=self.encoding, seed=self.order_seed, samples_per_shard=self.samples_per_shard,
-            cache=self.cache,
-        )  # fmt: skip
+        options = self.model_dump(include={*ImageOptions.model_fields})
+        prepare(self.path, self.shards, seed=self.order_seed, cache=self.cache, **options)
         return self.shards
 
     def describe(self) -> DataInfo:

@@ -21,7 +21,7 @@ from torch import Tensor
 from shortcutflow.data.autoencoder import Autoencoder, load_autoencoder
 from shortcutflow.data.manifest import LatentsInfo
 from shortcutflow.data.prepare import CROPS, Encoder, PrepareOptions, Squares, checked
-from shortcutflow.data.shards import EncodedBatch
+from shortcutflow.data.shards import EncodedBatch, Skipped
 
 
 class LatentOptions(PrepareOptions):
@@ -55,9 +55,10 @@ def latent_encoder(vae: str | Path, device: torch.device, **options: Any) -> Enc
         "preprocessing": f"{CROPS[chosen.crop]}; {chosen.size}x{chosen.size} RGB; moments by {autoencoder.name}",
     }  # fmt: skip
 
-    def samples(batches: Iterable[Squares]) -> Iterator[EncodedBatch]:
+    def samples(batches: Iterable[Squares]) -> Iterator[EncodedBatch | Skipped]:
         rows, members, shard = list[tuple[np.ndarray, int | None, str]](), 0, 0
         for batch in batches:
+            yield from batch.skipped
             items, shard = [item for _, item in batch.items], batch.shard
             if items:
                 names = [item.name for item in items]

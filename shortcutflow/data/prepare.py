@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -79,8 +79,14 @@ class PrepareOptions(BaseModel):
 class ImageOptions(PrepareOptions):
     """The same for images."""
 
-    format: ImageFormat
-    quality: int = Field(default=95, ge=1, le=100)
+    format: ImageFormat = Field(description="PNG unless given up to 64 pixels, JPEG above")
+    quality: int = Field(default=95, ge=1, le=100, description="of JPEG and WebP")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _format_for_size(cls, given: dict[str, Any]) -> dict[str, Any]:
+        small = isinstance(size := given.get("size"), int) and size <= LOSSLESS_UP_TO
+        return given | {"format": given.get("format") or ("png" if small else "jpg")}
 
 
 class Squares(NamedTuple):
@@ -88,7 +94,7 @@ class Squares(NamedTuple):
 
     Attributes:
         shard: its number.
-        items: those that can be used.
+        items: those that can be used, with their numbers in the source.
         contents: of each, the encoded file or pixels (3, size, size) uint8.
         skipped: the others.
         error: what ended the reading; raised in a worker process, its message would hold a traceback.
@@ -108,14 +114,14 @@ class Encoder(NamedTuple):
         options: that decide about their content.
         packages: whose versions do so too.
         manifest: shape, values and format of samples, and the preprocessing in words.
-        samples: makes the samples of one shard.
+        samples: makes the samples of one shard, and passes on what was skipped.
         read_at_once: images that come together.
     """
 
     options: PrepareOptions
     packages: tuple[str, ...]
     manifest: dict[str, Any]
-    samples: Callable[[Iterable[Squares]], Iterator[EncodedSample | EncodedBatch]]
+    samples: Callable[[Iterable[Squares]], Iterator[EncodedSample | EncodedBatch | Skipped]]
     read_at_once: int = READ_AT_ONCE
 
 
@@ -127,23 +133,13 @@ def prepare(
     source: str | Path,
     folder: Path,
     *,
-    size: int,
-    crop: Crop = "released",
-    labels: bool | str = True,
-    encoding: str | None = None,
-    seed: int = 0,
-    samples_per_shard: int = 4096,
-    format: ImageFormat | None = None,
-    quality: int = 95,
     vae: str | Path | None = None,
-    mirror: bool = True,
-    batch_size: int = 32,
-    samples_per_member: int = 64,
     device: str | None = None,
     workers: int | None = None,
     strict: bool = False,
     progress: bool = True,
     cache: Path = Path("data/cache"),
+    **options: Any,
 ) -> Manifest:
     """Write the images of a source, or their latents, as shards that training streams from.
 
@@ -154,24 +150,15 @@ def prepare(
     Args:
         source: raw images, see :mod:`shortcutflow.data.sources`.
         folder: for the shards; new, or of an earlier call with the same options.
-        size: side of the square images, in pixels.
-        crop: see :func:`~shortcutflow.data.images.to_square`.
-        labels: which, see :data:`~shortcutflow.data.sources.labels.LabelChoice`; False for none.
-        encoding: of names in archives that are not UTF-8, such as "gbk".
-        seed: of the order.
-        samples_per_shard: items each shard is made of.
-        format: None stores PNG up to 64 pixels, where it is small and JPEG would be seen, JPEG above.
-        quality: of JPEG and WebP, 1 ... 100.
         vae: hub id or folder of an autoencoder whose latents are stored instead of images, see
-            :mod:`shortcutflow.data.latents`; the next four arguments are for latents alone.
-        mirror: store latents of mirror images too, which training with ``horizontal_flip`` needs.
-        batch_size: images encoded at once; each mirror image is encoded after its image.
-        samples_per_member: latents that share a member of a shard.
+            :mod:`shortcutflow.data.latents`.
         device: to encode on; None takes a GPU if there is one, and every rank of a machine one of its own.
         workers: processes that read images; 0 reads them in this one; None takes the cores (latents: those to spare).
         strict: raise at the first item that gives no sample, instead of listing it in ``skipped.txt``.
         progress: show a progress bar and what happens, on standard error.
         cache: for the files of a URL, which are kept there.
+        options: what decides about the content of the shards: ``size`` and any other of :class:`ImageOptions`, or for
+            latents of :class:`~shortcutflow.data.latents.LatentOptions`.
 
     Raises:
         FileNotFoundError, ValueError: for a source, autoencoder, options or folder that do not fit, saying what does;
@@ -179,25 +166,18 @@ def prepare(
         OSError: if reading, writing or downloading fails, such as on a full disk; then too the same call continues.
         WorkerDiedError: if a worker process was killed, such as for want of memory.
     """
-    common = {
-        "size": size, "crop": crop, "labels": labels, "encoding": encoding, "seed": seed,
-        "samples_per_shard": samples_per_shard,
-    }  # fmt: skip
     if workers is not None and workers < 0:
         raise ValueError(f"workers must be at least 0, got {workers}")
     if not is_url(source) and folder.resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(f"{folder} lies in the raw data {source}: name a folder outside of it")
     rank = Rank.from_environment()
     if vae is None:
-        encoder = image_encoder(**common, format=format or default_format(size), quality=quality)
+        encoder = image_encoder(**options)
     else:
         from shortcutflow.data.latents import latent_encoder
 
-        encoder = latent_encoder(
-            vae, rank.device(device), **common, mirror=mirror, batch_size=batch_size,
-            samples_per_member=samples_per_member,
-        )  # fmt: skip
-    raw = open_source(source, labels=encoder.options.labels, encoding=encoding, cache=cache)
+        encoder = latent_encoder(vae, rank.device(device), **options)
+    raw = open_source(source, labels=encoder.options.labels, encoding=encoder.options.encoding, cache=cache)
     if strict:
         _refuse(raw.skipped)
     if workers is None:
@@ -211,11 +191,6 @@ def prepare(
         raise
 
 
-def default_format(size: int) -> ImageFormat:
-    """How images of this size are stored unless a format is given."""
-    return "png" if size <= LOSSLESS_UP_TO else "jpg"
-
-
 def image_encoder(**options: Any) -> Encoder:
     """Images as files of one format, which the worker processes encode.
 
@@ -227,8 +202,9 @@ def image_encoder(**options: Any) -> Encoder:
     words = f"{CROPS[chosen.crop]}; {chosen.size}x{chosen.size} RGB, {stored}"
     manifest = {"shape": (3, chosen.size, chosen.size), "format": chosen.format, "preprocessing": words}
 
-    def samples(batches: Iterable[Squares]) -> Iterator[EncodedSample]:
+    def samples(batches: Iterable[Squares]) -> Iterator[EncodedSample | Skipped]:
         for batch in batches:
+            yield from batch.skipped
             for (number, item), content in zip(batch.items, batch.contents, strict=True):
                 stem = re.sub(r"[^A-Za-z0-9_-]", "_", item.name.rpartition("/")[2].rpartition(".")[0])[:48]
                 yield EncodedSample(f"{number:08d}-{stem}", content, chosen.format, item.label, name=item.name)
@@ -421,23 +397,6 @@ class _Job:
 
     def _write_free(self, missing: Sequence[int], lock: int, bar: tqdm) -> None:
         """Write those of the missing shards that no other process is writing."""
-
-        def samples(batches: Iterable[Squares]) -> Iterator[EncodedSample | EncodedBatch | Skipped]:
-            skipped = list[Skipped]()
-
-            def usable() -> Iterator[Squares]:
-                for batch in batches:
-                    if batch.error is not None:
-                        raise batch.error
-                    if self.strict:
-                        _refuse(batch.skipped)
-                    skipped.extend(batch.skipped)
-                    yield batch
-                    bar.update(len(batch.items) + len(batch.skipped))
-
-            yield from self.encoder.samples(usable())
-            yield from skipped
-
         loader = DataLoader(
             _Reading(self.source.reader, self.encoder.options),
             sampler=self._claimed(missing, lock, bar),
@@ -450,7 +409,7 @@ class _Job:
         )
         try:
             for number, batches in groupby(loader, key=lambda batch: batch.shard):
-                write_shard(self.folder / shard_name(number), samples(batches))
+                write_shard(self.folder / shard_name(number), self.encoder.samples(self._usable(batches, bar)))
                 fcntl.lockf(lock, fcntl.LOCK_UN, 1, number)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
@@ -460,8 +419,18 @@ class _Job:
                 "it needs less"
             ) from error
 
-    def _claimed(self, missing: Sequence[int], lock: int, bar: tqdm) -> Iterator[_Part]:
-        """The parts of each shard that is missing, which other processes leave alone from then on."""
+    def _usable(self, batches: Iterable[Squares], bar: tqdm) -> Iterator[Squares]:
+        """Those of one shard, so that an error in one leaves the shards before it finished."""
+        for batch in batches:
+            if batch.error is not None:
+                raise batch.error
+            if self.strict:
+                _refuse(batch.skipped)
+            yield batch
+            bar.update(len(batch.items) + len(batch.skipped))
+
+    def _claimed(self, missing: Sequence[int], lock: int, bar: tqdm) -> Iterator[Squares]:
+        """The parts of each shard that is missing, still to be read; other processes leave it alone from then on."""
         for number in missing:
             try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
@@ -473,14 +442,7 @@ class _Job:
                 bar.update(len(order))
                 continue
             for i in range(0, len(order), size):
-                yield _Part(number, [(n, self.source.items[n]) for n in order[i : i + size]])
-
-
-class _Part(NamedTuple):
-    """Some of a shard's items, with their numbers in the source."""
-
-    shard: int
-    items: list[tuple[int, RawItem]]
+                yield Squares(number, [(n, self.source.items[n]) for n in order[i : i + size]], [], [])
 
 
 class _Reading(Dataset[Squares]):
@@ -489,7 +451,7 @@ class _Reading(Dataset[Squares]):
     def __init__(self, reader: Reader, options: PrepareOptions) -> None:
         self._reader, self._options = reader, options
 
-    def __getitem__(self, part: _Part) -> Squares:
+    def __getitem__(self, part: Squares) -> Squares:
         options, read = self._options, Squares(part.shard, [], [], [])
         for number, item in part.items:
             try:

@@ -30,8 +30,9 @@ from shortcutflow.data.remote import SCHEMES, is_url, local_copy, version_of
 from shortcutflow.data.shard_folder import ShardFile, ShardFolder
 from shortcutflow.data.source import DataInfo, DataSettings
 from shortcutflow.data.sources import braced
-from shortcutflow.data.sources.archives import Listed, compression_of, tar_members
+from shortcutflow.data.sources.archives import compression_of, tar_members
 from shortcutflow.data.sources.labels import NoLabel, plain_label
+from shortcutflow.data.sources.readers import RawItem
 from shortcutflow.data.sources.webdataset import key_and_extension, label_value
 from shortcutflow.distributed import Rank
 from shortcutflow.io.atomic import locked, write_whole
@@ -132,7 +133,7 @@ def scan(file: BinaryIO, name: str, image: str, label: str | None) -> tuple[list
     Raises:
         ValueError: if it is compressed, so that samples cannot be read in any order.
     """
-    samples: dict[str, dict[str, Listed]] = {}
+    samples: dict[str, dict[str, RawItem]] = {}
     skipped: list[tuple[str, str]] = []
     if (compression := compression_of(file.read(8))) is not None:
         raise ValueError(f"{name} is compressed by {compression}: decompress it to a plain .tar")
@@ -145,7 +146,7 @@ def scan(file: BinaryIO, name: str, image: str, label: str | None) -> tuple[list
             if extension in members:
                 skipped.append((member.name, "a member of this name comes before it, which is used"))
             else:
-                members[extension] = Listed(member.name, (member.offset_data, member.size))
+                members[extension] = RawItem(member.name, None, (member.offset_data, member.size))
     except ValueError as error:
         skipped.append((name, f"{error}; {len(samples)} samples before that are used"))
     rows = []
@@ -157,7 +158,7 @@ def scan(file: BinaryIO, name: str, image: str, label: str | None) -> tuple[list
     return rows, skipped
 
 
-def _image(members: dict[str, Listed], image: str) -> ByteRange:
+def _image(members: dict[str, RawItem], image: str) -> ByteRange:
     extension = next((extension for extension in image.lower().split(";") if extension in members), None)
     if extension is None:
         raise ValueError(f"no image ({image}) among its members: {', '.join(members)}"[:200])
@@ -167,11 +168,11 @@ def _image(members: dict[str, Listed], image: str) -> ByteRange:
     return ByteRange(offset, size, -1)
 
 
-def _label(file: int, members: dict[str, Listed], label: str | None) -> int | None:
+def _label(file: int, members: dict[str, RawItem], label: str | None) -> int | None:
     if not label:
         return None
 
-    def read(member: Listed) -> bytes:
+    def read(member: RawItem) -> bytes:
         offset, size = (int(value) for value in member.place)
         return os.pread(file, size, offset)
 

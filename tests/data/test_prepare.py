@@ -71,7 +71,7 @@ def test_number_of_workers_changes_nothing(raw: Path, tmp_path: Path) -> None:
 def test_options_change_what_they_say(raw: Path, tmp_path: Path) -> None:
     def made(name: str, **options: object) -> dict[str, tuple[np.ndarray, int | None]]:
         settings = {"size": 16, "workers": 0, "progress": False} | options
-        prepare(raw, tmp_path / name, **settings)  # type: ignore[arg-type]
+        prepare(raw, tmp_path / name, **settings)
         return {key: (pixels, label) for key, pixels, label in read_all(tmp_path / name)}
 
     plain, other = made("plain"), made("seed", seed=1)
@@ -124,13 +124,13 @@ def test_strict_stops_at_the_first(tmp_path: Path, workers: int) -> None:
     source = write_files(tmp_path / "raw", pictures(9) | {"ant/bad.jpg": picture(1)[:300]})
     options = {"size": 8, "samples_per_shard": 3, "workers": workers, "progress": False}
     with pytest.raises(ValueError, match=r"ant/bad\.jpg: damaged"):
-        prepare(source, tmp_path / "out", strict=True, **options)  # type: ignore[arg-type]
+        prepare(source, tmp_path / "out", strict=True, **options)
     assert not (tmp_path / "out" / "manifest.json").exists()
     # The same holds for shards that a call without strict has left.
-    prepare(source, tmp_path / "out", **options)  # type: ignore[arg-type]
+    prepare(source, tmp_path / "out", **options)
     (tmp_path / "out" / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"ant/bad\.jpg: damaged"):
-        prepare(source, tmp_path / "out", strict=True, **options)  # type: ignore[arg-type]
+        prepare(source, tmp_path / "out", strict=True, **options)
 
 
 def test_strict_takes_other_files_seriously(raw_with_bad: Path, tmp_path: Path) -> None:
@@ -175,22 +175,22 @@ def test_a_complete_folder_is_that_of_its_source(raw: Path, tmp_path: Path) -> N
     source, folder = tmp_path / "cats" / "train", tmp_path / "out"
     shutil.copytree(raw, source)
     options = {"size": 8, "workers": 0, "progress": False}
-    manifest = prepare(source, folder, **options)  # type: ignore[arg-type]
-    assert prepare(source, folder, **options) == manifest  # type: ignore[arg-type]
+    manifest = prepare(source, folder, **options)
+    assert prepare(source, folder, **options) == manifest
     with pytest.raises(FileNotFoundError, match="gone"):
-        prepare(tmp_path / "gone", folder, **options)  # type: ignore[arg-type]
+        prepare(tmp_path / "gone", folder, **options)
     other = tmp_path / "dogs" / "train"
     shutil.copytree(source, other)
     first = next(path for path in sorted(other.rglob("*")) if path.is_file())
     shutil.copy(first, first.with_name("z-new" + first.suffix))
     with pytest.raises(ValueError, match=r"begun from another source \(.*cats/train\)"):
-        prepare(other, folder, **options)  # type: ignore[arg-type]
+        prepare(other, folder, **options)
     write_files(source, {first.parent.name + "/broken.png": b"not a picture"})
     with pytest.raises(ValueError, match="were added, removed or changed since"):
-        prepare(source, folder, **options)  # type: ignore[arg-type]
-    prepare(source, tmp_path / "new", **options)  # type: ignore[arg-type]
+        prepare(source, folder, **options)
+    prepare(source, tmp_path / "new", **options)
     with pytest.raises(ValueError, match=r"was made without 1 items, which .*skipped\.txt lists"):
-        prepare(source, tmp_path / "new", strict=True, **options)  # type: ignore[arg-type]
+        prepare(source, tmp_path / "new", strict=True, **options)
     assert Manifest.read(folder) == manifest
 
 
@@ -234,7 +234,7 @@ def test_folders_with_other_contents_are_left_alone(raw: Path, tmp_path: Path) -
 )  # fmt: skip
 def test_impossible_options(raw: Path, tmp_path: Path, options: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said) as caught:
-        prepare(raw, tmp_path / "out", **options)  # type: ignore[arg-type]
+        prepare(raw, tmp_path / "out", **options)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -264,16 +264,16 @@ def test_full_disk(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def full(*arguments: object) -> bytes:
         if next(calls) == 9:  # in the second shard
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real(*arguments)  # type: ignore[arg-type]
+        return real(*arguments)
 
     options = {"size": 16, "samples_per_shard": 6, "workers": 0, "progress": False}
     with monkeypatch.context() as patch:
         patch.setattr("shortcutflow.data.prepare.encode_image", full)
         with pytest.raises(OSError, match=r"no space left for .*: free some, the same call continues"):
-            prepare(raw, tmp_path / "out", **options)  # type: ignore[arg-type]
+            prepare(raw, tmp_path / "out", **options)
     assert {name for name in files_of(tmp_path / "out") if name.endswith(".tar")} == {"shard-000000.tar"}
-    prepare(raw, tmp_path / "out", **options)  # type: ignore[arg-type]
-    prepare(raw, tmp_path / "whole", **options)  # type: ignore[arg-type]
+    prepare(raw, tmp_path / "out", **options)
+    prepare(raw, tmp_path / "whole", **options)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
@@ -337,7 +337,7 @@ def shared(name: str) -> Path:
 @pytest.mark.parametrize("crop", ["released", "adm"])
 def test_photos_of_imagenet(tmp_path: Path, crop: str) -> None:
     path = shared("imagenet_sample_imagefolder.zip")
-    manifest = prepare(path, tmp_path, size=256, crop=crop, samples_per_shard=100, workers=2, progress=False)  # type: ignore[arg-type]
+    manifest = prepare(path, tmp_path, size=256, crop=crop, samples_per_shard=100, workers=2, progress=False)
     assert (manifest.samples, manifest.num_classes, manifest.format) == (200, 200, "jpg")
     with zipfile.ZipFile(path) as archive:
         classes = sorted({name.partition("/")[0] for name in archive.namelist()})
@@ -346,7 +346,7 @@ def test_photos_of_imagenet(tmp_path: Path, crop: str) -> None:
             assert label is not None
             assert classes[label] == name.partition("/")[0]
             with Image.open(io.BytesIO(archive.read(name))) as image:
-                square = np.asarray(to_square(image.convert("RGB"), 256, crop)).astype(int)  # type: ignore[arg-type]
+                square = np.asarray(to_square(image.convert("RGB"), 256, crop)).astype(int)
             error = np.abs(np.moveaxis(found, 0, -1) - square)
             assert error.mean() < 2.5, name
 

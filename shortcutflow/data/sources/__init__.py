@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from posixpath import commonpath, dirname
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
@@ -21,7 +22,6 @@ from tqdm import tqdm
 from shortcutflow.data.remote import is_url, local_copy
 from shortcutflow.data.shards import Skipped
 from shortcutflow.data.sources.archives import (
-    Listed,
     Listing,
     is_tar,
     list_folder,
@@ -33,7 +33,7 @@ from shortcutflow.data.sources.archives import (
 from shortcutflow.data.sources.folder import images_of, nothing_usable
 from shortcutflow.data.sources.labels import checked_choice
 from shortcutflow.data.sources.parquet import open_parquet
-from shortcutflow.data.sources.readers import FolderReader, RangeReader, RawSource, ZipReader
+from shortcutflow.data.sources.readers import FolderReader, RangeReader, RawItem, RawSource, ZipReader
 from shortcutflow.data.sources.splits import NUMBERED, check_files
 from shortcutflow.data.sources.webdataset import IMAGE_SUFFIXES, suffix_of
 
@@ -79,7 +79,7 @@ def open_source(
     if path.is_dir():
         return _open_folder(path, choice, encoding)
     if files := expand(path):
-        root = Path(*_common([file.parts[:-1] for file in files]))
+        root = Path(commonpath([file.parent for file in files]))
         named = {file.relative_to(root).as_posix(): file for file in files}
         return _open_files(named, str(root), str(path), choice, encoding)
     raise FileNotFoundError(f"there is no {path}")
@@ -96,7 +96,7 @@ def _open_urls(url: str, choice: bool | str, encoding: str | None, cache: Path) 
         tqdm(pool.map(lambda url: local_copy(url, cache), urls), "fetching", len(urls), unit="file", delay=2) as copies,
     ):
         files = dict(zip(paths, copies, strict=True))
-    root = "/".join(_common([tuple(path.split("/")[:-1]) for path in paths]))
+    root = commonpath([dirname(path) for path in paths])
     named = {path[len(root) :].lstrip("/"): file for path, file in files.items()}
     if len(named) > 1:
         return _open_files(named, urls[0][: -len(next(iter(named)))].rstrip("/"), url, choice, encoding)
@@ -153,7 +153,7 @@ def _open_file(
     if head[257:262] == b"ustar" or name.endswith(".tar"):
         listing = _inside(list_tar(file, encoding=encoding), inside, where)
         return images_of("tar archives", RangeReader([file]), listing, where, choice, shards=True)
-    raise nothing_usable(where, Listing([Listed(name, ())], [], set()))
+    raise nothing_usable(where, Listing([RawItem(name, None, ())], [], set()))
 
 
 def _inside(listing: Listing, folder: str, where: str) -> Listing:
@@ -211,15 +211,10 @@ def _open_files(
     if set(suffixes) == {".tar"}:
         return _of_tars(dict(sorted(named.items())), root, where, choice, encoding, skipped)
     if IMAGE_SUFFIXES.issuperset(suffixes) and not is_url(where):
-        listed = [Listed(name, (name, file.stat().st_size)) for name, file in named.items()]
+        listed = [RawItem(name, None, (name, file.stat().st_size)) for name, file in named.items()]
         return images_of("a folder", FolderReader(Path(root)), Listing(listed, [], set()), where, choice)
     found = ", ".join(f"{count} {suffix or '(no suffix)'}" for suffix, count in suffixes.items())
     raise ValueError(f"{where} names files of several kinds ({found}): name parquet files, tar archives or images only")
-
-
-def _common(paths: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-    low, high = min(paths), max(paths)
-    return low[: next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))]
 
 
 def _of_tars(
@@ -233,7 +228,7 @@ def _of_tars(
     for number, (name, tar) in enumerate(tars.items()):
         inner = list_tar(tar, number, encoding)
         prefixes.append(f"{tar_stem(name)}/" if len(tars) > 1 else "")
-        found.files.extend(Listed(prefixes[-1] + file.name, file.place) for file in inner.files)
+        found.files.extend(file._replace(name=prefixes[-1] + file.name) for file in inner.files)
         found.skipped.extend(Skipped(prefixes[-1] + name, reason) for name, reason in inner.skipped)
         found.folders.update(prefixes[-1] + folder for folder in inner.folders)
         if prefixes[-1]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from shortcutflow.data.shards import Skipped
-from shortcutflow.data.sources.readers import LARGEST_ITEM
+from shortcutflow.data.sources.readers import LARGEST_ITEM, RawItem
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 """How compressed files begin."""
@@ -27,17 +27,10 @@ _UTF8_NAME = 0x800
 _TAR = re.compile(r"\.(tar(\.(gz|bz2|xz|zst))?|tgz|tbz2?|txz)$", re.IGNORECASE)
 
 
-class Listed(NamedTuple):
-    """A file in a source: its name with "/" between folders, and where its reader finds it."""
-
-    name: str
-    place: tuple[int | str, ...]
-
-
 class Listing(NamedTuple):
     """All files of a source, those that cannot be read, and its folders."""
 
-    files: list[Listed]
+    files: list[RawItem]
     skipped: list[Skipped]
     folders: set[str]
 
@@ -76,7 +69,7 @@ def list_folder(root: Path) -> Listing:
                     listing.folders.add(name)
                     walk(entry.path, name + "/", above | {real})
                 elif entry.is_file():
-                    listing.files.append(Listed(name, (name, entry.stat().st_size)))
+                    listing.files.append(RawItem(name, None, (name, entry.stat().st_size)))
                 else:
                     reason = "a link that leads nowhere" if entry.is_symlink() else "neither a plain file nor a link"
                     listing.skipped.append(Skipped(name, reason))
@@ -129,7 +122,7 @@ def list_zip(path: Path, encoding: str | None = None) -> Listing:
             place = (
                 member.header_offset, member.compress_size, member.file_size, member.compress_type, member.CRC
             )  # fmt: skip
-            listing.files.append(Listed(name, place))
+            listing.files.append(RawItem(name, None, place))
     return _without_doubles(listing)
 
 
@@ -222,7 +215,7 @@ def list_tar(path: Path, number: int = 0, encoding: str | None = None) -> Listin
             elif member.size > LARGEST_ITEM:
                 listing.skipped.append(Skipped(name, _too_large(member.size)))
             else:
-                listing.files.append(Listed(name, (number, member.offset_data, member.size)))
+                listing.files.append(RawItem(name, None, (number, member.offset_data, member.size)))
         _follow(links, listing)
 
     with path.open("rb") as file:
@@ -240,10 +233,10 @@ def _follow(links: dict[str, str], listing: Listing) -> None:
             passed.add(target)
             target = links[target]
         if target in places and target not in links:
-            listing.files.append(Listed(name, places[target]))
+            listing.files.append(RawItem(name, None, places[target]))
         elif below := [file for file in listing.files if file.name.startswith(target + "/")]:
             listing.folders.add(name)
-            listing.files.extend(Listed(name + file.name[len(target) :], file.place) for file in below)
+            listing.files.extend(file._replace(name=name + file.name[len(target) :]) for file in below)
         else:
             listing.skipped.append(Skipped(name, f"a link to {target!r}, which is no file of the archive"))
 

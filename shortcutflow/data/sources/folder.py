@@ -6,12 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from posixpath import basename, commonpath, dirname, join
 from typing import NamedTuple
 
 from shortcutflow.data.images import ImageError
 from shortcutflow.data.manifest import MANIFEST, Manifest
 from shortcutflow.data.shards import Skipped
-from shortcutflow.data.sources.archives import Listed, Listing, is_tar
+from shortcutflow.data.sources.archives import Listing, is_tar
 from shortcutflow.data.sources.labels import (
     NoLabel,
     dataset_json,
@@ -50,11 +51,10 @@ _DOCUMENTS = {
 }  # fmt: skip
 
 
-class _Found(NamedTuple):
-    """Images, the label of each (a class number, None, or why it has none), and what goes with them."""
+class _Labels(NamedTuple):
+    """The label of each image (a class number, None, or why it has none), and what goes with them."""
 
-    images: list[Listed]
-    labels: Sequence[int | NoLabel | None]
+    values: Sequence[int | NoLabel | None]
     names: tuple[str, ...] = ()
     skipped: Sequence[Skipped] = ()
     notes: tuple[str, ...] = ()
@@ -79,9 +79,9 @@ def images_of(
         ValueError: if there are no images, or it cannot be decided which labels they have.
     """
 
-    def read(file: Listed) -> bytes:
+    def read(file: RawItem) -> bytes:
         try:
-            return reader.read(RawItem(file.name, None, file.place))
+            return reader.read(file)
         except ImageError:
             return b""
 
@@ -90,73 +90,61 @@ def images_of(
     beside = label_members(files)
     chosen = isinstance(choice, str) and choice != "folder" and not tables
     by_key = bool(shards and beside) or chosen or (choice is True and bool({"cls", "class"} & beside))
-    samples: list[Sample] = []
-    if by_key:
-        samples, skipped = samples_of(files)
-        images = [sample.image for sample in samples]
-    else:
-        images = [file for file in files if suffix_of(file.name) in IMAGE_SUFFIXES]
-        images.sort(key=lambda file: file.name.split("/"))
-        skipped = [
-            Skipped(file.name, f"not an image: suffix {suffix_of(file.name) or '(none)'}")
-            for file in files
-            if suffix_of(file.name) not in IMAGE_SUFFIXES
-        ]
+    samples, skipped = samples_of(files) if by_key else _by_suffix(files)
+    images = [sample.image for sample in samples]
     if not images:
         raise nothing_usable(path, Listing(files, [*listing.skipped, *(skipped if by_key else [])], set()))
     inner = [file.name[len(prefixes[int(file.place[0])]) :] if prefixes else file.name for file in images]
     if choice != "folder":
         check_tree(inner, path)
-    found = None
-    if choice not in (False, "folder"):
-        found = _by_table(tables, images, path, choice, read) if tables else None
-        if found is None and by_key:
-            found = _by_field(samples, path, choice, read)
-        if found is None and choice is True and not by_key and "json" in beside and not _folders_tell(inner):
-            samples = samples_of(files)[0]
-            if json_field(samples, read, path) is not None:
-                return images_of(kind, reader, listing, path, "json", shards=shards, prefixes=prefixes)
-    if found is None:
-        whole = listing if not prefixes else Listing([], [], set())
-        found = (
-            _Found(images, [None] * len(images)) if choice is False else _by_folder(images, inner, whole, path, choice)
-        )
-    if choice is True and not found.names and prefixes:
-        parts = "no labels: numbered archives are parts of one set; --labels folder takes them as classes"
-        found = found._replace(notes=(*found.notes, parts))
-    if choice is True and not found.names and "json" in beside:
-        found = found._replace(notes=(*found.notes, "no labels; --labels json:FIELD takes a field of KEY.json"))
-    if choice is True and not found.names and not tables:
-        found = found._replace(notes=(*found.notes, *_other_tables(files, path, read)))
-    items = [
-        RawItem(file.name, label, file.place)
-        for file, label in zip(found.images, found.labels, strict=True)
-        if not isinstance(label, NoLabel)
-    ]
-    unlabelled = [
-        Skipped(file.name, label.reason)
-        for file, label in zip(found.images, found.labels, strict=True)
-        if isinstance(label, NoLabel)
-    ]
-    left_out = sorted([*listing.skipped, *skipped, *found.skipped, *unlabelled])
+    labels = _Labels([None] * len(images)) if choice is False else None
+    if labels is None and choice != "folder":
+        labels = _by_table(tables, images, path, choice, read) if tables else None
+        if labels is None and by_key:
+            labels = _by_field(samples, path, choice, read)
+        may_be_json = choice is True and not by_key and "json" in beside and not _folders_tell(inner)
+        if labels is None and may_be_json and json_field(samples_of(files)[0], read, path) is not None:
+            return images_of(kind, reader, listing, path, "json", shards=shards, prefixes=prefixes)
+    if labels is None:
+        labels = _by_folder(inner, Listing([], [], set()) if prefixes else listing, path, choice)
+    notes = labels.notes
+    if choice is True and not labels.names:
+        if prefixes:
+            notes += ("no labels: numbered archives are parts of one set; --labels folder takes them as classes",)
+        if "json" in beside:
+            notes += ("no labels; --labels json:FIELD takes a field of KEY.json",)
+        if not tables:
+            notes += _other_tables(files, path, read)
+    items, unlabelled = [], []
+    for file, label in zip(images, labels.values, strict=True):
+        if isinstance(label, NoLabel):
+            unlabelled.append(Skipped(file.name, label.reason))
+        else:
+            items.append(file._replace(label=label))
+    left_out = sorted([*listing.skipped, *skipped, *labels.skipped, *unlabelled])
     kind = "webdataset shards" if shards and by_key else kind
-    return RawSource(kind, reader, items, found.names, tuple(left_out), notes=found.notes)
+    return RawSource(kind, reader, items, labels.names, tuple(left_out), notes=notes)
 
 
-def _tables(files: Iterable[Listed]) -> dict[str, Listed]:
+def _by_suffix(files: Iterable[RawItem]) -> tuple[list[Sample], list[Skipped]]:
+    """Each image as a sample of its own, in the order of folders and names, and what is none."""
+    images, others = [], []
+    for file in files:
+        if (suffix := suffix_of(file.name)) in IMAGE_SUFFIXES:
+            images.append(Sample(file, {}))
+        else:
+            others.append(Skipped(file.name, f"not an image: suffix {suffix or '(none)'}"))
+    return sorted(images, key=lambda sample: sample.image.name.split("/")), others
+
+
+def _tables(files: Iterable[RawItem]) -> dict[str, RawItem]:
     """The files that may hold the labels of all images: those of the folder that is highest."""
-    found = [file for file in files if file.name.rpartition("/")[2] in _TABLES]
-    if not found:
-        return {}
-    highest = min((file.name.count("/"), file.name.rpartition("/")[0]) for file in found)
-    return {
-        name: file
-        for file in found
-        if (name := file.name.rpartition("/")[2]) and (file.name.count("/"), file.name.rpartition("/")[0]) == highest
-    }
+    found = [file for file in files if basename(file.name) in _TABLES]
+    highest = min((dirname(file.name) for file in found), key=lambda folder: (folder.count("/"), folder), default="")
+    return {basename(file.name): file for file in found if dirname(file.name) == highest}
 
 
-def _other_tables(files: Iterable[Listed], path: str, read: Read) -> tuple[str, ...]:
+def _other_tables(files: Iterable[RawItem], path: str, read: Read) -> tuple[str, ...]:
     """A note about files that may hold the labels of images without any.
 
     Raises:
@@ -175,8 +163,8 @@ def _other_tables(files: Iterable[Listed], path: str, read: Read) -> tuple[str, 
 
 
 def _by_table(
-    tables: dict[str, Listed], images: list[Listed], path: str, choice: bool | str, read: Read
-) -> _Found | None:
+    tables: dict[str, RawItem], images: list[RawItem], path: str, choice: bool | str, read: Read
+) -> _Labels | None:
     """Labels from ``dataset.json``, or from ``metadata.csv`` or ``.jsonl``; None if they have none."""
     field = choice if isinstance(choice, str) and choice != "json" else None
     name = "dataset.json" if "dataset.json" in tables and field is None else sorted(tables)[-1]
@@ -188,7 +176,7 @@ def _by_table(
             return None
         if choice is not True:
             raise ValueError(f"{where} holds no labels: {how_to_choose('folder', 'none')}")
-        return _Found(images, [None] * len(images), notes=(f"no labels, as {where} says",))
+        return _Labels([None] * len(images), notes=(f"no labels, as {where} says",))
     folder = file.name[: -len(name)]
     reason = f"in {name}, but there is no such image"
     there = {image.name for image in images}
@@ -200,10 +188,10 @@ def _by_table(
         for image in images
     ]
     numbers, names = number_labels(values, where)
-    return _Found(images, numbers, names, missing, (f"labels from {where}",))
+    return _Labels(numbers, names, missing, (f"labels from {where}",))
 
 
-def _by_field(samples: list[Sample], path: str, choice: bool | str, read: Read) -> _Found | None:
+def _by_field(samples: list[Sample], path: str, choice: bool | str, read: Read) -> _Labels | None:
     """Labels from the members of the samples; None if there are none."""
     if choice is True:
         field = label_field(samples, read, path)
@@ -215,8 +203,7 @@ def _by_field(samples: list[Sample], path: str, choice: bool | str, read: Read) 
     if field == choice and all(value is None for value in values):
         raise ValueError(f"{path} has no labels in {field!r}: {how_to_choose('auto', 'folder', 'json:FIELD', 'none')}")
     numbers, names = number_labels(values, path, names=_names_of(Path(path)))
-    notes = () if field == "cls" else (f"labels from KEY.{field}",)
-    return _Found([sample.image for sample in samples], numbers, names, notes=notes)
+    return _Labels(numbers, names, notes=() if field == "cls" else (f"labels from KEY.{field}",))
 
 
 def _names_of(folder: Path) -> tuple[str, ...]:
@@ -228,41 +215,34 @@ def _names_of(folder: Path) -> tuple[str, ...]:
         return ()  # another program's manifest
 
 
-def _common_folders(names: Sequence[str]) -> list[str]:
-    """The folders that hold everything."""
-    low, high = (name.split("/")[:-1] for name in (min(names, key=_folders), max(names, key=_folders)))
-    return low[: next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))]
-
-
-def _folders(name: str) -> list[str]:
-    return name.split("/")[:-1]
+def _below_common(names: Sequence[str]) -> tuple[str, list[str | None]]:
+    """The folder that holds everything, and the folder below it of each name; None for a name right in it."""
+    common = commonpath([dirname(name) for name in names])
+    parts = (name[len(join(common, "")) :].partition("/") for name in names)
+    return common, [folder if slash else None for folder, slash, _ in parts]
 
 
 def _folders_tell(names: Sequence[str]) -> bool:
     """Whether the folders of images may be classes."""
-    above = len(_common_folders(names))
-    return not is_bucket_layout(sorted({name.split("/")[above] for name in names})) and any(
-        name.count("/") > above for name in names
-    )
+    folders = set(_below_common(names)[1])
+    return folders != {None} and not is_bucket_layout(sorted(folder or "" for folder in folders))
 
 
-def _by_folder(images: list[Listed], names: Sequence[str], listing: Listing, path: str, choice: bool | str) -> _Found:
+def _by_folder(names: Sequence[str], listing: Listing, path: str, choice: bool | str) -> _Labels:
     """Classes by folder; none if all images lie in one.
 
     Raises:
         ValueError: if some images lie in no class folder, or the folders may be something else than classes.
     """
-    common = _common_folders(names)
-    above = len(common)
-    folders = [parts[above] if len(parts := name.split("/")) > above + 1 else None for name in names]
+    common, folders = _below_common(names)
     if choice == "folder" and set(folders) == {None}:
         if not common:
             raise ValueError(f"{path} has no folders that could be classes: {how_to_choose('none')}")
-        common, folders = common[:-1], [common[-1]] * len(names)
+        common, folders = dirname(common), [basename(common)] * len(names)
     counts = Counter(folders)
     if set(counts) == {None}:
         _check_empty_siblings(common, listing, path)
-        return _Found(images, [None] * len(images))
+        return _Labels([None] * len(names))
     if None in counts:
         raise ValueError(
             f"{path} holds {counts[None]} images beside class folders ({counts.total() - counts[None]} images in "
@@ -274,36 +254,33 @@ def _by_folder(images: list[Listed], names: Sequence[str], listing: Listing, pat
             f"the folders of {path} only number parts ({min(classes)} ... {max(classes)}) and there are no labels "
             f"beside them: are they classes? {how_to_choose('folder', 'json', 'none')}"
         )
-    empty = _empty_classes(common, listing) - classes
-    class_names = tuple(sorted(classes | empty))
+    empty = sorted(_empty_classes(common, listing) - classes)
+    class_names = tuple(sorted(classes.union(empty)))
     number = {name: i for i, name in enumerate(class_names)}
-    prefix = "".join(part + "/" for part in common)
-    without = [Skipped(f"{prefix}{name}/", f"no image can be read from class {number[name]}") for name in sorted(empty)]
-    notes: tuple[str, ...] = ()
-    if empty:
-        notes = (f"class folders without a readable image: {', '.join(sorted(empty))}",)
+    without = [Skipped(join(common, name, ""), f"no image can be read from class {number[name]}") for name in empty]
+    notes: tuple[str, ...] = (f"class folders without a readable image: {', '.join(empty)}",) if empty else ()
     if shifted := [name for name in class_names if name.isdecimal() and int(name) != number[name]]:
         notes += (f"classes are numbered in the order of their names as text: {shifted[0]!r} is {number[shifted[0]]}",)
-    labels = [number[folder] for folder in folders if folder is not None]
-    return _Found(images, labels, class_names, without, notes)
+    return _Labels([number[folder] for folder in folders if folder is not None], class_names, without, notes)
 
 
-def _empty_classes(common: list[str], listing: Listing) -> set[str]:
-    """Folders beside the class folders that hold no image: nothing, or files that may be images of other formats."""
-    prefix = "".join(part + "/" for part in common)
+def _empty_classes(folder: str, listing: Listing) -> set[str]:
+    """Folders in a folder that hold no image: nothing, or files that may be images of other formats."""
+    prefix = join(folder, "")
     found = {name[len(prefix) :].split("/")[0] for name in listing.folders if name.startswith(prefix)}
     held: dict[str, set[str]] = {}
     for name in (*(file.name for file in listing.files), *(item.name for item in listing.skipped)):
-        folder, slash, rest = name[len(prefix) :].partition("/")
+        inner, slash, rest = name[len(prefix) :].partition("/")
         if slash and name.startswith(prefix):
-            held.setdefault(folder, set()).add(suffix_of(rest))
+            held.setdefault(inner, set()).add(suffix_of(rest))
     return {name for name in found | held.keys() if name not in held or not held[name] <= _DOCUMENTS}
 
 
-def _check_empty_siblings(common: list[str], listing: Listing, path: str) -> None:
+def _check_empty_siblings(folder: str, listing: Listing, path: str) -> None:
     """Refuse one folder of images beside others without: they may be classes that would vanish."""
-    for i, name in enumerate(common):
-        if others := _empty_classes(common[:i], listing) - {name}:
+    parts = folder.split("/") if folder else []
+    for i, name in enumerate(parts):
+        if others := _empty_classes("/".join(parts[:i]), listing) - {name}:
             raise ValueError(
                 f"all images of {path} lie in {name!r}, but there are folders without images beside it "
                 f"({', '.join(sorted(others)[:5])}): {how_to_choose('folder', 'none')}"

@@ -28,7 +28,7 @@ _ZIP_HEADER = struct.Struct("<4s22xHH")  # of a member: signature, ..., length o
 
 
 class RawItem(NamedTuple):
-    """One image of a source: its name, its label or None, and where its reader finds it."""
+    """A file in a source: its name with "/" between folders, its label or None, and where its reader finds it."""
 
     name: str
     label: int | None

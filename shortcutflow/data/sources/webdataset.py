@@ -7,23 +7,23 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from shortcutflow.data.shards import Skipped
-from shortcutflow.data.sources.archives import Listed
 from shortcutflow.data.sources.labels import NoLabel, choose_field, how_to_choose
+from shortcutflow.data.sources.readers import RawItem
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 LARGEST_LABEL = 2**20
 """Bytes of a member that holds a label."""
 
 _LOOKED_AT = 64
-Read = Callable[[Listed], bytes]
+Read = Callable[[RawItem], bytes]
 """Gives a listed file's bytes."""
 
 
 class Sample(NamedTuple):
     """An image and the other members of its key, by extension."""
 
-    image: Listed
-    members: dict[str, Listed]
+    image: RawItem
+    members: dict[str, RawItem]
 
 
 def suffix_of(name: str) -> str:
@@ -45,7 +45,7 @@ def _kind(extension: str) -> str:
     return extension.rpartition(".")[2]
 
 
-def label_members(files: Iterable[Listed]) -> set[str]:
+def label_members(files: Iterable[RawItem]) -> set[str]:
     """Which of the extensions ``cls``, ``class``, ``json`` and ``txt`` lie beside images with the same key."""
     images, labels = set(), dict[str, set[str]]()
     for file in files:
@@ -57,9 +57,9 @@ def label_members(files: Iterable[Listed]) -> set[str]:
     return {kind for kind, keys in labels.items() if not images.isdisjoint(keys)}
 
 
-def samples_of(files: Iterable[Listed]) -> tuple[list[Sample], list[Skipped]]:
+def samples_of(files: Iterable[RawItem]) -> tuple[list[Sample], list[Skipped]]:
     """Samples in the order of their names, and what is part of none."""
-    by_key: dict[str, dict[str, Listed]] = {}
+    by_key: dict[str, dict[str, RawItem]] = {}
     samples, skipped = [], []
     for file in sorted(files):
         key, extension = key_and_extension(file.name)
@@ -78,7 +78,7 @@ def samples_of(files: Iterable[Listed]) -> tuple[list[Sample], list[Skipped]]:
     return samples, skipped
 
 
-def _image_of(members: dict[str, Listed]) -> tuple[Listed | None, list[Skipped]]:
+def _image_of(members: dict[str, RawItem]) -> tuple[RawItem | None, list[Skipped]]:
     """The one image of a sample: the one whose extension is plain (``jpg``), or the only one."""
     images = {extension: file for extension, file in members.items() if "." + _kind(extension) in IMAGE_SUFFIXES}
     if not images:
@@ -138,7 +138,7 @@ def label_values(samples: list[Sample], field: str, read: Read) -> list[object]:
     return [label_value(sample.members, kind, path, read) for sample in samples]
 
 
-def label_value(members: dict[str, Listed], kind: str, path: str, read: Read) -> object:
+def label_value(members: dict[str, RawItem], kind: str, path: str, read: Read) -> object:
     """What the member of this extension holds, of JSON at a path of keys; None or a ``NoLabel`` without it."""
     file = _member(members, kind)
     if file is None:
@@ -155,23 +155,23 @@ def label_value(members: dict[str, Listed], kind: str, path: str, read: Read) ->
     return found
 
 
-def _member(members: dict[str, Listed], kind: str) -> Listed | None:
+def _member(members: dict[str, RawItem], kind: str) -> RawItem | None:
     if kind in members:
         return members[kind]
     found = [file for extension, file in members.items() if _kind(extension) == kind]
     return found[0] if len(found) == 1 else None
 
 
-def _size(file: Listed) -> int:
+def _size(file: RawItem) -> int:
     """Places end with the size, but those of zip archives: (offset, compressed, size, method, CRC-32)."""
     return int(file.place[2] if len(file.place) == 5 else file.place[-1])
 
 
-def _text(file: Listed, read: Read) -> str:
+def _text(file: RawItem, read: Read) -> str:
     return read(file).decode("utf-8-sig", errors="replace").strip() if _size(file) <= LARGEST_LABEL else ""
 
 
-def _json(file: Listed, read: Read) -> object:
+def _json(file: RawItem, read: Read) -> object:
     try:
         return json.loads(read(file)) if _size(file) <= LARGEST_LABEL else None
     except (ValueError, RecursionError):
