@@ -55,7 +55,7 @@ class FlowMatchingObjective(Objective):
     def draw(self, data: Tensor, generator: Generator | None = None, context: Context = NO_CONTEXT) -> Draw:
         """Noise, times and dropped conditions for a batch of data (b, *shape)."""
         b, device, generator = context.batch_size(data), data.device, generator_or_default(generator, data.device)
-        noise = noise_like(data, generator, context.batch_slice)
+        noise = noise_like(data, generator, context)
         t = draw_times(b, density=self.time_density, generator=generator, device=device)
         if self.time_steps is not None:
             t = to_grid(t, 1 / self.time_steps)

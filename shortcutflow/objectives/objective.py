@@ -77,6 +77,7 @@ class Context:
         progress: fraction of the training that is done, in [0, 1], for methods with a schedule.
         batch_slice: which rows of the global batch the data is: they get the random numbers that the whole batch would
             give them. Numbers of a few bytes a row are drawn for the whole batch, noise for the slice alone.
+        noise: x_0 of each row of data, where the caller has chosen it; None draws it.
     """
 
     target_net: Network | None = None
@@ -84,6 +85,7 @@ class Context:
     null_y: NullCondition = None
     progress: float | None = None
     batch_slice: BatchSlice = FULL_BATCH
+    noise: Tensor | None = None
 
     def target_network(self, net: Network) -> Network:
         """The network that makes targets."""
@@ -192,6 +194,7 @@ class Objective(BaseModel, ABC):
         null_y: NullCondition = None,
         generator: Generator | None = None,
         batch_slice: BatchSlice = FULL_BATCH,
+        noise: Tensor | None = None,
     ) -> LossReport:
         """The loss of net on a batch, or on a slice of one.
 
@@ -201,13 +204,14 @@ class Objective(BaseModel, ABC):
             y: labels (b,) as a tensor, array or list of whole numbers, or any condition; see
                 :mod:`shortcutflow.conditions`.
             generator: where the random numbers come from, on data's device; None is torch's default generator.
-            target_net, teacher, progress, null_y, batch_slice: see :class:`Context`.
+            target_net, teacher, progress, null_y, batch_slice, noise: see :class:`Context`.
 
         Raises:
-            ValueError: for a missing teacher, progress or null_y, or shapes that do not fit together.
+            ValueError: for a missing teacher, progress or null_y, shapes that do not fit together, or noise for an
+                objective that draws its own.
         """
         data, y = as_batch(net, data, y)
-        context = Context(target_net, teacher, null_y, progress, batch_slice)
+        context = Context(target_net, teacher, null_y, progress, batch_slice, noise)
         with torch.no_grad():
             targets = self.targets(net, data, y, self.draw(data, generator, context), context)
         return self.regress(net, targets)
@@ -238,7 +242,7 @@ class Objective(BaseModel, ABC):
     def draw_steps(self, data: Tensor, d: float, generator: Generator | None, context: Context) -> Draw:
         """Noise, times that are multiples of one step size, and dropped conditions."""
         b, device, generator = context.batch_size(data), data.device, generator_or_default(generator, data.device)
-        noise = noise_like(data, generator, context.batch_slice)
+        noise = noise_like(data, generator, context)
         t = draw_times_on_grid(b, d, generator=generator, device=device)
         return Draw(noise, t, torch.full_like(t, d), self.draw_dropped(b, generator, device)).at(context.batch_slice)
 
@@ -299,9 +303,24 @@ def as_batch(net: Network, data: Tensor, y: Any) -> tuple[Tensor, Condition]:
     return as_state(net, data), y
 
 
-def noise_like(data: Tensor, generator: Generator, batch_slice: BatchSlice) -> Tensor:
-    """Noise like data, which is a slice of a batch; see :func:`shortcutflow.seeds.draw_noise_rows`."""
-    return draw_noise_rows(len(data), data.shape[1:], generator, batch_slice, dtype=data.dtype, device=data.device)
+def noise_like(data: Tensor, generator: Generator, context: Context) -> Tensor:
+    """x_0 for data, a slice of a batch: the context's noise, or drawn by :func:`shortcutflow.seeds.draw_noise_rows`.
+
+    Raises:
+        ValueError: if the context has noise of another shape than data.
+    """
+    if context.noise is None:
+        here = context.batch_slice
+        return draw_noise_rows(len(data), data.shape[1:], generator, here, dtype=data.dtype, device=data.device)
+    if context.noise.shape != data.shape:
+        raise ValueError(f"noise must have the shape of data, {tuple(data.shape)}, got {tuple(context.noise.shape)}")
+    return context.noise.to(data)
+
+
+def require_no_noise(context: Context, rows: str) -> None:
+    """Raise ValueError if noise is given for rows that are not one for each sample, or not made of the samples."""
+    if context.noise is not None:
+        raise ValueError(f"{rows} need noise of their own: pass no noise=, and in a run use coupling=null")
 
 
 def two_steps(

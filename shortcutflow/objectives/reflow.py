@@ -25,6 +25,7 @@ from shortcutflow.objectives.objective import (
     count_of,
     guided_evaluations,
     noise_like,
+    require_no_noise,
     require_sliced_evenly,
     require_teacher,
 )
@@ -77,6 +78,7 @@ class ReflowObjective(Objective):
             ValueError: for a batch that rows_per_pair does not divide, or slices that would have to make the same pair.
         """
         b, device, slices = context.batch_size(data), data.device, context.batch_slice.count
+        require_no_noise(context, "reflow's pairs")
         if b % self.rows_per_pair:
             raise ValueError(f"a batch of {b} cannot be made of pairs of {self.rows_per_pair} rows each")
         n = b // self.rows_per_pair
@@ -86,7 +88,7 @@ class ReflowObjective(Objective):
                 "use a batch size that both divide, or rows_per_pair=1"
             )
         generator = generator_or_default(generator, device)
-        noise = noise_like(data[: n // slices], generator, context.batch_slice)
+        noise = noise_like(data[: n // slices], generator, context)
         t = torch.rand(b, generator=generator, device=device)
         return Draw(noise, t, torch.zeros_like(t), self.draw_dropped(n, generator, device)).at(context.batch_slice)
 

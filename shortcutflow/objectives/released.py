@@ -8,7 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor, device
 
-from shortcutflow.objectives.objective import NO_CONTEXT, Context, Draw, noise_like, require_sliced_evenly
+from shortcutflow.objectives.objective import (
+    NO_CONTEXT,
+    Context,
+    Draw,
+    noise_like,
+    require_no_noise,
+    require_sliced_evenly,
+)
 from shortcutflow.schedule import draw_times_on_grid, levels_of, size_of
 from shortcutflow.seeds import generator_or_default
 from shortcutflow.types import FULL_BATCH, BatchSlice
@@ -60,14 +67,15 @@ def draw_shortcut_rows(
         force_d: use this step size in all bootstrap rows.
     """
     b, device, here = context.batch_size(data), data.device, context.batch_slice
+    require_no_noise(context, "the released rows")
     require_sliced_evenly(n, here, "bootstrap", exactly=True)
     generator = generator_or_default(generator, device)
-    noise_bootstrap = noise_like(data[: n // here.count], generator, here)
+    noise_bootstrap = noise_like(data[: n // here.count], generator, context)
     d = released_bootstrap_sizes(n, finest_steps, bias=bias, device=device)
     if force_d is not None:
         d = torch.full_like(d, force_d)
     t_bootstrap = draw_times_on_grid(n, d, generator=generator, device=device)
-    noise_flow = noise_like(data, generator, here)
+    noise_flow = noise_like(data, generator, context)
     t_flow = draw_times_on_grid(b, 1 / finest_steps, generator=generator, device=device)
     if force_t is not None:
         t_bootstrap, t_flow = torch.full_like(t_bootstrap, force_t), torch.full_like(t_flow, force_t)

@@ -160,7 +160,7 @@ class ShortcutObjective(Objective):
             )  # fmt: skip
         require_sliced_evenly(n, context.batch_slice, "bootstrap", exactly=False)
         generator = generator_or_default(generator, device)
-        noise = noise_like(data, generator, context.batch_slice)
+        noise = noise_like(data, generator, context)
         d = torch.full((b,), 1 / M, device=device)
         if n > 0:
             d[:n] = draw_bootstrap_sizes(n, M, generator=generator, device=device)

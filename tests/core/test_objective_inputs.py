@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 import shortcutflow as sf
+from shortcutflow import objectives
 from shortcutflow.objectives import Context
 from tests.core.networks import affine, zero
 
@@ -254,3 +255,43 @@ def test_data_and_noise_in_the_precision_of_the_network(given: torch.dtype) -> N
     assert sf.sample(affine, data).dtype == given
     with pytest.raises(ValueError, match=r"got ndarray: use torch\.as_tensor"):
         sf.FlowMatchingObjective()(zero, np.zeros((8, 3)))  # type: ignore[arg-type]
+
+
+# ---- noise that is given
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        sf.ShortcutObjective(condition_dropout=0.3),
+        sf.FlowMatchingObjective(condition_dropout=0.3),
+        objectives.ConsistencyTrainingObjective(),
+        objectives.ProgressiveDistillationObjective(),
+        objectives.LiveReflowObjective(condition_dropout=0.3),
+    ],
+    ids=lambda objective: objective.kind,
+)
+def test_given_noise_is_x_0_and_changes_no_other_number(objective: Any, generator: Generator) -> None:
+    data, noise = torch.randn(2, 16, 3, generator=generator).unbind()
+    drawn, given = (
+        objective.draw(data, Generator().manual_seed(1), Context(progress=0.5, noise=chosen))
+        for chosen in (None, noise)
+    )
+    assert torch.equal(given.noise, noise)
+    assert not torch.equal(drawn.noise, noise)
+    for field in dataclasses.fields(drawn):
+        if field.name != "noise":
+            before, after = getattr(drawn, field.name), getattr(given, field.name)
+            assert torch.equal(before, after) if isinstance(before, Tensor) else before == after, field.name
+
+
+def test_given_noise_of_another_shape(generator: Generator) -> None:
+    with pytest.raises(ValueError, match=r"noise must have the shape of data, \(16, 3\), got \(8, 3\)"):
+        sf.FlowMatchingObjective()(affine, torch.zeros(16, 3), noise=torch.zeros(8, 3), generator=generator)
+
+
+@pytest.mark.parametrize("objective", [sf.ShortcutObjective.released(), objectives.ReflowObjective()])
+def test_rows_with_noise_of_their_own_take_none(objective: Any, generator: Generator) -> None:
+    data = torch.zeros(16, 3)
+    with pytest.raises(ValueError, match="noise of their own: pass no noise=, and in a run use coupling=null"):
+        objective.draw(data, generator, Context(noise=data))

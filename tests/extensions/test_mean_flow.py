@@ -43,7 +43,7 @@ class MeanFlow(Objective):
 
     def draw(self, data: Tensor, generator: Generator | None = None, context: Context = NO_CONTEXT) -> Draw:
         b, device, generator = context.batch_size(data), data.device, generator_or_default(generator, data.device)
-        noise = noise_like(data, generator, context.batch_slice)
+        noise = noise_like(data, generator, context)
         times = [draw_times(b, density=self.density, generator=generator, device=device) for _ in range(2)]
         t, r = torch.minimum(*times), torch.maximum(*times)
         n = b - int(self.flow_fraction * b)
