@@ -30,11 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: a 
 
 from benchmarks.record import print_rows, put_into_readme, seconds_in_turn, write_result
 from shortcutflow.data.images import encode_image, to_square
-from shortcutflow.data.manifest import LatentsInfo, Manifest
+from shortcutflow.data.manifest import LatentsInfo
 from shortcutflow.data.prepare import prepare
 from shortcutflow.data.reader import ShardReader
 from shortcutflow.data.shard_folder import ShardFolder
-from shortcutflow.data.shards import EncodedBatch, shard_name, write_shard
+from shortcutflow.data.shards import Sample, shard_name, write_shards
 from shortcutflow.data.sources import open_source
 from shortcutflow.data.stream import ShardStream
 
@@ -97,19 +97,16 @@ def small(folder: Path, photographs: Path, options: argparse.Namespace) -> list[
 
 def latents(folder: Path, photographs: Path, options: argparse.Namespace) -> list[Row]:
     """Moments of 32x32x4 latents and their mirror images: the stream against tarfile reading the same bytes."""
-    count, rows = max(128, int(4096 * options.scale)), []
-    for per_member in (64, 1):
-        shards = _made_latents(folder / f"latents_{per_member}", count, count, per_member, LATENT)
-        stream = ShardStream(shards, batch_size=256, seed=0, horizontal_flip=True, cache_bytes=0, workers=0)
-        reader = ShardReader(ShardFolder(shards))
-        runs = {
-            "tarfile": partial(_read_tar, shards / shard_name(0)),
-            "stored moments": partial(_read_stored, reader, count),
-            "stream, posteriors drawn": partial(_take, stream, count // 256),
-        }
-        found = _rates(seconds_in_turn(runs, options.rounds, _CPU), count, against="tarfile")
-        rows += [row | {"name": f"{row['name']}, {per_member} a member"} for row in found]
-    return rows
+    count = max(128, int(4096 * options.scale))
+    shards = _made_latents(folder / "latents", count, count, LATENT)
+    stream = ShardStream(shards, batch_size=256, seed=0, horizontal_flip=True, cache_bytes=0, workers=0)
+    reader = ShardReader(ShardFolder(shards))
+    runs = {
+        "tarfile": partial(_read_tar, shards / shard_name(0)),
+        "stored moments": partial(_read_stored, reader, count),
+        "stream, posteriors drawn": partial(_take, stream, count // 256),
+    }
+    return _rates(seconds_in_turn(runs, options.rounds, _CPU), count, against="tarfile")
 
 
 def preparation(folder: Path, photographs: Path, options: argparse.Namespace) -> list[Row]:
@@ -136,7 +133,7 @@ def preparation(folder: Path, photographs: Path, options: argparse.Namespace) ->
 def resume(folder: Path, photographs: Path, options: argparse.Namespace) -> list[Row]:
     """From opening a data set of ImageNet's length to the batch at sample 1,000,000."""
     count = max(20_000, int(IMAGENET * options.scale))
-    shards = _made_latents(folder / "long", count, 4096, 64, (1, 2, 2))
+    shards = _made_latents(folder / "long", count, 4096, (1, 2, 2))
 
     def first_batch() -> None:
         stream = ShardStream(shards, batch_size=256, seed=0, cache_bytes=0, workers=0)
@@ -254,29 +251,19 @@ def _made_photographs(folder: Path, count: int) -> Path:
     return _as_image_folder(pictures, "jpg", folder)
 
 
-def _made_latents(
-    folder: Path, count: int, samples_per_shard: int, per_member: int, shape: tuple[int, int, int]
-) -> Path:
+def _made_latents(folder: Path, count: int, samples_per_shard: int, shape: tuple[int, int, int]) -> Path:
     """Shards of random moments of latents of this shape and their mirror images."""
     rng, (channels, height, width) = np.random.default_rng(0), shape
-    folder.mkdir()
-    entries = []
 
-    def packs(begin: int, end: int) -> Iterator[EncodedBatch]:
-        for start in range(begin, end, per_member):
-            n = min(per_member, end - start)
-            moments = rng.standard_normal((n, 2, 2 * channels, height, width), dtype=np.float32).astype("<f2")
-            yield EncodedBatch(f"{start:08d}", moments, (0,) * n, tuple(f"sample{start + i}" for i in range(n)))
+    def samples() -> Iterator[Sample]:
+        for i in range(count):
+            moments = rng.standard_normal((2, 2 * channels, height, width), dtype=np.float32)
+            yield Sample(moments.astype(np.float16), None, f"sample{i}")
 
-    for number, begin in enumerate(range(0, count, samples_per_shard)):
-        written = write_shard(folder / shard_name(number), packs(begin, min(count, begin + samples_per_shard)))
-        assert written.entry is not None
-        entries.append(written.entry)
     info = LatentsInfo(vae="none", sha256="0" * 64, scaling_factor=0.18215, mirrored=True)
-    Manifest(
-        shape=shape, values="moments", format="npy", latents=info, num_classes=1, preprocessing="random numbers",
-        shards=tuple(entries),
-    ).write(folder)  # fmt: skip
+    write_shards(
+        samples(), folder, samples_per_shard=samples_per_shard, latents=info, preprocessing="random numbers"
+    )  # fmt: skip
     return folder
 
 

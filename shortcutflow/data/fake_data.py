@@ -10,7 +10,7 @@ import numpy as np
 from shortcutflow.data.imagefolder import ImageFolderData
 from shortcutflow.data.manifest import MANIFEST, LatentsInfo, Manifest
 from shortcutflow.data.remote import is_url
-from shortcutflow.data.shards import EncodedBatch, Sample, shard_name, write_shard, write_shards
+from shortcutflow.data.shards import Sample, write_shards
 from shortcutflow.data.source import READING, DataSource, ShardsData
 from shortcutflow.io.atomic import build_once
 
@@ -63,23 +63,18 @@ def write_latents(folder: Path, num_classes: int | None) -> Manifest:
     """Shards of random moments, with those of mirror images, as ``shortcutflow prepare --latents`` writes them."""
     random = np.random.default_rng(0)
     channels, *sizes = LATENT_SHAPE
-    folder.mkdir(parents=True, exist_ok=True)
-    entries = []
-    for number in range(SHARDS):
-        means = random.standard_normal((SAMPLES_PER_SHARD, 1, channels, *sizes)) * 5
-        moments = np.concatenate([means, np.full_like(means, -5)], axis=2)
-        names = tuple(f"random-{number}-{i}" for i in range(SAMPLES_PER_SHARD))
-        labels = tuple(random.integers(num_classes, size=SAMPLES_PER_SHARD).tolist()) if num_classes else None
-        batch = EncodedBatch("random", np.concatenate([moments, moments[..., ::-1]], axis=1), labels, names)
-        entry = write_shard(folder / shard_name(number), [batch]).entry
-        assert entry is not None
-        entries.append(entry)
-    manifest = Manifest(
-        shape=LATENT_SHAPE, values="moments", format="npy", latents=LATENTS, num_classes=num_classes,
-        preprocessing="none: random latents, to try a recipe with", shards=tuple(entries),
+
+    def samples() -> Iterator[Sample]:
+        for i in range(SHARDS * SAMPLES_PER_SHARD):
+            mean = (random.standard_normal((channels, *sizes)) * 5).astype(np.float16)
+            moments = np.concatenate([mean, np.full_like(mean, -5)])
+            label = int(random.integers(num_classes)) if num_classes else None
+            yield Sample(np.stack([moments, moments[..., ::-1]]), label, f"random-{i}")
+
+    return write_shards(
+        samples(), folder, samples_per_shard=SAMPLES_PER_SHARD, num_classes=num_classes, latents=LATENTS,
+        preprocessing="none: random latents, to try a recipe with",
     )  # fmt: skip
-    manifest.write(folder)
-    return manifest
 
 
 def write_images(folder: Path, size: int, num_classes: int | None) -> Manifest:

@@ -9,7 +9,7 @@ torch's own switch. The same device, versions and number of threads give the sam
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,19 @@ from torch import Tensor
 
 from shortcutflow.data.autoencoder import Autoencoder, load_autoencoder
 from shortcutflow.data.manifest import LatentsInfo
-from shortcutflow.data.prepare import CROPS, Encoder, PrepareOptions, Squares, checked
-from shortcutflow.data.shards import EncodedBatch, Skipped
+from shortcutflow.data.prepare import CROPS, Encoder, PrepareOptions, checked
 
 
 class LatentOptions(PrepareOptions):
     """What decides about the content of the shards; ``batch_size`` too, since it may change the last bits."""
 
-    samples_per_member: int = Field(default=64, ge=1)
     batch_size: int = Field(default=32, ge=1, description="images encoded at once")
     mirror: bool = Field(default=True, description="keep the moments of the mirror image too")
     vae_sha256: str = Field(description="of the autoencoder's weights, wherever they lie")
 
 
 def latent_encoder(vae: str | Path, device: torch.device, **options: Any) -> Encoder:
-    """Moments by an autoencoder, many samples a member of a shard.
+    """Moments by an autoencoder.
 
     Args:
         vae: hub id or folder, see :func:`~shortcutflow.data.autoencoder.load_autoencoder`.
@@ -55,22 +53,10 @@ def latent_encoder(vae: str | Path, device: torch.device, **options: Any) -> Enc
         "preprocessing": f"{CROPS[chosen.crop]}; {chosen.size}x{chosen.size} RGB; moments by {autoencoder.name}",
     }  # fmt: skip
 
-    def samples(batches: Iterable[Squares]) -> Iterator[EncodedBatch | Skipped]:
-        rows, members, shard = list[tuple[np.ndarray, int | None, str]](), 0, 0
-        for batch in batches:
-            yield from batch.skipped
-            items, shard = [item for _, item in batch.items], batch.shard
-            if items:
-                names = [item.name for item in items]
-                moments = encode_images(autoencoder, np.stack(batch.contents), names, mirror=chosen.mirror)
-                rows += [(row, item.label, item.name) for row, item in zip(moments, items, strict=True)]
-            while len(rows) >= chosen.samples_per_member:
-                yield _member(rows[: chosen.samples_per_member], f"{shard:06d}-{members:04d}")
-                rows, members = rows[chosen.samples_per_member :], members + 1
-        if rows:
-            yield _member(rows, f"{shard:06d}-{members:04d}")
+    def encode(pixels: list[np.ndarray], names: list[str]) -> np.ndarray:
+        return encode_images(autoencoder, np.stack(pixels), names, mirror=chosen.mirror)
 
-    return Encoder(chosen, ("shortcutflow", "pillow", "torch", "diffusers"), manifest, samples, chosen.batch_size)
+    return Encoder(chosen, ("shortcutflow", "pillow", "torch", "diffusers"), manifest, encode, chosen.batch_size)
 
 
 def encode_images(autoencoder: Autoencoder, pixels: np.ndarray, names: Sequence[str], *, mirror: bool) -> np.ndarray:
@@ -91,11 +77,3 @@ def encode_images(autoencoder: Autoencoder, pixels: np.ndarray, names: Sequence[
             f"(65504): autoencoder {autoencoder.name} does not fit this image"
         )
     return moments.cpu().numpy()
-
-
-def _member(rows: list[tuple[np.ndarray, int | None, str]], key: str) -> EncodedBatch:
-    """Samples (moments, label, name) that lie in one member."""
-    labels = tuple(label for _, label, _ in rows if label is not None)
-    return EncodedBatch(
-        key, np.stack([moments for moments, _, _ in rows]), labels or None, tuple(name for *_, name in rows)
-    )

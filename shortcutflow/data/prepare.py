@@ -35,7 +35,6 @@ from shortcutflow.data.manifest import MANIFEST, Manifest
 from shortcutflow.data.remote import is_url
 from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.shards import (
-    EncodedBatch,
     EncodedSample,
     Skipped,
     WrittenShard,
@@ -114,14 +113,14 @@ class Encoder(NamedTuple):
         options: that decide about their content.
         packages: whose versions do so too.
         manifest: shape, values and format of samples, and the preprocessing in words.
-        samples: makes the samples of one shard, and passes on what was skipped.
+        encode: makes the contents of samples of what the worker processes return, given their names.
         read_at_once: images that come together.
     """
 
     options: PrepareOptions
     packages: tuple[str, ...]
     manifest: dict[str, Any]
-    samples: Callable[[Iterable[Squares]], Iterator[EncodedSample | EncodedBatch | Skipped]]
+    encode: Callable[[list[Any], list[str]], Iterable[bytes | np.ndarray]]
     read_at_once: int = READ_AT_ONCE
 
 
@@ -201,15 +200,7 @@ def image_encoder(**options: Any) -> Encoder:
     stored = chosen.format + ("" if chosen.format == "png" else f" of quality {chosen.quality}")
     words = f"{CROPS[chosen.crop]}; {chosen.size}x{chosen.size} RGB, {stored}"
     manifest = {"shape": (3, chosen.size, chosen.size), "format": chosen.format, "preprocessing": words}
-
-    def samples(batches: Iterable[Squares]) -> Iterator[EncodedSample | Skipped]:
-        for batch in batches:
-            yield from batch.skipped
-            for (number, item), content in zip(batch.items, batch.contents, strict=True):
-                stem = re.sub(r"[^A-Za-z0-9_-]", "_", item.name.rpartition("/")[2].rpartition(".")[0])[:48]
-                yield EncodedSample(f"{number:08d}-{stem}", content, chosen.format, item.label, name=item.name)
-
-    return Encoder(chosen, ("shortcutflow", "pillow"), manifest, samples)
+    return Encoder(chosen, ("shortcutflow", "pillow"), manifest, lambda files, names: files)
 
 
 def checked(kind: type[PrepareOptions], **options: Any) -> Any:
@@ -409,7 +400,7 @@ class _Job:
         )
         try:
             for number, batches in groupby(loader, key=lambda batch: batch.shard):
-                write_shard(self.folder / shard_name(number), self.encoder.samples(self._usable(batches, bar)))
+                write_shard(self.folder / shard_name(number), self._samples(batches, bar))
                 fcntl.lockf(lock, fcntl.LOCK_UN, 1, number)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
@@ -419,14 +410,20 @@ class _Job:
                 "it needs less"
             ) from error
 
-    def _usable(self, batches: Iterable[Squares], bar: tqdm) -> Iterator[Squares]:
-        """Those of one shard, so that an error in one leaves the shards before it finished."""
+    def _samples(self, batches: Iterable[Squares], bar: tqdm) -> Iterator[EncodedSample | Skipped]:
+        """Those of one shard; an error in it leaves the shards before it finished."""
         for batch in batches:
             if batch.error is not None:
                 raise batch.error
             if self.strict:
                 _refuse(batch.skipped)
-            yield batch
+            yield from batch.skipped
+            names = [item.name for _, item in batch.items]
+            encoded = self.encoder.encode(batch.contents, names) if names else ()
+            for (number, item), content in zip(batch.items, encoded, strict=True):
+                stem = re.sub(r"[^A-Za-z0-9_-]", "_", item.name.rpartition("/")[2].rpartition(".")[0])[:48]
+                extension = self.encoder.manifest["format"]
+                yield EncodedSample(f"{number:08d}-{stem}", content, extension, item.label, name=item.name)
             bar.update(len(batch.items) + len(batch.skipped))
 
     def _claimed(self, missing: Sequence[int], lock: int, bar: tqdm) -> Iterator[Squares]:

@@ -1,8 +1,8 @@
 """The format of shards: samples encoded into tar files that webdataset reads, each with an index, and decoded again.
 
 A shard is a plain tar: ``KEY.jpg`` and ``KEY.cls`` for an image and its class, ``KEY.npy`` for
-an array, ``KEY.y.npy`` for the tensor it is conditioned on. Moments of latents lie many to a member, which costs less
-where a tar is read through. The index makes each sample readable by itself (:mod:`shortcutflow.data.reader`).
+an array or for the moments of a latent, ``KEY.y.npy`` for the tensor it is conditioned on. The index makes each sample
+readable by itself (:mod:`shortcutflow.data.reader`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from shortcutflow.data.images import Crop, read_image, to_square
+from shortcutflow.data.images import Crop, encode_image, read_image, to_square
 from shortcutflow.data.index import ByteRange, IndexRow, read_index, write_index
-from shortcutflow.data.manifest import Manifest, ShardEntry
+from shortcutflow.data.manifest import LatentsInfo, Manifest, ShardEntry
 from shortcutflow.io.atomic import atomic_file
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class EncodedSample(NamedTuple):
 
     Attributes:
         key: base name of its members, of letters, digits, "_" and "-".
-        content: the encoded image or array.
+        content: the encoded image or array; or moments (copies, 2 channels, h, w) of an image and its mirror image.
         extension: how: "png", "jpg", "webp" or "npy".
         label: its class, or None.
         condition: the float32 tensor it is conditioned on, or None.
@@ -44,27 +44,11 @@ class EncodedSample(NamedTuple):
     """
 
     key: str
-    content: bytes
+    content: bytes | np.ndarray
     extension: str
     label: int | None = None
     condition: np.ndarray | None = None
     name: str = ""
-
-
-class EncodedBatch(NamedTuple):
-    """Samples that lie in one member.
-
-    Attributes:
-        key: base name of the member.
-        arrays: (n, copies, ...), float16; a copy is a variant of a sample (its mirror image).
-        labels: of each sample, or None.
-        names: where each came from.
-    """
-
-    key: str
-    arrays: np.ndarray
-    labels: tuple[int, ...] | None
-    names: tuple[str, ...]
 
 
 class Skipped(NamedTuple):
@@ -82,7 +66,7 @@ class WrittenShard(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One sample in memory: data (uint8 pixels or float32), a label, a condition tensor or None, and its name."""
+    """One sample in memory: its data, a label, a condition tensor or None, and its name."""
 
     data: np.ndarray
     y: int | np.ndarray | None
@@ -97,8 +81,12 @@ def write_shards(
     num_classes: int | None = None,
     class_names: tuple[str, ...] = (),
     preprocessing: str,
+    latents: LatentsInfo | None = None,
 ) -> Manifest:
-    """Write samples from memory as ``shard-000000.tar``, ... and a manifest; images as PNG.
+    """Write samples from memory as ``shard-000000.tar``, ... and a manifest.
+
+    Their data are uint8 images, stored as PNG; float32 arrays of any shape; or, with ``latents``, float16 moments
+    (copies, 2 channels, h, w), copy 1 those of the mirror image.
 
     The manifest is written last and each shard is renamed into place when complete, so an interrupted call leaves no
     folder that looks finished.
@@ -114,12 +102,18 @@ def write_shards(
         entries.append(written.entry)
     if first is None:
         raise ValueError("there are no samples to write")
-    is_image = first.data.dtype == np.uint8
+    is_image, shape = first.data.dtype == np.uint8, first.data.shape
     manifest = Manifest(
-        shape=first.data.shape, values="uint8" if is_image else "float32", format="png" if is_image else "npy",
-        num_classes=num_classes, condition_shape=first.y.shape if isinstance(first.y, np.ndarray) else None,
-        class_names=class_names, preprocessing=preprocessing, shards=tuple(entries),
-    )  # fmt: skip
+        shape=shape if latents is None else (shape[1] // 2, *shape[2:]),
+        values="moments" if latents is not None else "uint8" if is_image else "float32",
+        format="png" if is_image else "npy",
+        latents=latents,
+        num_classes=num_classes,
+        condition_shape=first.y.shape if isinstance(first.y, np.ndarray) else None,
+        class_names=class_names,
+        preprocessing=preprocessing,
+        shards=tuple(entries),
+    )
     manifest.write(folder)
     return manifest
 
@@ -129,7 +123,7 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-def write_shard(path: Path, samples: Iterable[EncodedSample | EncodedBatch | Skipped]) -> WrittenShard:
+def write_shard(path: Path, samples: Iterable[EncodedSample | Skipped]) -> WrittenShard:
     """Write one shard and its index; the same samples make the same bytes.
 
     The tar is renamed into place when it is complete and on the disk, then the index: a shard with an index is
@@ -144,7 +138,7 @@ def write_shard(path: Path, samples: Iterable[EncodedSample | EncodedBatch | Ski
     rows: list[IndexRow] = []
     size, sha256 = 0, ""
 
-    def usable() -> Iterator[EncodedSample | EncodedBatch]:
+    def usable() -> Iterator[EncodedSample]:
         for sample in samples:
             if isinstance(sample, Skipped):
                 skipped.append(sample)
@@ -156,8 +150,7 @@ def write_shard(path: Path, samples: Iterable[EncodedSample | EncodedBatch | Ski
         with atomic_file(path) as unfinished, unfinished.open("w+b") as file:
             # Time 0, and no name of an owner: the same samples make the same bytes.
             with TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as tar:
-                for sample in chain((first,), remaining):
-                    rows += _add_batch(tar, sample) if isinstance(sample, EncodedBatch) else [_add_sample(tar, sample)]
+                rows = [_add_sample(tar, sample) for sample in chain((first,), remaining)]
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -188,51 +181,37 @@ def _add_member(tar: TarWriter, key: str, extension: str, content: bytes) -> int
 
 
 def _add_sample(tar: TarWriter, sample: EncodedSample) -> IndexRow:
-    content = ByteRange.of(sample.content, _add_member(tar, sample.key, sample.extension, sample.content))
     condition = None
+    if isinstance(sample.content, bytes):
+        content = sample.content
+        size, starts = len(content), range(1)
+    else:  # copies follow the header of the array, and have a byte range each
+        content = encode_array(sample.content, "<f2")
+        size = 2 * sample.content[0].size
+        starts = range(len(content) - size * len(sample.content), len(content), size)
+    offset = _add_member(tar, sample.key, sample.extension, content)
+    copies = [ByteRange.of(content[start : start + size], offset + start) for start in starts]
     if sample.label is not None:
         _add_member(tar, sample.key, "cls", str(sample.label).encode())
     if sample.condition is not None:
         array = encode_array(sample.condition)
         condition = ByteRange.of(array, _add_member(tar, sample.key, "y.npy", array))
-    return IndexRow([content], sample.label, condition, sample.name or sample.key)
-
-
-def _add_batch(tar: TarWriter, batch: EncodedBatch) -> Iterator[IndexRow]:
-    content = encode_array(batch.arrays, "<f2")
-    offset = _add_member(tar, batch.key, "npy", content)
-    if batch.labels is not None:
-        _add_member(tar, batch.key, "cls.npy", encode_array(np.array(batch.labels), "<i8"))
-    copies, size = batch.arrays.shape[1], 2 * batch.arrays[0, 0].size
-    # Rows follow the header one after the other; each copy has a byte range of its own.
-    begins = range(len(content) - 2 * batch.arrays.size, len(content), size)
-    ranges = [ByteRange.of(content[begin : begin + size], offset + begin) for begin in begins]
-    for i, name in enumerate(batch.names):
-        label = batch.labels[i] if batch.labels is not None else None
-        yield IndexRow(ranges[i * copies : (i + 1) * copies], label, None, name)
+    return IndexRow(copies, sample.label, condition, sample.name or sample.key)
 
 
 def _encode(sample: Sample) -> EncodedSample:
     condition = sample.y if isinstance(sample.y, np.ndarray) else None
     label = None if condition is not None or sample.y is None else int(sample.y)
     if sample.data.dtype == np.uint8:
-        return EncodedSample(sample.key, _encode_png(sample.data), "png", label, condition)
-    return EncodedSample(sample.key, encode_array(sample.data), "npy", label, condition)
+        return EncodedSample(sample.key, encode_image(sample.data, "png"), "png", label, condition)
+    content = sample.data if sample.data.dtype == np.float16 else encode_array(sample.data)
+    return EncodedSample(sample.key, content, "npy", label, condition)
 
 
-def encode_array(array: np.ndarray, dtype: Literal["<f4", "<f2", "<i8"] = "<f4") -> bytes:
+def encode_array(array: np.ndarray, dtype: Literal["<f4", "<f2"] = "<f4") -> bytes:
     """The bytes of a ``.npy`` file."""
     out = io.BytesIO()
     np.save(out, np.ascontiguousarray(array, dtype=dtype), allow_pickle=False)
-    return out.getvalue()
-
-
-def _encode_png(pixels: np.ndarray) -> bytes:
-    from PIL import Image
-
-    out = io.BytesIO()
-    image = pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1)
-    Image.fromarray(image).save(out, "png")
     return out.getvalue()
 
 

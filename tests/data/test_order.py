@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from shortcutflow.data.augment import Augmentation, Draws
 from shortcutflow.data.manifest import LatentsInfo, Manifest
 from shortcutflow.data.order import EpochOrder
-from shortcutflow.data.shards import EncodedBatch, shard_name, write_shard
+from shortcutflow.data.shards import EncodedSample, shard_name, write_shard
 from shortcutflow.data.stream import ShardStream
 from shortcutflow.types import Batch, BatchSlice
 from tests.data.test_stream import write_numbers
@@ -208,14 +208,12 @@ def write_moments(folder: Path, sizes: list[int], *, mirrored: bool = True, log_
     folder.mkdir()
     entries, first = [], 0
     for i, size in enumerate(sizes):
-        arrays = np.full((size, 1 + mirrored, 2, 2, 2), log_variance, np.float16)
-        numbers = np.arange(first, first + size)[:, None, None]
-        arrays[:, 0, 0] = numbers
-        if mirrored:
-            arrays[:, 1, 0] = -numbers - 1
-        names = tuple(f"m{number:03d}" for number in range(first, first + size))
-        labels = tuple(number % 4 for number in range(first, first + size))
-        entry = write_shard(folder / shard_name(i), [EncodedBatch(f"pack{i}", arrays, labels, names)]).entry
+        samples = []
+        for number in range(first, first + size):
+            moments = np.full((1 + mirrored, 2, 2, 2), log_variance, np.float16)
+            moments[:, 0] = np.array([number, -number - 1])[: 1 + mirrored, None, None]
+            samples.append(EncodedSample(f"m{number:03d}", moments, "npy", number % 4))
+        entry = write_shard(folder / shard_name(i), samples).entry
         assert entry is not None
         entries.append(entry)
         first += size
