@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
 from torch import Generator, Tensor
 
 from shortcutflow.conditions import Condition
-from shortcutflow.objectives.objective import NO_CONTEXT, Context, Draw, Objective, noise_like
+from shortcutflow.objectives.objective import NO_CONTEXT, Context, Draw, Objective, TimeSteps, noise_like
 from shortcutflow.path import interpolate, velocity
-from shortcutflow.schedule import TimeDensity, draw_times, levels_of, to_grid
+from shortcutflow.schedule import TimeDensity, draw_times, to_grid
 from shortcutflow.seeds import generator_or_default
 from shortcutflow.types import Network, Targets
 
@@ -29,15 +28,8 @@ class FlowMatchingObjective(Objective):
     """
 
     kind: Literal["flow_matching"] = "flow_matching"
-    time_steps: int | None = Field(default=None, description="draw t from this many equal steps; None: from [0, 1)")
+    time_steps: TimeSteps = None
     time_density: TimeDensity = None
-
-    @field_validator("time_steps")
-    @classmethod
-    def _power_of_two(cls, value: int | None) -> int | None:
-        if value is not None:
-            levels_of(value)
-        return value
 
     @classmethod
     def released(cls, denoise_timesteps: int = 128, class_dropout_prob: float = 0.1) -> FlowMatchingObjective:

@@ -26,7 +26,9 @@ def _power_of_two(value: int) -> int:
     return value
 
 
-FinestSteps = Annotated[int, AfterValidator(_power_of_two), Field(description="M: the smallest step size is 1/M")]
+PowerOfTwo = Annotated[int, AfterValidator(_power_of_two)]
+FinestSteps = Annotated[PowerOfTwo, Field(description="M: the smallest step size is 1/M")]
+TimeSteps = Annotated[PowerOfTwo | None, Field(description="T: the times of flow rows are multiples of 1/T")]
 GuidanceScale = Annotated[
     float, Field(ge=0, allow_inf_nan=False, description="guidance of the network that makes the targets; 1 is none")
 ]

@@ -27,6 +27,7 @@ from shortcutflow.objectives.objective import (
     FinestSteps,
     GuidanceScale,
     Objective,
+    TimeSteps,
     clipped,
     count_of,
     noise_like,
@@ -41,6 +42,9 @@ from shortcutflow.path import check_unit_interval, interpolate, velocity
 from shortcutflow.schedule import TimeDensity, draw_bootstrap_sizes, draw_times, levels_of, to_grid
 from shortcutflow.seeds import generator_or_default
 from shortcutflow.types import Network, Targets
+
+NOT_RELEASED = ("bootstrap_from", "guidance_from", "flow_of", "time_density", "time_steps", "bootstrap_weight")
+"""Settings of :class:`ShortcutObjective` that the released code's rows do not have."""
 
 
 class ShortcutObjective(Objective):
@@ -66,7 +70,10 @@ class ShortcutObjective(Objective):
             guided: the stages in which a trained flow is made a shortcut model.
         flow_of: whose flow steps of 1/M follow. "data": x_1 - x_0 as in eq. 5. "teacher": a frozen network's velocity
             at x_t, which is their mean already; it makes the half steps of 1/M as well, so targets stand on it alone.
-        time_density: of the times of flow rows, before they are rounded down to multiples of 1/M; None is uniform.
+        time_density: of the times of flow rows, before they are rounded down to their grid; None is uniform.
+        time_steps: T, a power of two: the times of flow rows are multiples of 1/T; None is M. A small M with T = 128
+            spares the network the smallest steps, and still shows it the flow at all 128 times.
+        bootstrap_weight: of each bootstrap row in the loss; a flow row has 1.
     """
 
     kind: Literal["shortcut"] = "shortcut"
@@ -79,15 +86,18 @@ class ShortcutObjective(Objective):
     guidance_from: float = Field(default=0.0, ge=0, lt=1, description="share of the training with unguided targets")
     flow_of: Literal["data", "teacher"] = "data"
     time_density: TimeDensity = None
+    time_steps: TimeSteps = None
+    bootstrap_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="weight of a bootstrap row")
 
     @model_validator(mode="after")
     def _fields_fit(self) -> ShortcutObjective:
-        if self.rows != "each_once" and (
-            self.flow_of == "teacher" or self.bootstrap_from or self.guidance_from or self.time_density
-        ):
-            raise ValueError(
-                f"rows {self.rows!r} are the released code's, which knows neither a teacher, nor stages, nor densities"
-            )
+        if self.rows != "each_once":
+            changed = [name for name in NOT_RELEASED if getattr(self, name) != type(self).model_fields[name].default]
+            if changed:
+                raise ValueError(
+                    f"rows {self.rows!r} are the released code's, which knows no {', '.join(changed)}: "
+                    'leave them out, or use rows "each_once"'
+                )
         return self
 
     @classmethod
@@ -165,10 +175,11 @@ class ShortcutObjective(Objective):
         if n > 0:
             d[:n] = draw_bootstrap_sizes(n, M, generator=generator, device=device)
         t = draw_times(b, density=self.time_density, first_uniform=n, generator=generator, device=device)
+        grid = d if self.time_steps is None else torch.cat([d[:n], torch.full_like(d[n:], 1 / self.time_steps)])
         dropped = self.draw_dropped(b, generator, device)
         max_guided = self._max_guided(n) if self._has_begun(self.guidance_from, context) else 0
         # Sizes come finest first, so the guided rows do.
-        draw = Draw(noise, to_grid(t, d), d, dropped, n, guided=self._is_finest(d[:n]), max_guided=max_guided)
+        draw = Draw(noise, to_grid(t, grid), d, dropped, n, guided=self._is_finest(d[:n]), max_guided=max_guided)
         return draw.at(context.batch_slice)
 
     @torch.no_grad()
@@ -201,7 +212,11 @@ class ShortcutObjective(Objective):
         v_bootstrap = clipped((v1 + v2) / 2, self.clip)
         metrics = rms_metrics(bootstrap=v_bootstrap, b1=v1, b2=v2, flow=v[n:])
         v = torch.cat([v_bootstrap.to(v.dtype), v[n:]])
-        return Targets(x_t, draw.t, draw.d, y, v, n, metrics, draw.source)
+        weight = None
+        if self.bootstrap_weight != 1:
+            weight = torch.ones_like(draw.d)
+            weight[:n] = self.bootstrap_weight
+        return Targets(x_t, draw.t, draw.d, y, v, n, metrics, draw.source, weight)
 
     def _half_step(
         self, net: Network, teacher: Network | None, y: Condition, draw: Draw, null_y: NullCondition

@@ -130,6 +130,32 @@ def test_a_density_changes_the_times_of_flow_rows_alone(kind: Any) -> None:
         assert torch.equal(dense.t, (dense.t * 128).floor() / 128), "on the grid of 1/M"
 
 
-def test_the_released_rows_know_no_density() -> None:
-    with pytest.raises(ValueError, match=r"rows 'released' .* nor densities"):
-        sf.ShortcutObjective(rows="released", time_density={"mean": 0.0})
+@pytest.mark.parametrize("time_steps", [8, 32, 128])
+def test_flow_rows_of_a_small_m_keep_a_fine_grid_of_times(time_steps: int) -> None:
+    data = torch.zeros(4096, 2)
+    plain = sf.ShortcutObjective(finest_steps=32).draw(data, seeded())
+    fine = sf.ShortcutObjective(finest_steps=32, time_steps=time_steps).draw(data, seeded())
+    n = plain.n_bootstrap
+    for field in ("noise", "d", "dropped"):
+        assert torch.equal(getattr(plain, field), getattr(fine, field)), "the network is given 1/32"
+    assert torch.equal(plain.t[:n], fine.t[:n])
+    assert set((fine.t[n:] * time_steps).tolist()) == set(range(time_steps))
+
+
+def test_a_weight_of_bootstrap_rows_is_the_weight_written_out() -> None:
+    net = Learner()
+    by_hand, by_hand_gradient = loss_and_gradient(TwiceTheBootstrapRows(), net, net.weight)
+    report, gradient = loss_and_gradient(sf.ShortcutObjective(bootstrap_weight=2), net, net.weight)
+    assert torch.equal(report.loss, by_hand.loss)
+    assert torch.equal(gradient, by_hand_gradient)
+    assert loss_and_gradient(sf.ShortcutObjective(), net, net.weight)[0].targets.weight is None
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"time_density": {"mean": 0.0}}, {"time_steps": 64}, {"bootstrap_weight": 4}],
+    ids=lambda s: next(iter(s)),
+)
+def test_the_released_rows_have_neither_weight_nor_density_nor_grid(setting: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"rows 'released' .* knows no {next(iter(setting))}"):
+        sf.ShortcutObjective(rows="released", **setting)
