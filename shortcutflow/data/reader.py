@@ -10,7 +10,7 @@ import os
 import zlib
 from collections import OrderedDict
 from contextlib import suppress
-from io import FileIO
+from io import BufferedReader
 
 import numpy as np
 
@@ -42,7 +42,7 @@ class ShardReader:
     def __init__(self, folder: ShardFolder) -> None:
         self.folder = folder
         self.manifest = folder.manifest
-        self._shards: OrderedDict[int, tuple[Index, FileIO] | str] = OrderedDict()
+        self._shards: OrderedDict[int, tuple[Index, BufferedReader] | str] = OrderedDict()
 
     def __getstate__(self) -> dict[str, object]:
         # Another process opens its own files.
@@ -87,7 +87,7 @@ class ShardReader:
         except (ValueError, IndexError) as error:
             raise DamagedSampleError(f"{name} ({self.manifest.shards[shard].name}, {number}): {error}") from error
 
-    def _condition(self, file: FileIO, index: Index, number: int) -> int | np.ndarray | None:
+    def _condition(self, file: BufferedReader, index: Index, number: int) -> int | np.ndarray | None:
         if self.manifest.condition_shape is not None:
             if index.condition is None:
                 raise ValueError("it has no condition tensor")
@@ -102,7 +102,7 @@ class ShardReader:
             raise ValueError(f"its label is {label}, not a number from 0 to {self.manifest.num_classes - 1}")
         return label
 
-    def _opened(self, shard: int) -> tuple[Index, FileIO]:
+    def _opened(self, shard: int) -> tuple[Index, BufferedReader]:
         """A shard's index and file; those that were not used for longest are closed."""
         entry = self.manifest.shards[shard]
         if shard not in self._shards:
@@ -118,13 +118,10 @@ class ShardReader:
             raise UnreadableShardError(f"all {entry.samples} samples of {entry.name}: {found}")
         return found
 
-    def _open(self, entry: ShardEntry) -> tuple[Index, FileIO]:
-        index, place = read_index(self.folder.index_of(entry), entry), self.folder.place_of(entry)
-        while is_url(place):
-            with suppress(FileNotFoundError):  # another process may just have deleted it to make room
-                return index, FileIO(self.folder.path_of(entry))
-        file = FileIO(place)
-        if index.version and file_version(file.fileno()) != index.version:
+    def _open(self, entry: ShardEntry) -> tuple[Index, BufferedReader]:
+        index, file = read_index(self.folder.index_of(entry), entry), self.folder.open_shard(entry)
+        place = self.folder.place_of(entry)
+        if index.version and not is_url(place) and file_version(file.fileno()) != index.version:
             file.close()
             raise ValueError(f"{place} has changed since it was indexed: start again, which indexes it anew")
         return index, file
@@ -136,7 +133,7 @@ class ShardReader:
                 found[1].close()
 
 
-def _bytes(file: FileIO, offset: np.int64, size: np.int64, crc: np.int64) -> bytes:
+def _bytes(file: BufferedReader, offset: np.int64, size: np.int64, crc: np.int64) -> bytes:
     content = os.pread(file.fileno(), int(size), int(offset))
     if len(content) != size:
         raise ValueError(f"the shard ends after {len(content)} of its {size} bytes: it is cut off")

@@ -14,7 +14,8 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
@@ -74,7 +75,7 @@ def local_copy(
     """The local copy of a file, fetched unless the cache has it; several processes may call at once.
 
     Args:
-        url: of the file.
+        url: of the file; a local path is returned as it is.
         cache: folder of all copies, each in one of its own below it for its URL.
         version: tells this content from another under the same URL; None: what :func:`version_of` returns. Where that
             is empty, a file is fetched once.
@@ -86,6 +87,8 @@ def local_copy(
     Raises:
         ReadError: naming the URL and the last failure.
     """
+    if not is_url(url):
+        return Path(url)
     path = cached_path(url, cache, version_of(url) if version is None else version)
     with suppress(FileNotFoundError):
         os.utime(path)  # its use, for deleting what was not used for longest
@@ -97,6 +100,13 @@ def local_copy(
             if limit is not None:
                 _make_room(cache, limit, keep=path)
     return path
+
+
+def open_copy(url: str, cache: Path, **options: Any) -> BufferedReader:
+    """The same, opened: where the size of the cache is limited, another process may just have deleted it."""
+    while True:
+        with suppress(FileNotFoundError) if is_url(url) else nullcontext():
+            return local_copy(url, cache, **options).open("rb")
 
 
 def cached_path(url: str, cache: Path, version: str) -> Path:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
+from io import BufferedReader
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from shortcutflow.data.images import Crop
 from shortcutflow.data.index import LARGEST_INDEX, file_version
 from shortcutflow.data.manifest import LARGEST_MANIFEST, MANIFEST, Manifest, ShardEntry
-from shortcutflow.data.remote import TRIES, cached_path, is_url, local_copy, read_url
+from shortcutflow.data.remote import TRIES, cached_path, is_url, local_copy, open_copy, read_url
 
 
 class ShardFile(NamedTuple):
@@ -93,19 +94,19 @@ class ShardFolder:
 
     def path_of(self, entry: ShardEntry, tries: int = TRIES) -> Path:
         """The local file of a shard, fetched if it is not there yet."""
-        place, _, version = self._files[entry.name]
-        if not is_url(place):
-            return Path(place)
-        return local_copy(
-            place, self._cache, version=version, sha256=entry.sha256, at_most=entry.bytes, limit=self._limit,
-            tries=tries,
-        )  # fmt: skip
+        return local_copy(self.place_of(entry), self._cache, **self._fetched_as(entry), tries=tries)
+
+    def open_shard(self, entry: ShardEntry) -> BufferedReader:
+        """The same, opened."""
+        return open_copy(self.place_of(entry), self._cache, **self._fetched_as(entry))
+
+    def _fetched_as(self, entry: ShardEntry) -> dict[str, Any]:
+        version = self._files[entry.name].version
+        return {"version": version, "sha256": entry.sha256, "at_most": entry.bytes, "limit": self._limit}
 
     def index_of(self, entry: ShardEntry) -> Path:
         """The local file of a shard's index, fetched if it is not there yet."""
         place, sha256 = self._files[entry.name].index_place, entry.index_sha256
-        if not is_url(place):
-            return Path(place)
         return local_copy(place, self._cache, version=sha256, sha256=sha256, at_most=LARGEST_INDEX)
 
     def fetch_ahead(self, entries: list[ShardEntry]) -> None:

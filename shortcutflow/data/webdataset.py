@@ -15,8 +15,6 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
@@ -26,14 +24,14 @@ from tqdm import tqdm
 from shortcutflow.data.images import Crop
 from shortcutflow.data.index import LARGEST_SAMPLE, ByteRange, IndexRow, file_version, read_index, write_index
 from shortcutflow.data.manifest import Manifest, ShardEntry
-from shortcutflow.data.remote import SCHEMES, is_url, local_copy, version_of
+from shortcutflow.data.remote import SCHEMES, is_url, open_copy, version_of
 from shortcutflow.data.shard_folder import ShardFile, ShardFolder
 from shortcutflow.data.source import DataInfo, DataSettings
 from shortcutflow.data.sources import braced
 from shortcutflow.data.sources.archives import compression_of, tar_members
 from shortcutflow.data.sources.labels import NoLabel, plain_label
 from shortcutflow.data.sources.readers import RawItem
-from shortcutflow.data.sources.webdataset import key_and_extension, label_value
+from shortcutflow.data.sources.webdataset import LARGEST_LABEL, key_and_extension, label_value
 from shortcutflow.distributed import Rank
 from shortcutflow.io.atomic import locked, write_whole
 
@@ -174,10 +172,9 @@ def _label(file: int, members: dict[str, RawItem], label: str | None) -> int | N
 
     def read(member: RawItem) -> bytes:
         offset, size = (int(value) for value in member.place)
-        return os.pread(file, size, offset)
+        return os.pread(file, min(size, LARGEST_LABEL + 1), offset)
 
-    extension, _, path = label.partition(":")
-    value = label_value(members, extension.lower(), path, read)
+    value = label_value(members, label, read)
     if value is None:
         raise ValueError(f"no label ({label}) among its members: {', '.join(members)}"[:200])
     found = plain_label(value)
@@ -233,15 +230,12 @@ class WebdatasetShards(ShardFolder):
         # Each process begins elsewhere, so that they share the work.
         begin = len(places) * rank.number // rank.world_size
         order = [*range(begin, len(places)), *range(begin)]
-        with (
-            ThreadPoolExecutor(SCAN_THREADS, thread_name_prefix="index") as pool,
-            tqdm(total=len(places), desc="indexing shards", unit="shard", delay=2, disable=rank.number > 0) as bar,
-        ):
-            found = {}
-            for i, shard in zip(order, pool.map(lambda i: self._with_index(places[i]), order), strict=True):
-                found[i] = shard
-                bar.update()
-        return [found[i] for i in range(len(places))]
+        with ThreadPoolExecutor(SCAN_THREADS, thread_name_prefix="index") as pool:
+            shards = tqdm(
+                pool.map(lambda i: self._with_index(places[i]), order), "indexing shards", len(places), unit="shard",
+                delay=2, disable=rank.number > 0,
+            )  # fmt: skip
+            return [shard for _, shard in sorted(zip(order, shards, strict=True))]
 
     def _with_index(self, place: str) -> _Shard:
         version = version_of(place) if is_url(place) else file_version(place)
@@ -256,7 +250,7 @@ class WebdatasetShards(ShardFolder):
                 return shard
             if path.exists():
                 logger.warning("%s has changed since it was indexed; it is indexed anew", place)
-            with self._opened_copy(place, version) as file:
+            with open_copy(place, self._cache, version=version, limit=self._limit) as file:
                 rows, skipped = scan(file, Path(place).name, *self._fields)
                 size = file.seek(0, os.SEEK_END)
                 file.seek(0)
@@ -268,12 +262,6 @@ class WebdatasetShards(ShardFolder):
         shard = _read(place, path, version)
         assert shard is not None
         return shard
-
-    def _opened_copy(self, place: str, version: str) -> BufferedReader:
-        while is_url(place):
-            with suppress(FileNotFoundError):  # deleted by another process to make room
-                return local_copy(place, self._cache, version=version, limit=self._limit).open("rb")
-        return Path(place).open("rb")
 
     def _list_skipped(self, settings: WebdatasetData) -> None:
         """Print how many samples are left out and where they are listed."""

@@ -16,7 +16,6 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 
-from shortcutflow.data import reader
 from shortcutflow.data.index import read_index
 from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.reader import DamagedSampleError
@@ -308,7 +307,7 @@ def test_other_size_is_refused_before_decoding(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", [errno.EIO, errno.ESTALE, errno.EMFILE])
-@pytest.mark.parametrize("call", ["pread", "FileIO"])
+@pytest.mark.parametrize("call", ["pread", "open"])
 def test_an_error_of_the_disk_is_not_damage(
     fault: int, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,7 +318,7 @@ def test_an_error_of_the_disk_is_not_damage(
     want = [next(twin).keys for _ in range(20)]
     pauses: list[float] = []
     monkeypatch.setattr("shortcutflow.data.remote.time.sleep", pauses.append)
-    owner: Any = os if call == "pread" else reader
+    owner: Any = os if call == "pread" else Path
     real, calls = getattr(owner, call), itertools.count()
 
     def failing(path: object, *args: object, **options: object) -> object:

@@ -147,23 +147,16 @@ def _open_file(
     refuse_compressed(where, head)
     if head.startswith(b"PAR1"):
         return open_parquet({name: file}, where.removesuffix(name).rstrip("/"), choice)
-    if head.startswith(b"PK"):
-        listing = _inside(list_zip(file, encoding), inside, where)
-        return images_of("a zip archive", ZipReader([file]), listing, where, choice)
-    if head[257:262] == b"ustar" or name.endswith(".tar"):
-        listing = _inside(list_tar(file, encoding=encoding), inside, where)
-        return images_of("tar archives", RangeReader([file]), listing, where, choice, shards=True)
-    raise nothing_usable(where, Listing([RawItem(name, None, ())], [], set()))
-
-
-def _inside(listing: Listing, folder: str, where: str) -> Listing:
-    """What lies in one folder of an archive."""
-    if folder == ".":
-        return listing
-    found = listing.below(folder)
-    if not found.files:
-        raise FileNotFoundError(f"there is no {where}: the archive holds no files in {folder!r}")
-    return found
+    is_zip = head.startswith(b"PK")
+    if not is_zip and head[257:262] != b"ustar" and not name.endswith(".tar"):
+        raise nothing_usable(where, Listing([RawItem(name, None, ())], [], set()))
+    listing = list_zip(file, encoding) if is_zip else list_tar(file, encoding=encoding)
+    if inside != ".":
+        listing = listing.below(inside)
+        if not listing.files:
+            raise FileNotFoundError(f"there is no {where}: the archive holds no files in {inside!r}")
+    kind, reader = ("a zip archive", ZipReader([file])) if is_zip else ("tar archives", RangeReader([file]))
+    return images_of(kind, reader, listing, where, choice, shards=not is_zip)
 
 
 def _open_folder(path: Path, choice: bool | str, encoding: str | None) -> RawSource:
@@ -227,12 +220,13 @@ def _of_tars(
     found, prefixes = Listing([], list(skipped), set()), []
     for number, (name, tar) in enumerate(tars.items()):
         inner = list_tar(tar, number, encoding)
-        prefixes.append(f"{tar_stem(name)}/" if len(tars) > 1 else "")
-        found.files.extend(file._replace(name=prefixes[-1] + file.name) for file in inner.files)
-        found.skipped.extend(Skipped(prefixes[-1] + name, reason) for name, reason in inner.skipped)
-        found.folders.update(prefixes[-1] + folder for folder in inner.folders)
-        if prefixes[-1]:
-            found.folders.add(prefixes[-1][:-1])
+        prefix = f"{tar_stem(name)}/" if len(tars) > 1 else ""
+        found.files.extend(file._replace(name=prefix + file.name) for file in inner.files)
+        found.skipped.extend(Skipped(prefix + name, reason) for name, reason in inner.skipped)
+        found.folders.update(prefix + folder for folder in inner.folders)
+        if prefix:
+            found.folders.add(prefix[:-1])
+        prefixes.append(prefix)
     # Numbered archives are parts of one set, not classes.
     numbered = len(tars) > 1 and all(NUMBERED.search(tar_stem(name)) for name in tars) and choice != "folder"
     return images_of(

@@ -31,7 +31,7 @@ from shortcutflow.data.sources.webdataset import (
     json_field,
     label_field,
     label_members,
-    label_values,
+    label_value,
     samples_of,
     suffix_of,
 )
@@ -199,7 +199,7 @@ def _by_field(samples: list[Sample], path: str, choice: bool | str, read: Read) 
         field = json_field(samples, read, path, must=True) if choice == "json" else str(choice)
     if field is None:
         return None
-    values = label_values(samples, field, read)
+    values = [label_value(sample.members, field, read) for sample in samples]
     if field == choice and all(value is None for value in values):
         raise ValueError(f"{path} has no labels in {field!r}: {how_to_choose('auto', 'folder', 'json:FIELD', 'none')}")
     numbers, names = number_labels(values, path, names=_names_of(Path(path)))

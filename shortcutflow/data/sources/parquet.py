@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import groupby
+from itertools import count, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,8 @@ if TYPE_CHECKING:
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "picture", "photo")
 _NO_LABELS = {
     "text", "caption", "captions", "prompt", "description", "title", "url", "path", "file", "file_name", "filename",
-    "name",
-    "id", "idx", "index", "key", "image_id", "image_path", "width", "height", "size", "md5", "sha256", "hash",
-    "license",
-    "author", "source", "date", "timestamp", "split", "__index_level_0__", "__key__", "__url__",
+    "name", "id", "idx", "index", "key", "image_id", "image_path", "width", "height", "size", "md5", "sha256", "hash",
+    "license", "author", "source", "date", "timestamp", "split", "__index_level_0__", "__key__", "__url__",
 }  # fmt: skip
 LARGEST_GROUP = 2 * 2**30
 """Bytes that a row group may have in memory."""
@@ -90,35 +88,33 @@ def open_parquet(named: Mapping[str, Path], root: str, choice: bool | str = True
     column = _image_column(tables[0], path)
     label_column = _label_column(tables[0], path, column, choice)
     _check_columns(tables, files, [name for name in (column, label_column) if name is not None], label_column)
-    found: list[RawItem] = []
-    sizes: dict[tuple[int | str, ...], int] = {}
-    values: list[Any] = []
-    for number, (name, table) in enumerate(zip(named, tables, strict=True)):
-        if label_column is not None:
-            values += _values(table, label_column)
-        row = 0
-        for group, (rows, size) in enumerate(_groups(table, files[number])):
-            found += [RawItem(f"{name}:{row + within}", None, (number, group, within)) for within in range(rows)]
-            sizes[number, group] = size
-            row += rows
-    if not found:
+    if not any(table.metadata.num_rows for table in tables):
         raise ValueError(f"{path} holds no images: its {len(files)} parquet files have no rows")
-    labels, names = list[int | NoLabel | None]([None] * len(found)), tuple[str, ...]()
+    labels: Iterator[int | NoLabel | None] = repeat(None)
+    names: tuple[str, ...] = ()
     if label_column is not None:
+        values = [value for table in tables for value in _values(table, label_column)]
         given = _class_names(tables[0], label_column)
         numbers, names = number_labels(values, f"column {label_column!r} of {path}", names=given, words=True)
-        labels = [*numbers]
-    items, skipped = [], []
-    for item, label in zip(found, labels, strict=True):
-        if isinstance(label, NoLabel):
-            skipped.append(Skipped(item.name, label.reason))
-        else:
-            items.append(item._replace(label=label))
-    blocks, start = list[Block](), 0
-    for place, group_items in groupby(items, key=lambda item: item.place[:2]):
-        stop = start + len(list(group_items))
-        blocks.append(Block(start, stop, sizes[place]))
-        start = stop
+        labels = iter(numbers)
+    items, skipped, blocks = list[RawItem](), list[Skipped](), list[Block]()
+    for number, (name, table) in enumerate(zip(named, tables, strict=True)):
+        row = count()
+        for group in range(table.num_row_groups):
+            facts, start = table.metadata.row_group(group), len(items)
+            if facts.total_byte_size > LARGEST_GROUP:
+                raise ValueError(
+                    f"row group {group} of {files[number]} has {facts.total_byte_size} bytes, at most {LARGEST_GROUP} "
+                    "are read at once: write the file again with row_group_size=100"
+                )
+            for within in range(facts.num_rows):
+                item, label = RawItem(f"{name}:{next(row)}", None, (number, group, within)), next(labels)
+                if isinstance(label, NoLabel):
+                    skipped.append(Skipped(item.name, label.reason))
+                else:
+                    items.append(item._replace(label=label))
+            if len(items) > start:
+                blocks.append(Block(start, len(items), facts.total_byte_size))
     notes = () if label_column in (None, "label") else (f"labels from column {label_column!r}",)
     if choice is True and label_column is None:
         others = ", ".join(name for name in tables[0].schema_arrow.names if name != column) or "none"
@@ -235,19 +231,6 @@ def _kinds(table: pq.ParquetFile) -> dict[str, pa.DataType]:
         found[column.name] = column.type
         if pa.types.is_struct(column.type):
             found |= {f"{column.name}.{field.name}": field.type for field in column.type.fields}
-    return found
-
-
-def _groups(table: pq.ParquetFile, path: Path) -> list[tuple[int, int]]:
-    """Rows of each row group, and its bytes in memory."""
-    facts = [table.metadata.row_group(group) for group in range(table.num_row_groups)]
-    found = [(fact.num_rows, fact.total_byte_size) for fact in facts]
-    for group, (_, size) in enumerate(found):
-        if size > LARGEST_GROUP:
-            raise ValueError(
-                f"row group {group} of {path} has {size} bytes, at most {LARGEST_GROUP} are read at once: write the "
-                "file again with row_group_size=100"
-            )
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from shortcutflow.data.shards import Skipped
@@ -16,7 +16,7 @@ LARGEST_LABEL = 2**20
 
 _LOOKED_AT = 64
 Read = Callable[[RawItem], bytes]
-"""Gives a listed file's bytes."""
+"""Gives a file's bytes."""
 
 
 class Sample(NamedTuple):
@@ -110,7 +110,7 @@ def label_field(samples: list[Sample], read: Read, where: str) -> str | None:
     if field is not None:
         return field
     texts = [file for sample in samples if (file := _member(sample.members, "txt"))][:_LOOKED_AT]
-    numbers = texts and all(_text(file, read).removeprefix("-").isdecimal() for file in texts)
+    numbers = texts and all(_text(read(file)[:LARGEST_LABEL]).removeprefix("-").isdecimal() for file in texts)
     return "txt" if numbers else None
 
 
@@ -122,7 +122,7 @@ def json_field(samples: list[Sample], read: Read, where: str, *, must: bool = Fa
     """
     fields: set[str] = set()
     for file in [file for sample in samples if (file := _member(sample.members, "json"))][:_LOOKED_AT]:
-        found = _json(file, read)
+        found = _json(read(file))
         fields.update(found if isinstance(found, dict) else ())
     field = choose_field(fields, f"KEY.json in {where}", "json:")
     if field is None and must:
@@ -132,22 +132,18 @@ def json_field(samples: list[Sample], read: Read, where: str, *, must: bool = Fa
     return None if field is None else f"json:{field}"
 
 
-def label_values(samples: list[Sample], field: str, read: Read) -> list[object]:
-    """The value of a field (see :func:`label_field`) in each sample; None, or a ``NoLabel``, where there is none."""
+def label_value(members: Mapping[str, RawItem], field: str, read: Read) -> object:
+    """What a field (see :func:`label_field`) holds for a sample; None, or a ``NoLabel``, where there is none."""
     kind, _, path = field.partition(":")
-    return [label_value(sample.members, kind, path, read) for sample in samples]
-
-
-def label_value(members: dict[str, RawItem], kind: str, path: str, read: Read) -> object:
-    """What the member of this extension holds, of JSON at a path of keys; None or a ``NoLabel`` without it."""
-    file = _member(members, kind)
+    file = _member(members, kind.lower())
     if file is None:
         return None
-    if _size(file) > LARGEST_LABEL:
-        return NoLabel(f"its label has {_size(file)} bytes, at most {LARGEST_LABEL} are read")
+    content = read(file)
+    if len(content) > LARGEST_LABEL:
+        return NoLabel(f"its label has {len(content)} bytes or more, at most {LARGEST_LABEL} are read")
     if kind != "json":
-        return _text(file, read)
-    found = _json(file, read)
+        return _text(content)
+    found = _json(content)
     if found is None:
         return NoLabel("its .json is not readable")
     for part in [path] if isinstance(found, dict) and path in found else path.split("."):
@@ -155,24 +151,19 @@ def label_value(members: dict[str, RawItem], kind: str, path: str, read: Read) -
     return found
 
 
-def _member(members: dict[str, RawItem], kind: str) -> RawItem | None:
+def _member(members: Mapping[str, RawItem], kind: str) -> RawItem | None:
     if kind in members:
         return members[kind]
     found = [file for extension, file in members.items() if _kind(extension) == kind]
     return found[0] if len(found) == 1 else None
 
 
-def _size(file: RawItem) -> int:
-    """Places end with the size, but those of zip archives: (offset, compressed, size, method, CRC-32)."""
-    return int(file.place[2] if len(file.place) == 5 else file.place[-1])
+def _text(content: bytes) -> str:
+    return content.decode("utf-8-sig", errors="replace").strip()
 
 
-def _text(file: RawItem, read: Read) -> str:
-    return read(file).decode("utf-8-sig", errors="replace").strip() if _size(file) <= LARGEST_LABEL else ""
-
-
-def _json(file: RawItem, read: Read) -> object:
+def _json(content: bytes) -> object:
     try:
-        return json.loads(read(file)) if _size(file) <= LARGEST_LABEL else None
+        return json.loads(content) if len(content) <= LARGEST_LABEL else None
     except (ValueError, RecursionError):
         return None
