@@ -24,12 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: a 
 
 from benchmarks.record import device_name, print_rows, put_into_readme, write_result
 from recipes.digits import recipe
+from shortcutflow.config import CURRENT
 from shortcutflow.evaluation.distances.statistics import Statistics, save_statistics
 from shortcutflow.evaluation.evaluate import evaluate
 from shortcutflow.evaluation.features.extractors import extractor_of_module
 from shortcutflow.evaluation.features.protocols import EvaluationProtocol, open_protocol
 from shortcutflow.evaluation.samples import Sampler
-from shortcutflow.evaluation.subject import Subject
+from shortcutflow.models.config import config_of_run
+from shortcutflow.models.model import Model
 
 SHOWN = ("sampling", "extraction", "distances")
 """Phases of their own in the table."""
@@ -80,13 +82,12 @@ def measured(name: str, protocol: EvaluationProtocol, samples: int, batch: int, 
     }  # fmt: skip
 
 
-def untrained(device: torch.device) -> Subject:
+def untrained(device: torch.device) -> Model:
     """The network of the digits recipe; what weights it has changes no time."""
     config = recipe()
-    return Subject(
-        name="digits", network=config.build_network().to(device).eval(), info=config.data.describe(), device=device,
-        identity={"network": config.backbone.model_dump()}, data=config.data, **config.sampler_options(),
-    )  # fmt: skip
+    described = config_of_run(config, config.data.describe(), weights=CURRENT, step=0)
+    network = config.build_network().to(device).eval()
+    return Model(network, described, CURRENT, Path("digits"), "digits", config.data)
 
 
 def inception(device: torch.device) -> EvaluationProtocol:

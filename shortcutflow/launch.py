@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from shortcutflow import checkpoint
 from shortcutflow.config import RunConfig, check_rows, with_overrides
 from shortcutflow.distributed import Rank
-from shortcutflow.run_dir import CHECKPOINTS, find_run, load_run
+from shortcutflow.run_dir import CHECKPOINTS, find_run
 
 if TYPE_CHECKING:
     from shortcutflow.train.loggers import Logger
@@ -110,13 +110,14 @@ def _train_and_evaluate(config: RunConfig, folder: Path, *, resume: bool, logger
 def _evaluate(config: RunConfig, folder: Path) -> str:
     """Measure as the config says and write the report; returns it as a table on rank 0, else nothing."""
     from shortcutflow.evaluation.report import finish_report, table_of
+    from shortcutflow.models.model import load
 
     settings, rank = config.evaluation, Rank.from_environment()
     if settings is None or not (rank.is_main or settings.on_every_rank):
         return ""
-    run = load_run(folder, device=rank.device(config.training.device))
-    measured = settings.run(run)
-    return table_of(finish_report(measured, run)) if measured is not None and rank.is_main else ""
+    model = load(folder, device=rank.device(config.training.device))
+    measured = settings.run(model, config)
+    return table_of(finish_report(measured, model, config)) if measured is not None and rank.is_main else ""
 
 
 def smoke(config: RunConfig) -> RunConfig:

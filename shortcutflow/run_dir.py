@@ -10,13 +10,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import shortcutflow
 from shortcutflow import checkpoint
@@ -29,33 +27,18 @@ CHECKPOINTS = "checkpoints"
 WEIGHTS_FILE = "weights.safetensors"
 
 
-class RunWeights(NamedTuple):
-    """Weights of a run: an EMA's name or "current", optimizer steps done if known, whole tensors by name."""
+class Weights(NamedTuple):
+    """Weights of a network.
+
+    Attributes:
+        name: an EMA's, "current", or that of the file which they were read from.
+        step: optimizer steps done, or None if that is not known.
+        tensors: whole ones, by the names of the network's state dict.
+    """
 
     name: str
     step: int | None
     tensors: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run's network, ready to sample.
-
-    Attributes:
-        folder: the run's folder.
-        config: its resolved config.
-        info: shape and conditions of its samples.
-        step: optimizer steps done, or None if that is not known.
-        weights: the EMA's name, "current", or a file's name.
-        network: in eval mode.
-    """
-
-    folder: Path
-    config: RunConfig
-    info: DataInfo
-    step: int | None
-    weights: str
-    network: nn.Module
 
 
 def find_run(path: Path) -> Path:
@@ -92,7 +75,7 @@ def info_of_run(folder: Path, config: RunConfig) -> DataInfo:
         ) from error
 
 
-def read_weights(folder: Path, config: RunConfig, weights: str | None = None) -> RunWeights:
+def read_weights(folder: Path, config: RunConfig, weights: str | None = None) -> Weights:
     """A run's weights: those of its newest checkpoint. Every way of opening a run takes them from here.
 
     ``weights.safetensors`` is read only where there is no checkpoint: beside one it is the same or older.
@@ -112,12 +95,12 @@ def read_weights(folder: Path, config: RunConfig, weights: str | None = None) ->
     newest = checkpoint.latest_in(folder / CHECKPOINTS)
     if newest is not None:
         group = checkpoint.NETWORK if weights == CURRENT else checkpoint.ema_group(weights)
-        return RunWeights(weights, newest.step, newest.tensors(group))
+        return Weights(weights, newest.step, newest.tensors(group))
     file = folder / WEIGHTS_FILE
     if file.is_file():
-        tensors, header = read_tensors(file, "get it again from where it came from")
-        if header.get("weights", config.sample_weights) == weights:
-            return RunWeights(weights, _step_of(header), tensors)
+        read = read_weights_file(file, config.sample_weights)
+        if read.name == weights:
+            return read
     raise FileNotFoundError(f"{folder} has neither a checkpoint nor {WEIGHTS_FILE} with {weights!r} weights")
 
 
@@ -134,34 +117,12 @@ def write_weights(folder: Path) -> Path:
     return folder / WEIGHTS_FILE
 
 
-def load_run(path: Path, *, weights: str | None = None, device: torch.device | str = "cpu") -> Run:
-    """A run's network with the weights of :func:`read_weights`, or of a file.
-
-    Args:
-        path: its folder, or one that holds runs (the newest is taken).
-        weights: as of :func:`read_weights`, or a safetensors file of whole tensors.
-        device: of the network.
+def read_weights_file(file: Path, name: str) -> Weights:
+    """All tensors of a safetensors file; ``name`` is theirs where its header says none.
 
     Raises:
-        FileNotFoundError: without a run or its weights.
-        ValueError: for unknown weights, or a file of another network's.
+        FileNotFoundError, ValueError: if it is not there, or damaged.
     """
-    folder = find_run(path)
-    config = RunConfig.load(folder)
-    if weights is not None and weights.endswith(".safetensors"):
-        tensors, header = read_tensors(Path(weights), "make it again")
-        read, source = RunWeights(Path(weights).name, _step_of(header), tensors), Path(weights)
-    else:
-        read, source = read_weights(folder, config, weights), folder
-    info = info_of_run(folder, config)
-    network = config.build_network(info)
-    try:
-        network.load_state_dict(read.tensors)
-    except RuntimeError as error:
-        raise ValueError(f"{source} does not hold the weights of this run's network: {error}") from error
-    return Run(folder, config, info, read.step, read.name, network.to(device).eval())
-
-
-def _step_of(header: dict[str, str]) -> int | None:
+    tensors, header = read_tensors(file, "get it again from where it came from")
     step = header.get("step", "")
-    return int(step) if step.isdigit() else None
+    return Weights(header.get("weights", name), int(step) if step.isdigit() else None, tensors)

@@ -28,7 +28,8 @@ from shortcutflow.data.source import ShardsData
 from shortcutflow.data.stream import ShardStream
 from shortcutflow.evaluation.generate import generate, labels_of, noise_of
 from shortcutflow.launch import Options, run_recipe, smoke
-from shortcutflow.run_dir import WEIGHTS_FILE, load_run
+from shortcutflow.models.model import load
+from shortcutflow.run_dir import WEIGHTS_FILE
 from tests.test_recipes import LARGE, PAPER, ROOT, installed
 
 SMOKE = [*LARGE, *(f"{name}_released" for name in PAPER)]
@@ -67,18 +68,16 @@ def check_trained(folder: Path, steps: int = 4) -> None:
     assert all(line["loss_bootstrap"] >= 0 for line in lines[1:])
     assert (folder / WEIGHTS_FILE).is_file()
     assert (folder / "grids" / f"step_{steps:08d}.png").is_file()
-    loaded = load_run(folder)
-    start = loaded.config.build_network().state_dict()
+    loaded = load(folder)
+    start = RunConfig.load(folder).build_network().state_dict()
     assert any(not torch.equal(value, start[key]) for key, value in loaded.network.state_dict().items())
-    info = loaded.config.data.describe()
-    samples = draw(loaded, info)
-    assert samples.shape == (2, *info.shape)
+    samples = draw(loaded)
+    assert samples.shape == (2, *loaded.data.describe().shape)
     assert samples.isfinite().all()
 
 
-def draw(loaded: Any, info: Any) -> Tensor:
-    noise, labels = noise_of(0, 2, info.shape), labels_of(2, info.num_classes)
-    return generate(loaded.network, noise, labels, steps=2, **loaded.config.sampler_options())
+def draw(loaded: Any) -> Tensor:
+    return generate(loaded, noise_of(0, 2, loaded.shape), labels_of(2, loaded.num_classes), steps=2)
 
 
 @pytest.mark.parametrize("name", SMOKE)

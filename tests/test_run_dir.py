@@ -12,10 +12,9 @@ from torch import Tensor
 
 import shortcutflow as sf
 from shortcutflow.cli import main
-from shortcutflow.commands.subjects import open_subject
 from shortcutflow.config import RunConfig
 from shortcutflow.data.digits import write_digits
-from shortcutflow.run_dir import WEIGHTS_FILE, load_run
+from shortcutflow.run_dir import WEIGHTS_FILE
 from shortcutflow.train.init_from import load_start, open_teacher
 from shortcutflow.train.loop import train
 from tests.train.launched import Job, do, tensors, tiny
@@ -47,10 +46,9 @@ def test_every_way_of_opening_a_run_takes_its_newest_weights(stopped: tuple[Path
     load_start(from_run, started, None)
     teacher = open_teacher(from_run)
     assert teacher is not None
-    subject = open_subject(str(run), None, torch.device("cpu"))  # of sample and evaluate
-    for network in (sf.load(run).network, load_run(run).network, started, teacher.network, subject.network):
+    for network in (sf.load(run).network, started, teacher.network):
         assert same(network.state_dict(), newest)
-    assert (sf.load(run).config.step, load_run(run).step, subject.step) == (3, 3, 3)
+    assert (sf.load(run).config.step, teacher.config.step) == (3, 3)
 
 
 def test_a_copied_run_needs_no_data(stopped: tuple[Path, Path], tmp_path: Path) -> None:
@@ -61,7 +59,6 @@ def test_a_copied_run_needs_no_data(stopped: tuple[Path, Path], tmp_path: Path) 
     shards.rename(hidden)
     try:
         assert torch.equal(sf.load(copy).sample(torch.ones(2, 1, 8, 8), 1, steps=2), expected)
-        assert open_subject(str(copy), None, torch.device("cpu")).info == load_run(copy).info
         with pytest.raises(SystemExit) as stop:
             main(["sample", str(copy), "--steps", "1", "--out", str(tmp_path / "samples.png")])
         assert stop.value.code == 0
@@ -70,7 +67,7 @@ def test_a_copied_run_needs_no_data(stopped: tuple[Path, Path], tmp_path: Path) 
             sf.load(copy)
         (copy / "data.json").unlink()
         with pytest.raises(FileNotFoundError, match="so its data says what shape"):
-            load_run(copy)
+            sf.load(copy)
     finally:
         hidden.rename(shards)
 
@@ -79,8 +76,7 @@ def test_without_checkpoints_the_file_of_weights_is_taken_for_what_it_holds(
     stopped: tuple[Path, Path], tmp_path: Path
 ) -> None:
     shutil.copytree(stopped[0], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
-    for opened in (sf.load(tmp_path / "run").network, load_run(tmp_path / "run").network):
-        assert same(opened.state_dict(), load_file(tmp_path / "run" / WEIGHTS_FILE))
+    assert same(sf.load(tmp_path / "run").network.state_dict(), load_file(tmp_path / "run" / WEIGHTS_FILE))
     for weights in ("current", "slow"):
         with pytest.raises(FileNotFoundError, match=f"neither a checkpoint nor .* with '{weights}' weights"):
             sf.load(tmp_path / "run", weights=weights)

@@ -13,7 +13,7 @@ from recipes.policy_sequences.data import actions_of, features
 from recipes.policy_sequences.expert import make_env
 from shortcutflow.config import EvaluationSettings, RunConfig
 from shortcutflow.evaluation.generate import generate
-from shortcutflow.run_dir import Run
+from shortcutflow.models.model import Model
 from shortcutflow.seeds import generator_for
 
 FIRST_SEED = 1_000_000
@@ -49,7 +49,7 @@ class PolicyEvaluation(EvaluationSettings):
         """The same with two short episodes."""
         return self.model_copy(update={"episodes": 2, "max_steps": 16, "steps": (1, 4)})
 
-    def run(self, run: Run) -> dict[str, Any]:
+    def run(self, model: Model, config: RunConfig) -> dict[str, Any]:
         """Run the policy with every number of steps, the same episodes for each."""
         return {
             "protocol": {
@@ -58,17 +58,17 @@ class PolicyEvaluation(EvaluationSettings):
                 f"{FIRST_SEED}; {self.executed} actions executed a decision; score: mean of the largest coverage / "
                 "0.95, at most 1",
             },
-            "rows": [self._row(run, steps) for steps in self.steps],
+            "rows": [self._row(model, config.seed, steps) for steps in self.steps],
         }
 
-    def _row(self, run: Run, steps: int) -> dict[str, Any]:
+    def _row(self, model: Model, seed: int, steps: int) -> dict[str, Any]:
         """All episodes side by side: one batch of decisions at a time."""
-        observed, _ = run.info.condition_shape or (1, 0)
+        observed, _ = model.info.condition_shape or (1, 0)
         episodes = [Episode(FIRST_SEED + i, observed, self.max_steps) for i in range(self.episodes)]
         seconds, decisions = 0.0, 0
         while running := [episode for episode in episodes if not episode.over]:
             start = time.perf_counter()
-            chunks = decide(run, running, steps, decisions)
+            chunks = decide(model, running, seed, steps, decisions)
             seconds, decisions = seconds + time.perf_counter() - start, decisions + 1
             for episode, chunk in zip(running, chunks, strict=True):
                 episode.act(chunk[: self.executed])
@@ -106,17 +106,14 @@ class Episode:
             self.actions_taken += 1
 
 
-def decide(run: Run, episodes: list[Episode], steps: int, decision: int) -> np.ndarray:
+def decide(model: Model, episodes: list[Episode], seed: int, steps: int, decision: int) -> np.ndarray:
     """Trajectories of actions (episodes, horizon, 2) for what each episode sees now.
 
     Noise is a function of the run's seed, the episode and the decision, whatever the number of steps.
     """
-    device = next(run.network.parameters()).device
-    seen = torch.from_numpy(np.stack([features(np.stack(episode.states)) for episode in episodes])).to(device)
-    generators = [
-        generator_for(run.config.seed, f"policy of episode {episode.seed}", step=decision) for episode in episodes
-    ]
-    noise = torch.stack([torch.randn(run.info.shape, generator=generator) for generator in generators]).to(device)
-    sampled = generate(run.network, noise, seen, steps=steps, **run.config.sampler_options(run.info))
+    seen = torch.from_numpy(np.stack([features(np.stack(episode.states)) for episode in episodes])).to(model.device)
+    generators = [generator_for(seed, f"policy of episode {episode.seed}", step=decision) for episode in episodes]
+    noise = torch.stack([torch.randn(model.shape, generator=generator) for generator in generators]).to(model.device)
+    sampled = generate(model, noise, seen, steps=steps)
     now = np.stack([episode.states[-1] for episode in episodes])
     return actions_of(sampled.cpu().numpy(), now[:, None])

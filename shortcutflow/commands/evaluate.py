@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from shortcutflow.commands.subjects import open_subject
 from shortcutflow.schedule import DEFAULT_STEPS
 
 STEPS, METRICS, SAMPLES, BATCH_SIZE = DEFAULT_STEPS, ("fid",), 50_000, 250
@@ -95,15 +94,15 @@ def _evaluate(
     from shortcutflow.evaluation.features.protocols import open_protocol
     from shortcutflow.evaluation.report import report_path, table_of
     from shortcutflow.evaluation.samples import Sampler
+    from shortcutflow.models.model import is_hub_id, load
 
+    if out is None and is_hub_id(place):
+        raise ValueError(f"{place} is no folder here: name the report with --out")
     with joined(device or "auto") as world:
-        subject = open_subject(place, weights, world.device)
-        sampler = Sampler(subject, **sampling)
+        model = load(place, weights=weights, device=world.device)
+        sampler = Sampler(model, **sampling)
         protocol = open_protocol(**by, device=world.device)
-        if out is None:
-            if subject.folder is None:
-                raise ValueError(f"{place} is no folder here: name the report with --out")
-            out = report_path(subject.folder, protocol.name)
+        out = out or report_path(model.folder, protocol.name)
         report = evaluate(sampler, protocol, out, world=world, **request)
     if report is not None:
         print(f"{table_of(report)}\n{out}")

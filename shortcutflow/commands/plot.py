@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shortcutflow.commands.subjects import check_out, open_subject, write_image
 from shortcutflow.data.source import DataSource, ShardsData
+from shortcutflow.io.atomic import require_place
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import numpy as np
     from torch import Tensor
 
-    from shortcutflow.evaluation.subject import Subject
+    from shortcutflow.models.model import Model
 
 Source = Annotated[str, typer.Argument(help="A run's or model's folder, a folder of runs (the newest), or a hub id.")]
 Labels = Annotated[list[int] | None, typer.Option(help="A label a sample. [default: all in turn]")]
@@ -26,7 +27,7 @@ Weights = Annotated[
 ]
 Data = Annotated[Path | None, typer.Option(help="Folder of prepared shards. [default: what the run was trained on]")]
 Device = Annotated[str | None, typer.Option(help="[default: a GPU if there is one]")]
-Out = Annotated[Path | None, typer.Option(help="The image to write (PNG). [default: KIND.png]")]
+Out = Annotated[Path, typer.Option(help="The image to write (PNG).")]
 
 plot_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Draw a run: what its samples are like, and why."
@@ -43,7 +44,7 @@ def quality_command(
     """Quality against the number of steps, a curve a run."""
     from shortcutflow.evaluation.quality import FIGURE_SUFFIXES, draw_quality, find_report
 
-    check_out(out, FIGURE_SUFFIXES)
+    require_place(out, *FIGURE_SUFFIXES)
     files = [find_report(run, protocol=protocol) for run in runs]
     draw_quality(files, metric=metric).savefig(out, metadata={"Creator": "shortcutflow"})
     print(f"{out}: {', '.join(map(str, files))}")
@@ -56,7 +57,7 @@ def trajectory_command(
     columns: Annotated[int, typer.Option(help="At most so many of its states.")] = 9,
     labels: Labels = None,
     count: Annotated[int | None, typer.Option(help="Samples, where no labels are given. [default: 4]")] = None,
-    out: Out = None,
+    out: Out = Path("trajectory.png"),
     seed: Seed = 0,
     guidance_scale: GuidanceScale = 1.0,
     weights: Weights = None,
@@ -66,13 +67,13 @@ def trajectory_command(
     from shortcutflow.evaluation import plots
     from shortcutflow.evaluation.generate import initial_noise
 
-    out, model = _opened("trajectory", out, run, weights, device)
+    model = _opened(out, run, weights, device)
     noise, y = initial_noise(model.info, labels=labels, count=count, default=4, seed=seed, device=model.device)
     t, rows = plots.trajectory_rows(
         model, noise, y, steps=steps, columns=columns, guidance_scale=guidance_scale, seed=seed
     )
     title = f"{steps} step{'s' * (steps > 1)}. {plots.TRAJECTORY_TITLE}"
-    write_image(plots.x1_image(t, _decoded(model, rows), y, title=title), out, model)
+    _write(plots.x1_image(t, _decoded(model, rows), y, title=title), out, model)
 
 
 @plot_app.command("interpolation")
@@ -82,7 +83,7 @@ def interpolation_command(
     pairs: Annotated[int | None, typer.Option(help="Of noises, where no labels are given. [default: 4]")] = None,
     columns: Annotated[int, typer.Option(help="Samples from one noise to the other, with both.")] = 9,
     labels: Annotated[list[int] | None, typer.Option(help="A label a pair. [default: all in turn]")] = None,
-    out: Out = None,
+    out: Out = Path("interpolation.png"),
     seed: Seed = 0,
     guidance_scale: GuidanceScale = 1.0,
     weights: Weights = None,
@@ -92,7 +93,7 @@ def interpolation_command(
     from shortcutflow.evaluation import plots
     from shortcutflow.evaluation.generate import initial_noise
 
-    out, model = _opened("interpolation", out, run, weights, device)
+    model = _opened(out, run, weights, device)
     noise, y = initial_noise(
         model.info, labels=labels, count=pairs, default=4, noises_per_label=2, seed=seed, device=model.device
     )
@@ -102,7 +103,7 @@ def interpolation_command(
         )
         for number in steps or [1]
     }
-    write_image(plots.interpolation_image(_decoded(model, samples), y), out, model)
+    _write(plots.interpolation_image(_decoded(model, samples), y), out, model)
 
 
 @plot_app.command("neighbours")
@@ -112,7 +113,7 @@ def neighbours_command(
     nearest: Annotated[int, typer.Option(help="Neighbours a sample.")] = 5,
     labels: Labels = None,
     count: Annotated[int | None, typer.Option(help="Samples, where no labels are given. [default: 8]")] = None,
-    out: Out = None,
+    out: Out = Path("neighbours.png"),
     seed: Seed = 0,
     guidance_scale: GuidanceScale = 1.0,
     weights: Weights = None,
@@ -125,18 +126,17 @@ def neighbours_command(
     from shortcutflow.evaluation import plots
     from shortcutflow.evaluation.generate import generate, initial_noise
 
-    out, model = _opened("neighbours", out, run, weights, device)
+    model = _opened(out, run, weights, device)
     source = _data(model, data)
     noise, y = initial_noise(model.info, labels=labels, count=count, default=8, seed=seed, device=model.device)
-    options = {"guidance_scale": guidance_scale, "seed": seed, **model.sampler_options()}
-    samples = generate(model.network, noise, y, steps=steps, **options).float().cpu()
+    samples = generate(model, noise, y, steps=steps, guidance_scale=guidance_scale, seed=seed).float().cpu()
     distance, found, among_data = plots.neighbours_in_data(source, samples, nearest)
     title = (
         f"Mean distance to the nearest training sample: generated samples {distance[:, 0].mean():.3f}, other "
         f"training samples {among_data:.3f}."
     )
     images = _decoded(model, {0: torch.cat([samples[:, None], found], dim=1)})[0]
-    write_image(plots.neighbours_image(images, distance, y, title=title), out, model)
+    _write(plots.neighbours_image(images, distance, y, title=title), out, model)
     print(title)
 
 
@@ -144,7 +144,7 @@ def neighbours_command(
 def reconstruction_command(
     run: Source,
     count: Annotated[int, typer.Option(help="Real samples.")] = 4,
-    out: Out = None,
+    out: Out = Path("reconstruction.png"),
     seed: Seed = 0,
     guidance_scale: GuidanceScale = 1.0,
     weights: Weights = None,
@@ -155,7 +155,7 @@ def reconstruction_command(
     from shortcutflow.evaluation import plots
     from shortcutflow.evaluation.generate import check_labels, initial_noise
 
-    out, model = _opened("reconstruction", out, run, weights, device)
+    model = _opened(out, run, weights, device)
     noise, y = initial_noise(model.info, count=count, seed=seed, device=model.device)
     real = plots.some_data(_data(model, data), count, seed=seed)
     if y is not None:
@@ -165,26 +165,33 @@ def reconstruction_command(
         y = real.y.to(model.device)
     t, rows = plots.reconstruction_rows(model, real.data.to(model.device), noise, y, guidance_scale=guidance_scale)
     image = plots.x1_image(t, _decoded(model, rows), y, title=plots.RECONSTRUCTION_TITLE, with_step_size=True)
-    write_image(image, out, model)
+    _write(image, out, model)
 
 
-def _opened(kind: str, out: Path | None, place: str, weights: str | None, device: str | None) -> tuple[Path, Subject]:
-    """The file to write, and the network of a run or a model."""
+def _opened(out: Path, place: str, weights: str | None, device: str | None) -> Model:
+    """The model to draw, after a look at the file to write."""
     from shortcutflow.distributed import Rank
+    from shortcutflow.models.model import load
 
-    out = Path(f"{kind}.png") if out is None else out
-    check_out(out, (".png",))
-    return out, open_subject(place, weights, Rank().device(device))
+    require_place(out, ".png")
+    return load(place, weights=weights, device=Rank().device(device))
 
 
-def _decoded(model: Subject, samples: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
+def _write(image: np.ndarray, out: Path, model: Model) -> None:
+    from shortcutflow.evaluation.sample_grid import save_image
+
+    save_image(image, out)
+    print(f"{out}: {model}")
+
+
+def _decoded(model: Model, samples: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
     """Samples as images, by the same keys."""
     from shortcutflow.evaluation.decode import ImageDecoder
 
     return dict(zip(samples, ImageDecoder(model.info, model.device)(*samples.values()), strict=True))
 
 
-def _data(model: Subject, folder: Path | None) -> DataSource:
+def _data(model: Model, folder: Path | None) -> DataSource:
     """The real data, which must fit the network."""
     if folder is not None:
         source = ShardsData(folder=folder)

@@ -9,9 +9,8 @@ import typer
 
 import shortcutflow
 from shortcutflow.commands.recipes import DryRun, ObjectiveName, Overrides, Resume, RunDir, Smoke, load_recipe
-from shortcutflow.commands.subjects import check_out, open_subject, write_image
 from shortcutflow.config import RunConfig
-from shortcutflow.io.atomic import atomic_file
+from shortcutflow.io.atomic import atomic_file, require_place
 from shortcutflow.launch import Options, run_recipe
 from shortcutflow.schedule import DEFAULT_STEPS
 
@@ -46,14 +45,16 @@ def sample_command(
 ) -> None:
     """Sample a run or a model with several numbers of steps into one image."""
     from shortcutflow.distributed import Rank
-    from shortcutflow.evaluation.sample_grid import sample_grid
+    from shortcutflow.evaluation.sample_grid import sample_grid, save_image
+    from shortcutflow.models.model import load
 
-    check_out(out, (".png",))
-    subject = open_subject(model, weights, Rank().device(device))
+    require_place(out, ".png")
+    opened = load(model, weights=weights, device=Rank().device(device))
     grid = sample_grid(
-        subject, steps=steps or DEFAULT_STEPS, labels=labels, count=count, seed=seed, guidance_scale=guidance_scale
+        opened, steps=steps or DEFAULT_STEPS, labels=labels, count=count, seed=seed, guidance_scale=guidance_scale
     )
-    write_image(grid, out, subject)
+    save_image(grid, out)
+    print(f"{out}: {opened}")
 
 
 def average_command(
@@ -68,7 +69,7 @@ def average_command(
     from shortcutflow.posthoc import find_snapshots, posthoc_ema
     from shortcutflow.run_dir import find_run
 
-    check_out(out, (".safetensors",))
+    require_place(out, ".safetensors")
     folder = find_run(run)
     snapshots = find_snapshots(folder)
     if not snapshots:

@@ -12,7 +12,7 @@ from shortcutflow.plugins import Kinds
 
 if TYPE_CHECKING:
     from shortcutflow.config.run import RunConfig
-    from shortcutflow.run_dir import Run
+    from shortcutflow.models.model import Model
 
 
 class EvaluationSettings(BaseModel, ABC):
@@ -37,8 +37,12 @@ class EvaluationSettings(BaseModel, ABC):
         return self
 
     @abstractmethod
-    def run(self, run: Run) -> Mapping[str, Any] | None:
-        """Measure a trained run, on the device of its network.
+    def run(self, model: Model, config: RunConfig) -> Mapping[str, Any] | None:
+        """Measure what a run has trained, on the device of its network.
+
+        Args:
+            model: the network, with what its sampler must know; its ``folder`` is the run's.
+            config: the run's.
 
         Returns:
             The report, which JSON can hold: "rows" has a mapping for each number of "steps" with its "values" by name

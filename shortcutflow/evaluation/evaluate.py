@@ -30,7 +30,7 @@ from shortcutflow.evaluation.reference import (
 )
 from shortcutflow.evaluation.report import report_of, write_report
 from shortcutflow.evaluation.samples import Sampler
-from shortcutflow.io.atomic import claim, require_ours
+from shortcutflow.io.atomic import claim, require_place
 from shortcutflow.schedule import step_sizes
 
 OF_LATENTS = (
@@ -76,10 +76,10 @@ def evaluate(
         ValueError, OSError, ImportError: for anything that is wrong or missing, before any sample is made, and for
             samples that are not finite.
     """
-    world = world or World(0, 1, sampler.subject.device)
+    world = world or World(0, 1, sampler.model.device)
     check_request(steps, metrics, samples)
-    _check_place(out)
-    width = check_extractor(sampler.side, sampler.subject.info.num_classes, protocol, metrics)
+    require_place(out, ".json")
+    width = check_extractor(sampler.side, sampler.model.num_classes, protocol, metrics)
     seconds: dict[str, float] = {}
     with timed(seconds, "whole"):
         with timed(seconds, "reference"):
@@ -107,7 +107,7 @@ def evaluate(
             if world.is_main:
                 with timed(found.seconds, "distances"):
                     real_statistics, real_features = (real.statistics, real.features) if real else (None, None)
-                    device = sampler.subject.device
+                    device = sampler.model.device
                     values = compute_metrics(metrics, found, real_statistics, real_features, device)
                 rows.append({"steps": count, "values": values, "seconds": found.seconds})
     report = None
@@ -135,14 +135,6 @@ def check_request(steps: Sequence[int], metrics: Sequence[str], samples: int) ->
         step_sizes(count)
     if len(set(steps)) < len(steps):
         raise ValueError(f"a number of steps is given twice: {', '.join(map(str, steps))}")
-
-
-def _check_place(out: Path) -> None:
-    if out.suffix != ".json":
-        raise ValueError(f"the report is a .json file, got {out}")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {out.absolute().parent} for the report")
-    require_ours(out)
 
 
 def check_extractor(
@@ -220,7 +212,7 @@ def training_images(sampler: Sampler) -> RealImages:
     Raises:
         ValueError: if they are not known, or were never kept, as with latents.
     """
-    data, name = sampler.subject.data, sampler.subject.name
+    data, name = sampler.model.data, sampler.model.name
     if data is None:
         raise ValueError(f"nothing says what {name} was trained on: name images or their statistics with --reference")
     if sampler.autoencoder is not None:

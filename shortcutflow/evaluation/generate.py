@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from shortcutflow.data.source import DataInfo
+from shortcutflow.models.model import Model
 from shortcutflow.sampling import FreshNoise, sample
 from shortcutflow.seeds import seed_for
-from shortcutflow.types import Network, SamplerKind
 
 
 def noise_of(seed: int, samples: int | range, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
@@ -112,20 +112,15 @@ def _numbers(samples: int | range) -> range:
 
 @torch.no_grad()
 def generate(
-    net: Network,
+    model: Model,
     noise: Tensor,
     y: Tensor | None,
     *,
     steps: int,
     batch_size: int = 500,
     guidance_scale: float = 1.0,
-    null_y: float | None = None,
-    finest_steps: int = 128,
-    flow_only: bool = False,
-    sampler: SamplerKind = "euler",
     seed: int = 0,
     first: int = 0,
-    progress: bool = False,
 ) -> Tensor:
     """As :func:`shortcutflow.sample`, in batches: (n, *shape) from noise (n, *shape).
 
@@ -138,10 +133,9 @@ def generate(
         numbers = range(first, first + len(noise))[part]
         made.append(
             sample(
-                net, noise[part], None if y is None else y[part],
-                steps=steps, guidance_scale=guidance_scale, null_y=null_y,
-                finest_steps=finest_steps, flow_only=flow_only, sampler=sampler,
-                fresh_noise=fresh_noise_of(seed, numbers, noise[part]), progress=progress,
+                model.network, noise[part], None if y is None else y[part],
+                steps=steps, guidance_scale=guidance_scale,
+                fresh_noise=fresh_noise_of(seed, numbers, noise[part]), **model.sampler_options(),
             )
         )  # fmt: skip
     return torch.cat(made)

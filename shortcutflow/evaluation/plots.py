@@ -15,8 +15,8 @@ from shortcutflow.data.source import DataSource
 from shortcutflow.data.stream import BatchStream
 from shortcutflow.evaluation.generate import fresh_noise_of
 from shortcutflow.evaluation.sample_grid import image_grid, n_steps
-from shortcutflow.evaluation.subject import Subject
 from shortcutflow.guidance import guided_velocity
+from shortcutflow.models.model import Model
 from shortcutflow.path import expand_to, interpolate
 from shortcutflow.schedule import levels_of
 from shortcutflow.types import Batch
@@ -36,7 +36,7 @@ COMPARED = 64
 
 @torch.no_grad()
 def x1_predictions(
-    model: Subject, x_t: Tensor, t: Tensor, y: Tensor | None, *, guidance_scale: float = 1.0
+    model: Model, x_t: Tensor, t: Tensor, y: Tensor | None, *, guidance_scale: float = 1.0
 ) -> dict[str, Tensor]:
     """What the network predicts for x_1 from states at any times, by the flow and by steps that it was trained for.
 
@@ -71,12 +71,12 @@ def x1_predictions(
         return moved
 
     predictions = {}
-    if model.sampler != "consistency":
+    if model.config.sampler != "consistency":
         predictions["flow"] = step(x_t, t, 1 - t, torch.zeros_like(t))
-    if model.flow_only:
+    if model.config.flow_only:
         return predictions
-    if model.sampler != "euler":
-        d = torch.ones_like(t) if model.sampler == "live_reflow" else 1 - t
+    if model.config.sampler != "euler":
+        d = torch.ones_like(t) if model.config.sampler == "live_reflow" else 1 - t
         return predictions | {"steps": step(x_t, t, 1 - t, d)}
     while bool((t < 1).any()):
         d = _largest_steps(t, model.finest_steps)
@@ -96,7 +96,7 @@ def _largest_steps(t: Tensor, finest_steps: int) -> Tensor:
 
 
 def trajectory_rows(
-    model: Subject,
+    model: Model,
     noise: Tensor,
     y: Tensor | None,
     *,
@@ -124,7 +124,7 @@ def trajectory_rows(
     """
     if columns < 2:
         raise ValueError(f"columns must be at least 2, the noise and the sample, got {columns}")
-    if not model.flow_only and steps > model.finest_steps:
+    if not model.config.flow_only and steps > model.finest_steps:
         raise ValueError(
             f"steps must be at most {model.finest_steps}, the finest of the training, got {steps}: from the states "
             "between, the network knows no step"
@@ -138,7 +138,7 @@ def trajectory_rows(
 
 
 def reconstruction_rows(
-    model: Subject,
+    model: Model,
     data: Tensor,
     noise: Tensor,
     y: Tensor | None,
@@ -170,7 +170,7 @@ def reconstruction_rows(
     return t, _rows(model, x_t.unflatten(0, every[:2]), t, y, guidance_scale)
 
 
-def _rows(model: Subject, x_t: Tensor, t: Tensor, y: Tensor | None, guidance_scale: float) -> dict[str, Tensor]:
+def _rows(model: Model, x_t: Tensor, t: Tensor, y: Tensor | None, guidance_scale: float) -> dict[str, Tensor]:
     """States (c, n, *shape) at times (c,), and the predictions from them."""
     c, n = x_t.shape[:2]
     flat = x1_predictions(
@@ -217,7 +217,7 @@ def interpolate_noise(a: Tensor, b: Tensor, columns: int) -> Tensor:
 
 
 def interpolated_samples(
-    model: Subject,
+    model: Model,
     noise: Tensor,
     y: Tensor | None,
     *,

@@ -16,8 +16,7 @@ from shortcutflow.evaluation.real_images import DIGITS
 from shortcutflow.evaluation.report import report_path
 from shortcutflow.evaluation.sample_grid import sample_grid, save_image
 from shortcutflow.evaluation.samples import Sampler
-from shortcutflow.evaluation.subject import subject_of_run
-from shortcutflow.run_dir import Run
+from shortcutflow.models.model import Model
 from shortcutflow.schedule import DEFAULT_STEPS
 
 SAMPLES_FILE = "samples.png"
@@ -78,21 +77,20 @@ class ProtocolEvaluation(EvaluationSettings):
         """The same with hardly any samples."""
         return self.model_copy(update={"samples": 20, "steps": (1, 4)})
 
-    def run(self, run: Run) -> Mapping[str, Any] | None:
+    def run(self, model: Model, config: RunConfig) -> Mapping[str, Any] | None:
         """Evaluate with all ranks; writes ``samples.png``, the first samples at each number of steps."""
-        subject = subject_of_run(run)
-        with joined(run.config.training.device) as world:
+        with joined(config.training.device) as world:
             sampler = Sampler(
-                subject, seed=run.config.seed, guidance_scale=self.guidance_scale, batch_size=self.batch_size,
+                model, seed=config.seed, guidance_scale=self.guidance_scale, batch_size=self.batch_size,
                 precision=self.precision,
             )  # fmt: skip
             report = evaluate(
-                sampler, open_protocol(self.protocol, device=world.device), report_path(run.folder, self.protocol),
+                sampler, open_protocol(self.protocol, device=world.device), report_path(model.folder, self.protocol),
                 steps=self.steps, metrics=self.metrics, samples=self.samples, reference=self.reference, world=world,
             )  # fmt: skip
             if world.is_main:
                 grid = sample_grid(
-                    subject, steps=self.steps, count=COLUMNS, seed=run.config.seed, guidance_scale=self.guidance_scale
+                    model, steps=self.steps, count=COLUMNS, seed=config.seed, guidance_scale=self.guidance_scale
                 )
-                save_image(grid, run.folder / SAMPLES_FILE)
+                save_image(grid, model.folder / SAMPLES_FILE)
             return report

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 import shortcutflow
+from shortcutflow.config import RunConfig
 from shortcutflow.evaluation.features.protocols import EvaluationProtocol
 from shortcutflow.evaluation.metrics import METRICS
 from shortcutflow.evaluation.reference import Reference, file_name
 from shortcutflow.evaluation.samples import Sampler
 from shortcutflow.io.atomic import write_whole
-from shortcutflow.run_dir import Run
+from shortcutflow.models.model import Model
 
 
 def report_path(folder: Path, protocol: str) -> Path:
@@ -39,7 +40,7 @@ def report_of(
     """The report, as JSON.
 
     Args:
-        sampler: of the subject.
+        sampler: of what was evaluated.
         protocol: by which the features were made.
         reference: what samples were compared with, or None.
         rows: one for each number of "steps": "values" by metric, and "seconds" of all processes by phase.
@@ -47,14 +48,11 @@ def report_of(
         processes: that shared the work.
         seconds: of this call on rank 0: the whole, and of making the reference.
     """
-    subject, vae, classes = sampler.subject, sampler.autoencoder, sampler.subject.info.num_classes
+    model, vae, classes = sampler.model, sampler.autoencoder, sampler.model.num_classes
     metrics = [name for name in rows[0]["values"] if name in METRICS]
     return {
         "format": "shortcutflow-evaluation",
-        "subject": {
-            "name": subject.name, "folder": str(subject.folder) if subject.folder else None,
-            "weights": subject.weights, "step": subject.step, **subject.identity,
-        },
+        "subject": _subject_of(model) | model.identity,
         "protocol": {
             "name": protocol.name, "description": protocol.description, "extractor": protocol.extractor.name,
         },
@@ -66,7 +64,7 @@ def report_of(
         "seed": sampler.seed,
         "labels": "none" if classes is None else f"in turn: sample i has label i mod {classes}",
         "guidance_scale": sampler.guidance_scale,
-        **subject.sampler_options(),
+        **model.sampler_options(),
         "vae": {"name": vae.name, "sha256": vae.sha256} if vae is not None else None,
         "images": {
             "height": sampler.side[0], "width": sampler.side[1],
@@ -77,12 +75,18 @@ def report_of(
         "rows": list(rows),
         "seconds": dict(seconds),
         "processes": processes,
-        "device": _device_name(subject.device),
+        "device": _device_name(model.device),
         "versions": {
             "shortcutflow": shortcutflow.__version__, "torch": torch.__version__, "numpy": np.__version__,
             "python": platform.python_version(),
         },
         "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
+def _subject_of(model: Model) -> dict[str, Any]:
+    return {
+        "name": model.name, "folder": str(model.folder), "weights": model.weights, "step": model.config.step,
     }  # fmt: skip
 
 
@@ -92,19 +96,19 @@ def _device_name(device: torch.device) -> str:
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def finish_report(measured: Mapping[str, Any], run: Run) -> dict[str, Any]:
+def finish_report(measured: Mapping[str, Any], model: Model, config: RunConfig) -> dict[str, Any]:
     """What a run's own evaluation found, with what it takes to repeat it; written into the run's folder."""
-    settings = run.config.evaluation
+    settings = config.evaluation
     assert settings is not None
     report = {
         "format": "shortcutflow-evaluation",
-        "subject": {"name": run.config.name, "folder": str(run.folder), "weights": run.weights, "step": run.step},
-        "seed": run.config.seed,
+        "subject": _subject_of(model),
+        "seed": config.seed,
         "evaluation": settings.model_dump(mode="json"),
         "versions": {"shortcutflow": shortcutflow.__version__, "torch": torch.__version__},
         **measured,
     }
-    write_report(report, report_path(run.folder, getattr(settings, "protocol", settings.kind)))
+    write_report(report, report_path(model.folder, getattr(settings, "protocol", settings.kind)))
     return report
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shortcutflow.evaluation.decode import ImageDecoder
 from shortcutflow.evaluation.generate import generate, initial_noise
-from shortcutflow.evaluation.subject import Subject
+from shortcutflow.models.model import Model
 
 FONT_SIZE = 14
 GAP, GROUP_GAP = 2, 14
@@ -93,7 +93,7 @@ def n_steps(steps: int) -> str:
 
 
 def sample_grid(
-    model: Subject,
+    model: Model,
     *,
     steps: Sequence[int],
     labels: Sequence[int] | None = None,
@@ -117,6 +117,5 @@ def sample_grid(
     if not all(number >= 1 for number in steps):
         raise ValueError(f"steps must be at least 1, got {', '.join(map(str, steps))}")
     noise, y = initial_noise(model.info, labels=labels, count=count, seed=seed, device=model.device)
-    options = {"guidance_scale": guidance_scale, "seed": seed, **model.sampler_options()}
-    rows = [generate(model.network, noise, y, steps=number, **options) for number in steps]
+    rows = [generate(model, noise, y, steps=number, guidance_scale=guidance_scale, seed=seed) for number in steps]
     return image_grid(ImageDecoder(model.info, model.device)(*rows), [n_steps(number) for number in steps])

@@ -11,7 +11,7 @@ except ImportError as error:
     raise ImportError("models on the hub need huggingface_hub: pip install 'shortcutflow[hub]'") from error
 
 from shortcutflow.interop.model_card import card_text
-from shortcutflow.models.model import Model, download, load_folder, save_model
+from shortcutflow.models.model import Model, download, load, save_model
 
 
 class HubModel(ModelHubMixin, library_name="shortcutflow"):
@@ -61,4 +61,4 @@ class HubModel(ModelHubMixin, library_name="shortcutflow"):
                 model_id, revision=revision, cache_dir=cache_dir, force_download=force_download,
                 local_files_only=local_files_only, token=token,
             )  # fmt: skip
-        return cls(load_folder(folder, **options))
+        return cls(load(folder, **options))

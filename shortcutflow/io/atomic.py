@@ -187,6 +187,21 @@ def require_ours(path: Path, mark: bytes = b"shortcutflow") -> None:
     raise FileExistsError(f"{path} exists already and was not written by shortcutflow: give another name, or remove it")
 
 
+def require_place(out: Path, *suffixes: str) -> None:
+    """Before any work: ``out`` can be written, as what its name says.
+
+    Raises:
+        ValueError: for another suffix than these.
+        FileNotFoundError: if the folder that it is to be in does not exist.
+        FileExistsError: as :func:`require_ours`.
+    """
+    if out.suffix.lower() not in suffixes:
+        raise ValueError(f"--out must name a {' or '.join(suffixes)} file, got {out}")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
+    require_ours(out)
+
+
 def remove_leftovers(folder: Path, *, of_all: bool = False) -> None:
     """Remove unfinished files and folders of dead processes of this machine.
 

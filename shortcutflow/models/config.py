@@ -78,6 +78,11 @@ class ModelConfig(BaseModel):
             raise ValueError(f"default_weights is {self.default_weights!r}; weights: {', '.join(self.weights)}")
         return self
 
+    @property
+    def info(self) -> DataInfo:
+        """Shape and conditions of a sample."""
+        return DataInfo(self.shape, self.num_classes, self.condition_shape, self.vae, self.latents)
+
     def build_network(self) -> nn.Module:
         """The network with new weights, always the same.
 
@@ -115,12 +120,9 @@ def read_config(folder: Path) -> ModelConfig | RunConfig:
 
 def config_of_run(run: RunConfig, info: DataInfo, *, weights: str, step: int | None) -> ModelConfig:
     """What sampling needs to know of a run on such data with these weights."""
-    options = run.sampler_options(info)
     return ModelConfig(
-        backbone=run.backbone, shape=info.shape, num_classes=info.num_classes, condition_shape=info.condition_shape,
-        null_y=options["null_y"], finest_steps=options["finest_steps"], flow_only=options["flow_only"],
-        sampler=options["sampler"],
-        weights=(weights,), default_weights=weights, step=step, vae=info.vae, latents=info.latents,
+        backbone=run.backbone, **info._asdict(), **run.sampler_options(info),
+        weights=(weights,), default_weights=weights, step=step,
         about={"run": run.name, "objective": run.objective.kind, "data": run.data.kind},
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""A model from a folder or the hub, ready to sample."""
+"""A network that is ready to be sampled: from a run's folder, a model's folder or the hub, and into a folder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,16 @@ from torch import Generator, Tensor, nn
 
 from shortcutflow.conditions import as_condition
 from shortcutflow.config import CONFIG_FILE, RunConfig
+from shortcutflow.data.autoencoder import weights_sha256
+from shortcutflow.data.source import DataInfo, DataSource
 from shortcutflow.io.atomic import require_absent
-from shortcutflow.io.safetensors import read_tensors
-from shortcutflow.models.config import (
-    COMPANIONS,
-    ModelConfig,
-    config_of_run,
-    read_config,
-    weights_file,
-)
+from shortcutflow.models.config import COMPANIONS, ModelConfig, config_of_run, read_config, weights_file
 from shortcutflow.objectives.objective import HEAD
-from shortcutflow.run_dir import info_of_run, read_weights
+from shortcutflow.run_dir import Weights, find_run, info_of_run, read_weights, read_weights_file
 from shortcutflow.sampling import draw_noise, sample
 
 HUB_FILES = [CONFIG_FILE, "weights*.safetensors", *COMPANIONS]
 """All that is downloaded of a repository."""
-
-_REMEDY = "get it again from where it came from"
 
 _FILE_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".pkl", ".pickle", ".tmp", ".onnx", ".pt2")
 
@@ -45,19 +39,32 @@ def is_hub_id(place: str | Path) -> bool:
 
 @dataclass(frozen=True)
 class Model:
-    """A network with what its sampler must know.
+    """A network with all that sampling it and naming it takes.
 
     Attributes:
         network: s(x_t, t, d, y), in eval mode.
         config: shape of samples, conditions, finest steps and so on.
-        weights: the name of the weights in it.
-        folder: where it came from.
+        weights: the name of the weights in it: an EMA's, "current", or a file's.
+        folder: the run's or model's folder that it came from.
+        name: of the run or model, for reports.
+        data: what it was trained on, if it is a run's.
     """
 
     network: nn.Module
     config: ModelConfig
     weights: str
     folder: Path
+    name: str = ""
+    data: DataSource | None = None
+
+    def __str__(self) -> str:
+        step = "" if self.config.step is None else f" at step {self.config.step}"
+        return f"{self.folder}{step}, weights {self.weights}"
+
+    @property
+    def info(self) -> DataInfo:
+        """Shape and conditions of a sample, and the autoencoder whose latents samples are."""
+        return self.config.info
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -78,6 +85,25 @@ class Model:
     def finest_steps(self) -> int:
         """M of the training."""
         return self.config.finest_steps
+
+    @property
+    def device(self) -> torch.device:
+        """Of the network; the CPU if it has no parameters."""
+        return next(self.network.parameters(), torch.empty(0)).device
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What tells the network from any other, as JSON: its description and the SHA-256 of its weights."""
+        sha256 = weights_sha256(self.network.state_dict())
+        return {"network": self.config.backbone.model_dump(), "weights_sha256": sha256}
+
+    def sampler_options(self) -> dict[str, Any]:
+        """What :func:`shortcutflow.sample` must know of this network."""
+        config = self.config
+        return {
+            "sampler": config.sampler, "null_y": config.null_y,
+            "finest_steps": config.finest_steps, "flow_only": config.flow_only,
+        }  # fmt: skip
 
     @property
     def is_conditional(self) -> bool:
@@ -124,7 +150,7 @@ class Model:
         Raises:
             ValueError: for labels out of range, and as :func:`shortcutflow.sample`.
         """
-        device = next(self.network.parameters()).device
+        device = self.device
         if isinstance(noise, int):
             if noise < 1:
                 raise ValueError(f"the number of samples must be at least 1, got {noise}")
@@ -137,9 +163,8 @@ class Model:
                 raise ValueError(f"labels must be from 0 to {self.num_classes} (none), got {lowest} to {highest}")
         return sample(
             self.network, noise, y,
-            steps=steps, guidance_scale=guidance_scale, null_y=self.null_y,
-            finest_steps=self.finest_steps, flow_only=self.config.flow_only,
-            sampler=self.config.sampler, generator=generator, progress=progress,
+            steps=steps, guidance_scale=guidance_scale, generator=generator, progress=progress,
+            **self.sampler_options(),
         )  # fmt: skip
 
     def save(self, folder: Path | str) -> None:
@@ -154,7 +179,7 @@ def load(
     device: torch.device | str = "cpu",
     image_size: int | None = None,
 ) -> Model:
-    """Load a model from its folder, a run's folder, or the Hugging Face hub.
+    """Load a model from a run's folder, a model's folder, or the Hugging Face hub.
 
     >>> model = shortcutflow.load("DIR or hub id")
     >>> images = model.sample(16, steps=4)
@@ -162,8 +187,10 @@ def load(
     Nothing in the folder is run: the config names a network that is installed here, the weights are safetensors.
 
     Args:
-        path: a folder, or a hub id "owner/name" (needs ``pip install 'shortcutflow[hub]'``).
-        weights: which of the folder's weights, "current" or an EMA's name; None takes the config's.
+        path: a folder, a folder of runs (the newest is taken), or a hub id "owner/name" (needs
+            ``pip install 'shortcutflow[hub]'``).
+        weights: "current", an EMA's name, or a safetensors file of whole tensors. None takes those that the config
+            names; a run's are those of its newest checkpoint.
         device: of the network.
         image_size: side of the samples, if not the config's: a transformer's weights fit any that its patch divides.
 
@@ -171,8 +198,43 @@ def load(
         FileNotFoundError: if there is no such folder or it lacks a file.
         ValueError: for an unknown backbone, listing the installed ones, unknown weights, or weights that do not fit.
     """
-    folder = download(str(path)) if is_hub_id(path) else Path(path)
-    return load_folder(folder, weights=weights, device=device, image_size=image_size)
+    is_remote = is_hub_id(path)
+    folder = download(str(path)) if is_remote else find_run(Path(path))
+    found = read_config(folder)
+    read = _read_weights(folder, found, weights)
+    if isinstance(found, RunConfig):
+        name, data = found.name, found.data
+        config = config_of_run(found, info_of_run(folder, found), weights=read.name, step=read.step)
+    else:
+        name, data = str(path) if is_remote else folder.resolve().name, None
+        config = found.model_copy(
+            update={"weights": tuple(dict.fromkeys((*found.weights, read.name))), "step": read.step}
+        )
+    if image_size is not None:
+        if len(config.shape) != 3:
+            raise ValueError(f"image_size is for images, this model makes samples of shape {config.shape}")
+        config = config.model_copy(update={"shape": (config.shape[0], image_size, image_size)})
+    network = config.build_network()
+    try:
+        network.load_state_dict({name: t for name, t in read.tensors.items() if not name.startswith(f"{HEAD}.")})
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"the weights {read.name!r} do not fit the network that the config in {folder} describes: {reason[:300]}"
+        ) from error
+    return Model(network.to(device).eval(), config, read.name, folder, name, data)
+
+
+def _read_weights(folder: Path, config: ModelConfig | RunConfig, weights: str | None) -> Weights:
+    if weights is not None and weights.endswith(".safetensors"):
+        name = re.sub(r"\W", "_", Path(weights).stem, flags=re.ASCII)
+        return read_weights_file(Path(weights), name)._replace(name=name)
+    if isinstance(config, RunConfig):
+        return read_weights(folder, config, weights)
+    weights = weights or config.default_weights
+    if weights not in config.weights:
+        raise ValueError(f"{folder} has no weights {weights!r}; it has: {', '.join(config.weights)}")
+    return read_weights_file(folder / weights_file(weights), weights)._replace(name=weights, step=config.step)
 
 
 def download(hub_id: str, **options: Any) -> Path:
@@ -198,46 +260,6 @@ def download(hub_id: str, **options: Any) -> Path:
         raise FileNotFoundError(
             f"there is no run or model at {hub_id}, and the hub has none of that name: {error}"
         ) from error
-
-
-def load_folder(
-    folder: Path,
-    *,
-    weights: str | None = None,
-    device: torch.device | str = "cpu",
-    image_size: int | None = None,
-) -> Model:
-    """As :func:`load`, from a folder only."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}; a hub id is owner/name, where no folder owner is here")
-    found = read_config(folder)
-    config, tensors = _run(folder, found, weights) if isinstance(found, RunConfig) else _model(folder, found, weights)
-    if image_size is not None:
-        if len(config.shape) != 3:
-            raise ValueError(f"image_size is for images, this model makes samples of shape {config.shape}")
-        config = config.model_copy(update={"shape": (config.shape[0], image_size, image_size)})
-    network = config.build_network()
-    try:
-        network.load_state_dict({name: t for name, t in tensors.items() if not name.startswith(f"{HEAD}.")})
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the weights in {folder} do not fit the network of its config: {reason[:300]}") from error
-    name = weights or config.default_weights
-    return Model(network.to(device).eval(), config, name, folder)
-
-
-def _model(folder: Path, config: ModelConfig, weights: str | None) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Config and tensors of a model's folder."""
-    weights = weights or config.default_weights
-    if weights not in config.weights:
-        raise ValueError(f"{folder} has no weights {weights!r}; it has: {', '.join(config.weights)}")
-    return config, read_tensors(folder / weights_file(weights), _REMEDY)[0]
-
-
-def _run(folder: Path, run: RunConfig, weights: str | None) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Config and tensors of a run's folder."""
-    read = read_weights(folder, run, weights)
-    return config_of_run(run, info_of_run(folder, run), weights=read.name, step=read.step), read.tensors
 
 
 def save_model(model: Model, folder: Path) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import nn
 
-from shortcutflow.config import CONFIG_FILE, RunConfig
+from shortcutflow.config import RunConfig
 from shortcutflow.models.model import Model, load
-from shortcutflow.run_dir import find_run
 
 
 def load_start(config: RunConfig, network: nn.Module, teacher: Model | None) -> None:
@@ -72,13 +69,11 @@ def open_trained(place: str, config: RunConfig, use: str) -> Model:
         FileNotFoundError: if there is none.
         ValueError: if its network or samples differ from the run's.
     """
-    path = Path(place)
-    holds_runs = path.is_dir() and not (path / CONFIG_FILE).is_file()
-    model = load(find_run(path) if holds_runs else place)
+    model = load(place)
     of_run, of_model = config.backbone, model.config.backbone
     if (of_run.name, of_run.options) != (of_model.name, of_model.options):
         raise ValueError(
-            f"training begins with the weights of its {use}, so both need the same backbone: {path} has "
+            f"training begins with the weights of its {use}, so both need the same backbone: {place} has "
             f"{of_model.name!r} with options {of_model.options}, this run {of_run.name!r} with {of_run.options}"
         )
     info = config.data.describe()
@@ -86,6 +81,6 @@ def open_trained(place: str, config: RunConfig, use: str) -> Model:
         of_data, trained_on = getattr(info, name), getattr(model.config, name)
         if of_data != trained_on:
             raise ValueError(
-                f"{path} cannot be the {use}: its {name} is {trained_on}, that of this run's data is {of_data}"
+                f"{place} cannot be the {use}: its {name} is {trained_on}, that of this run's data is {of_data}"
             )
     return model

@@ -16,7 +16,8 @@ from shortcutflow.evaluation import plots
 from shortcutflow.evaluation.decode import ImageDecoder
 from shortcutflow.evaluation.generate import generate, initial_noise, noise_of
 from shortcutflow.evaluation.sample_grid import image_grid, save_image
-from shortcutflow.evaluation.subject import Subject
+from shortcutflow.models.config import config_of_run
+from shortcutflow.models.model import Model
 
 SAMPLES = 10
 RECONSTRUCTIONS, RECONSTRUCTION_COLUMNS = 2, 5
@@ -57,16 +58,14 @@ def visualize(
         decoder: all samples are decoded in one call of it. None samples without drawing, and returns nothing.
         grid: the file in which the samples are kept.
     """
-    model = Subject(config.name, network, info, device, {}, **config.sampler_options(info))
+    described = config_of_run(config, info, weights=config.sample_weights, step=None)
+    model = Model(network, described, config.sample_weights, grid.parent, config.name)
     noise, labels = initial_noise(info, count=SAMPLES, seed=config.seed, device=device)
     real = plots.some_data(config.data, RECONSTRUCTIONS, seed=config.seed)
     y = None if real.y is None else real.y.to(device)
     ends, pair_labels = initial_noise(info, count=PAIRS, noises_per_label=2, seed=config.seed, device=device)
     with _eval_mode(network, device, bfloat16=config.training.precision == "bfloat16"):
-        samples = [
-            generate(network, noise, labels, steps=steps, **model.sampler_options())
-            for steps in config.training.grid_steps
-        ]
+        samples = [generate(model, noise, labels, steps=steps) for steps in config.training.grid_steps]
         t, rows = plots.reconstruction_rows(
             model, real.data.to(device), noise_of(config.seed, RECONSTRUCTIONS, info.shape, device), y,
             columns=RECONSTRUCTION_COLUMNS,

@@ -24,7 +24,7 @@ from shortcutflow.data.manifest import LatentsInfo
 from shortcutflow.data.source import DataInfo, ShardsData
 from shortcutflow.evaluation.decode import ImageDecoder
 from shortcutflow.evaluation.samples import Sampler
-from shortcutflow.evaluation.subject import Subject
+from tests.evaluation.evaluating import model_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of packages that diffusers tries to import
@@ -178,15 +178,14 @@ def test_latents_meet_only_their_autoencoder(
     shutil.copytree(tmp_path / "b" / "vae", right.name)
     assert torch.equal(ImageDecoder(found, "cpu")(x)[0], x[:, :3])
     assert "latents are shown as they are, not as images: these latents were made with" in caplog.text
-    network: Any = torch.nn.Identity()
-    subject = Subject("s", network, found, torch.device("cpu"), {})
+    model = model_of(torch.nn.Identity(), found)
     with pytest.raises(ValueError, match="these latents were made with"):
-        Sampler(subject)
-    decoders = [Sampler(subject, vae=tmp_path / "a" / "copy"), Sampler(subject, vae=tmp_path / "b" / "vae")]
+        Sampler(model)
+    decoders = [Sampler(model, vae=tmp_path / "a" / "copy"), Sampler(model, vae=tmp_path / "b" / "vae")]
     assert [d.autoencoder is not None and d.autoencoder.sha256 == right.sha256 for d in decoders] == [True, False]
     assert caplog.text.count("it decodes them all the same") == 1
     with pytest.raises(ValueError, match=r"scaling_factor 0\.18215, here 0\.5"):
-        Sampler(subject, vae=tmp_path / "scaled" / "vae")
+        Sampler(model, vae=tmp_path / "scaled" / "vae")
 
 
 def test_drawn_latents_have_the_posterior_s_mean_and_deviation() -> None:

@@ -15,13 +15,14 @@ from torch import Tensor
 from recipes.digits import recipe
 from shortcutflow.config import RunConfig, with_overrides
 from shortcutflow.data.digits import DigitsData
-from shortcutflow.data.source import DataInfo
+from shortcutflow.data.source import DataInfo, DataSource
 from shortcutflow.distributed import joined
 from shortcutflow.evaluation.evaluate import evaluate
 from shortcutflow.evaluation.features.protocols import open_protocol
 from shortcutflow.evaluation.samples import Sampler
-from shortcutflow.evaluation.subject import Subject, subject_of_run
-from shortcutflow.run_dir import load_run
+from shortcutflow.models.config import ModelConfig
+from shortcutflow.models.model import Model, load
+from shortcutflow.network import BackboneConfig
 
 
 def small_run(folder: Path) -> RunConfig:
@@ -36,7 +37,10 @@ def small_run(folder: Path) -> RunConfig:
     )  # fmt: skip
 
 
-class Plain:
+DIGITS_INFO = DataInfo((1, 8, 8), 10)
+
+
+class Plain(torch.nn.Module):
     """A network of sums and products: the same to the last bit in every batch.
 
     Args:
@@ -45,9 +49,10 @@ class Plain:
     """
 
     def __init__(self, pause: float = 0.0, shift: float = 0.0) -> None:
+        super().__init__()
         self.pause, self.shift, self.calls = pause, shift, 0
 
-    def __call__(self, x: Tensor, t: Tensor, d: Tensor, y: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, d: Tensor, y: Tensor | None) -> Tensor:
         """Smaller noise, lighter by the label."""
         time.sleep(self.pause)
         self.calls += 1
@@ -55,15 +60,32 @@ class Plain:
         return -0.5 * x + light + self.shift
 
 
-def plain_subject(
-    *, network: Any = None, shape: tuple[int, ...] = (1, 8, 8), num_classes: int | None = 10, **changes: Any
-) -> Subject:
-    """Such a network, as if trained on the digits."""
-    settings: dict[str, Any] = {
-        "name": "plain", "network": network or Plain(), "info": DataInfo(shape, num_classes),
-        "device": torch.device("cpu"), "identity": {"network": "plain"}, "null_y": num_classes, "data": DigitsData(),
-    }  # fmt: skip
-    return Subject(**settings | changes)
+class Called(torch.nn.Module):
+    """Any function of (x_t, t, d, y) as a network."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x_t: Tensor, t: Tensor, d: Tensor, y: Tensor | None) -> Tensor:
+        return self.function(x_t, t, d, y)
+
+
+def model_of(function: Any, info: DataInfo, *, data: DataSource | None = None, **options: Any) -> Model:
+    """A model whose network is a module or any function of (x_t, t, d, y)."""
+    config = ModelConfig(
+        backbone=BackboneConfig(name="plain"), weights=("current",), default_weights="current", **info._asdict(),
+        **options,
+    )  # fmt: skip
+    network = function if isinstance(function, torch.nn.Module) else Called(function)
+    return Model(network, config, "current", Path("plain"), "plain", data)
+
+
+def plain_model(
+    *, network: Any = None, info: DataInfo = DIGITS_INFO, data: DataSource | None = None, **options: Any
+) -> Model:
+    """A plain network, as if trained on the digits."""
+    return model_of(network or Plain(), info, data=data or DigitsData(), **{"null_y": info.num_classes} | options)
 
 
 @dataclass(frozen=True)
@@ -93,8 +115,8 @@ class Job:
 
     def do(self) -> dict[str, Any] | None:
         """Evaluate in this process, with the others of its kind if torchrun has started it."""
-        subject = subject_of_run(load_run(Path(self.run))) if self.run else plain_subject(network=Plain(self.pause))
-        sampler = Sampler(subject, batch_size=self.batch_size)
+        model = load(self.run) if self.run else plain_model(network=Plain(self.pause))
+        sampler = Sampler(model, batch_size=self.batch_size)
         with joined("cpu") as world:
             return evaluate(
                 sampler, open_protocol(self.protocol), Path(self.out), steps=self.steps, metrics=self.metrics,

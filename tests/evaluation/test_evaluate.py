@@ -29,8 +29,9 @@ from shortcutflow.evaluation.metrics import METRICS
 from shortcutflow.evaluation.real_images import digit_images, save_pngs
 from shortcutflow.evaluation.report import table_of
 from shortcutflow.evaluation.samples import Sampler
-from shortcutflow.evaluation.subject import Subject
-from tests.evaluation.evaluating import Plain, plain_subject
+from shortcutflow.models.model import Model
+from shortcutflow.network import BackboneConfig
+from tests.evaluation.evaluating import Plain, plain_model
 
 ALL = tuple(METRICS)
 LOGITS = torch.randn(64, 10, generator=torch.Generator().manual_seed(0))
@@ -70,11 +71,11 @@ def test_values_are_those_of_the_functions(
 ) -> None:
     """Batches, checkpoints and files change nothing."""
     monkeypatch.setattr(feature_set, "CHECKPOINT_EVERY", 300)
-    sampler = Sampler(plain_subject(), seed=3, batch_size=64)
+    sampler = Sampler(plain_model(), seed=3, batch_size=64)
     (row,) = evaluated(sampler, read, tmp_path / "r.json", samples=samples, metrics=names)["rows"]
     labels = labels_of(samples, 10)
     assert labels is not None
-    made = generate(Plain(), noise_of(3, samples, (1, 8, 8)), labels, steps=1)
+    made = generate(plain_model(), noise_of(3, samples, (1, 8, 8)), labels, steps=1)
     pixels = made.permute(0, 2, 3, 1).numpy()
     fake, logits = read.extractor(pixels)
     np.testing.assert_array_equal(fake, made.flatten(1), "neither rounded nor clipped")
@@ -101,16 +102,16 @@ def test_samples_that_are_the_data_are_at_distance_0(tmp_path: Path, pixels: Eva
     class Copies(Plain):
         """Whatever the noise, the next digits come out."""
 
-        def __call__(self, x: Tensor, t: Tensor, d: Tensor, y: Tensor | None) -> Tensor:
+        def forward(self, x: Tensor, t: Tensor, d: Tensor, y: Tensor | None) -> Tensor:
             self.calls += len(x)
             return data[self.calls - len(x) : self.calls] - x
 
-    sampler = Sampler(plain_subject(network=Copies()))
+    sampler = Sampler(plain_model(network=Copies()))
     names = ("fid", "precision", "recall", "coverage")
     (row,) = evaluated(sampler, pixels, tmp_path / "r.json", samples=1797, metrics=names)["rows"]
     assert row["values"]["fid"] == pytest.approx(0, abs=1e-6)
     assert [row["values"][name] for name in names[1:]] == [1, 1, 1]
-    (row,) = evaluated(Sampler(plain_subject()), pixels, tmp_path / "r.json")["rows"]
+    (row,) = evaluated(Sampler(plain_model()), pixels, tmp_path / "r.json")["rows"]
     assert row["values"]["fid"] > 1, "the control"
 
 
@@ -127,7 +128,7 @@ def test_clean_fid_itself_gives_the_same(tmp_path: Path) -> None:
     real.mkdir()
     save_pngs(np.stack(list(digit_images().read(range(40)))), real, 0)
     asked = {"samples": 40, "steps": (1, 2), "reference": real, "images": tmp_path / "images"}
-    report = evaluated(Sampler(plain_subject(), batch_size=23), protocol, tmp_path / "r.json", **asked)
+    report = evaluated(Sampler(plain_model(), batch_size=23), protocol, tmp_path / "r.json", **asked)
     for row in report["rows"]:
         with torch.no_grad():
             theirs = fid.compute_fid(
@@ -154,7 +155,7 @@ def test_features_that_are_kept_serve_the_next_metric(tmp_path: Path, read: Eval
 
 def plain_sampler(**settings: Any) -> tuple[Sampler, Plain]:
     network = Plain()
-    return Sampler(plain_subject(network=network), **settings), network
+    return Sampler(plain_model(network=network), **settings), network
 
 
 def test_a_checkpoint_that_is_damaged_or_of_other_batches_is_made_again(
@@ -180,18 +181,26 @@ def test_images_that_were_not_saved_before_are_made(tmp_path: Path, pixels: Eval
 
 def test_whatever_changes_samples_changes_the_checkpoint() -> None:
     """Nothing stale is ever used; the batch size, the control, changes nothing."""
-    subject = plain_subject()
 
-    def key(changed: Subject = subject, steps: int = 1, **settings: Any) -> str:
-        return hash_of(Sampler(changed, **settings).key(steps))
+    class Weighted(Plain):
+        """With one weight, which changes its samples or not."""
 
+        def __init__(self, weight: float) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor([weight]))
+
+    def key(changed: Model | None = None, steps: int = 1, **settings: Any) -> str:
+        return hash_of(Sampler(changed or plain_model(), **settings).key(steps))
+
+    other = BackboneConfig(name="plain", options={"width": 2})
     changed = [
-        key(replace(subject, identity={"network": "plain", "weights_sha256": "1"})),
-        key(replace(subject, identity={"network": "plain", "weights_sha256": "2"})),
-        key(replace(subject, finest_steps=64)),
-        key(replace(subject, flow_only=True)),
-        key(replace(subject, sampler="consistency")),
-        key(replace(subject, info=DataInfo((1, 8, 8), 5))),
+        key(plain_model(network=Weighted(1.0))),
+        key(plain_model(network=Weighted(2.0))),
+        key(replace(plain_model(), config=plain_model().config.model_copy(update={"backbone": other}))),
+        key(plain_model(finest_steps=64)),
+        key(plain_model(flow_only=True)),
+        key(plain_model(sampler="consistency")),
+        key(plain_model(info=DataInfo((1, 8, 8), 5))),
         key(steps=2),
         key(seed=1),
         key(guidance_scale=1.5),
@@ -199,7 +208,7 @@ def test_whatever_changes_samples_changes_the_checkpoint() -> None:
     ]
     assert len({key(), *changed}) == len(changed) + 1
     assert key(batch_size=7) == key()
-    assert key(replace(subject, name="other", folder=Path("elsewhere"))) == key()
+    assert key(replace(plain_model(), name="other", folder=Path("elsewhere"))) == key()
 
 
 def test_a_reference_is_reused_unless_it_is_damaged_or_its_images_change(
@@ -237,11 +246,11 @@ def test_the_digits_distance_and_accuracy_are_those_of_raw_pixels(tmp_path: Path
     class Copies(Plain):
         """Digits of high contrast, beyond [-1, 1]."""
 
-        def __call__(self, x: Tensor, t: Tensor, d: Tensor, y: Tensor | None) -> Tensor:
+        def forward(self, x: Tensor, t: Tensor, d: Tensor, y: Tensor | None) -> Tensor:
             return pixels.view(120, 1, 8, 8) - x
 
     report = evaluated(
-        Sampler(plain_subject(network=Copies())), digits, tmp_path / "r.json", metrics=("fid", "label_accuracy")
+        Sampler(plain_model(network=Copies())), digits, tmp_path / "r.json", metrics=("fid", "label_accuracy")
     )
     values = report["rows"][0]["values"]
     assert values["fid"] == pytest.approx(frechet_distance(pixels.numpy(), real), rel=1e-4)
@@ -266,14 +275,14 @@ def test_latents_are_decoded(tmp_path: Path, pixels: EvaluationProtocol, monkeyp
         return FakeAutoencoder()
 
     monkeypatch.setattr(samples_module, "load_autoencoder", load)
-    subject = replace(plain_subject(), info=DataInfo((4, 4, 4), 10, vae="theirs"))
-    sampler = Sampler(subject)
+    model = plain_model(info=DataInfo((4, 4, 4), 10, vae="theirs"))
+    sampler = Sampler(model)
     with pytest.raises(ValueError, match="was trained on latents, and a reference is made of images"):
         evaluated(sampler, pixels, tmp_path / "r.json")
     report = evaluated(sampler, pixels, tmp_path / "r.json", reference="digits")
     assert report["vae"] == {"name": "fake", "sha256": "f" * 64}
     assert (report["images"]["height"], report["images"]["width"]) == (8, 8)
-    Sampler(subject, vae="mine")
+    Sampler(model, vae="mine")
     assert asked_for == ["theirs", "mine"]
 
 
@@ -281,13 +290,13 @@ def test_samples_that_are_not_finite_are_named(tmp_path: Path, pixels: Evaluatio
     class Broken(Plain):
         """Sample 13 is NaN."""
 
-        def __call__(self, x: Tensor, t: Tensor, d: Tensor, y: Tensor | None) -> Tensor:
-            made = super().__call__(x, t, d, y)
+        def forward(self, x: Tensor, t: Tensor, d: Tensor, y: Tensor | None) -> Tensor:
+            made = super().forward(x, t, d, y)
             made[3, 0, 1, 1] = float("nan") if self.calls == 2 else 0.0
             return made
 
     with pytest.raises(ValueError, match="1 of 10 samples hold values that are not finite; the first is sample 13"):
-        evaluated(Sampler(plain_subject(network=Broken()), batch_size=10), pixels, tmp_path / "r.json")
+        evaluated(Sampler(plain_model(network=Broken()), batch_size=10), pixels, tmp_path / "r.json")
 
 
 @pytest.mark.parametrize(
@@ -304,4 +313,4 @@ def test_samples_that_are_not_finite_are_named(tmp_path: Path, pixels: Evaluatio
 )
 def test_a_sampler_refuses(settings: dict[str, Any], changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        Sampler(replace(plain_subject(), **changes), **settings)
+        Sampler(plain_model(**changes), **settings)

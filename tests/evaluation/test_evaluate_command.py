@@ -99,7 +99,7 @@ def test_every_metric_may_be_listed() -> None:
         ("RUN --protocol digits --weights emma", "has no weights 'emma'; it has: ema, current"),
         ("RUN --protocol digits --extractor-weights x.pt", "takes no weights"),
         ("RUN --protocol file:nowhere.pt", "nowhere.pt"),
-        ("RUN --protocol digits --out report.txt", "the report is a .json file, got report.txt"),
+        ("RUN --protocol digits --out report.txt", "--out must name a .json file, got report.txt"),
         ("RUN --protocol digits --out nowhere/report.json", "there is no folder"),
         ("nowhere", "there is no run at nowhere"),
         ("", "name a run's or a model's folder, or images with --make-stats SOURCE"),

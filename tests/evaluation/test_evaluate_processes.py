@@ -17,7 +17,7 @@ from shortcutflow.evaluation.feature_set import FeatureSet
 from shortcutflow.evaluation.features.protocols import open_protocol
 from shortcutflow.evaluation.samples import Sampler
 from shortcutflow.train.loop import train
-from tests.evaluation.evaluating import Job, Plain, command, plain_subject, small_run
+from tests.evaluation.evaluating import Job, Plain, command, plain_model, small_run
 from tests.train.launched import ROOT, environment, run
 
 
@@ -88,7 +88,7 @@ def test_a_killed_evaluation_goes_on(tmp_path: Path) -> None:
 
     network = Plain()
     evaluate(
-        Sampler(plain_subject(network=network), batch_size=500), open_protocol("pixels"), Path(job.out), steps=(1,),
+        Sampler(plain_model(network=network), batch_size=500), open_protocol("pixels"), Path(job.out), steps=(1,),
         metrics=job.metrics, samples=9000,
     )  # fmt: skip
     assert network.calls == (9000 - done) / 500

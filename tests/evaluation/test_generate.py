@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from shortcutflow.data.source import DataInfo
 from shortcutflow.evaluation.generate import generate, labels_of, noise_of
 from shortcutflow.evaluation.sample_grid import image_grid, to_uint8
 from shortcutflow.seeds import generator_for
+from tests.evaluation.evaluating import model_of
+
+INFO = DataInfo((1, 4, 4), 10)
 
 
 def network(x: torch.Tensor, t: torch.Tensor, d: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
@@ -17,9 +21,9 @@ def network(x: torch.Tensor, t: torch.Tensor, d: torch.Tensor, y: torch.Tensor |
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_batch_size_does_not_matter(batch_size: int) -> None:
-    noise, labels = noise_of(3, 20, (1, 4, 4)), labels_of(20, 10)
-    whole = generate(network, noise, labels, steps=3, batch_size=100)
-    assert torch.equal(generate(network, noise, labels, steps=3, batch_size=batch_size), whole)
+    model, noise, labels = model_of(network, INFO), noise_of(3, 20, (1, 4, 4)), labels_of(20, 10)
+    whole = generate(model, noise, labels, steps=3, batch_size=100)
+    assert torch.equal(generate(model, noise, labels, steps=3, batch_size=batch_size), whole)
 
 
 def test_noise_of_sample_i() -> None:
@@ -49,10 +53,11 @@ def test_labels_in_turn() -> None:
 def test_samples_made_in_parts_are_those_of_the_whole() -> None:
     """Also where the sampler adds noise after each step, which depends on the sample's number."""
     noise = noise_of(3, 20, (1, 4, 4))
-    whole = generate(network, noise, None, steps=3, sampler="consistency", seed=5)
+    model = model_of(network, INFO, sampler="consistency")
+    whole = generate(model, noise, None, steps=3, seed=5)
     part = noise_of(3, range(8, 20), (1, 4, 4))
-    assert torch.equal(generate(network, part, None, steps=3, sampler="consistency", seed=5, first=8), whole[8:])
-    assert not torch.equal(generate(network, part, None, steps=3, sampler="consistency", seed=5), whole[8:])
+    assert torch.equal(generate(model, part, None, steps=3, seed=5, first=8), whole[8:])
+    assert not torch.equal(generate(model, part, None, steps=3, seed=5), whole[8:])
 
 
 def test_grid_shows_each_image_in_its_place() -> None:

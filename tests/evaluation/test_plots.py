@@ -36,18 +36,18 @@ from shortcutflow.evaluation.plots import (
 )
 from shortcutflow.evaluation.sample_grid import image_grid
 from shortcutflow.evaluation.samples import Sampler
-from shortcutflow.evaluation.subject import Subject
+from shortcutflow.models.model import Model
 from shortcutflow.train.visualize import visualize
 from shortcutflow.types import Batch
 from tests.core.gaussian import Gaussian
-from tests.evaluation.evaluating import plain_subject
+from tests.evaluation.evaluating import model_of, plain_model
 
 INFO = DataInfo((1, 4, 4), 10)
 SHAPE = INFO.shape
 
 
-def model_of(net: Any, **options: Any) -> Subject:
-    return Subject("exact", net, INFO, torch.device("cpu"), {}, **options)
+def made(net: Any, **options: Any) -> Model:
+    return model_of(net, INFO, **options)
 
 
 class Recorder:
@@ -88,7 +88,7 @@ def count_of(picture: np.ndarray, colour: tuple[int, int, int]) -> int:
 )
 def test_the_fewest_steps_that_training_knows(t: float, sizes: list[float]) -> None:
     net, noise = Recorder(datum()), noise_of(0, 1, SHAPE).double()
-    x_1 = x1_predictions(model_of(net), noise, torch.tensor([t]), None)["steps"]
+    x_1 = x1_predictions(made(net), noise, torch.tensor([t]), None)["steps"]
     assert [d for _, d in net.inputs if d > 0] == sizes
     torch.testing.assert_close(x_1, noise if t == 1 else net.datum)
 
@@ -96,13 +96,13 @@ def test_the_fewest_steps_that_training_knows(t: float, sizes: list[float]) -> N
 @pytest.mark.parametrize("t", [0.3, 1 / 256, -0.5, 1.5])
 def test_no_steps_from_other_times(t: float) -> None:
     with pytest.raises(ValueError, match="multiples of 1/128"):
-        x1_predictions(model_of(Recorder(datum())), noise_of(0, 2, SHAPE), torch.tensor([0, t]), None)
+        x1_predictions(made(Recorder(datum())), noise_of(0, 2, SHAPE), torch.tensor([0, t]), None)
 
 
 def test_trajectory_of_one_datum() -> None:
     x_1, noise = datum(), noise_of(0, 3, SHAPE).double()
     net = Recorder(x_1)
-    times, rows = trajectory_rows(model_of(net), noise, None, steps=8)
+    times, rows = trajectory_rows(made(net), noise, None, steps=8)
     assert times.tolist() == [i / 8 for i in range(9)]
     assert list(rows) == ["x_t", "flow", "steps"]
     for t, x_t, by_flow, by_steps in zip(times.tolist(), *rows.values(), strict=True):
@@ -117,14 +117,14 @@ def test_trajectory_of_one_datum() -> None:
 def test_predictions_of_an_exact_network() -> None:
     data = Gaussian.example(*SHAPE)
     noise = gaussian_noise(data, 5)
-    times, rows = trajectory_rows(model_of(data.net()), noise, None, steps=8)
+    times, rows = trajectory_rows(made(data.net()), noise, None, steps=8)
     exact = data.flow_map(noise, torch.zeros(5), torch.ones(5))
     torch.testing.assert_close(rows["steps"], exact.expand_as(rows["steps"]), rtol=0, atol=1e-12)
     for t, x_t, x_1 in zip(times[:-1].tolist(), rows["x_t"], rows["flow"], strict=False):
         torch.testing.assert_close(x_1, x_t + (1 - t) * data.velocity(x_t, torch.full((5,), t)))
     # What the flow predicts from noise is a mean, no sample; and only the exact network predicts the same from all.
     assert (rows["flow"][0] - exact).abs().max() > 0.5
-    wrong = model_of(lambda x_t, t, d, y: data.velocity(x_t, t))
+    wrong = made(lambda x_t, t, d, y: data.velocity(x_t, t))
     _, rows = trajectory_rows(wrong, noise, None, steps=8)
     assert (rows["steps"][0] - rows["steps"][-1]).abs().max() > 0.1
 
@@ -132,26 +132,26 @@ def test_predictions_of_an_exact_network() -> None:
 def test_trajectory_shows_some_of_many_states() -> None:
     data = Gaussian.example(*SHAPE)
     noise = gaussian_noise(data, 2)
-    times, rows = trajectory_rows(model_of(data.net()), noise, None, steps=128, columns=5)
+    times, rows = trajectory_rows(made(data.net()), noise, None, steps=128, columns=5)
     assert times.tolist() == [0, 0.25, 0.5, 0.75, 1]
     assert torch.equal(rows["x_t"][0], noise)
-    assert torch.equal(rows["x_t"][-1], generate(data.net(), noise, None, steps=128))
+    assert torch.equal(rows["x_t"][-1], generate(made(data.net()), noise, None, steps=128))
 
 
 def test_a_flow_knows_no_steps() -> None:
     net, noise = Recorder(datum()), noise_of(0, 1, SHAPE).double()
-    _, rows = trajectory_rows(model_of(net, flow_only=True), noise, None, steps=256)
+    _, rows = trajectory_rows(made(net, flow_only=True), noise, None, steps=256)
     assert list(rows) == ["x_t", "flow"]
     assert {d for _, d in net.inputs} == {0.0}
     with pytest.raises(ValueError, match=r"at most 128.*got 256"):
-        trajectory_rows(model_of(net), noise, None, steps=256)
+        trajectory_rows(made(net), noise, None, steps=256)
     with pytest.raises(ValueError, match="columns must be at least 2"):
-        trajectory_rows(model_of(net), noise, None, steps=2, columns=1)
+        trajectory_rows(made(net), noise, None, steps=2, columns=1)
 
 
 def test_consistency_models_predict_by_the_step_to_the_end_alone() -> None:
     net, noise = Recorder(datum() / 2), noise_of(5, 4, SHAPE).double()
-    _, rows = trajectory_rows(model_of(net, sampler="consistency"), noise, None, steps=4, seed=5)
+    _, rows = trajectory_rows(made(net, sampler="consistency"), noise, None, steps=4, seed=5)
     assert list(rows) == ["x_t", "steps"]
     assert all(d == 1 - t for t, d in net.inputs)
     torch.testing.assert_close(rows["steps"], net.datum.expand_as(rows["steps"]))
@@ -160,22 +160,22 @@ def test_consistency_models_predict_by_the_step_to_the_end_alone() -> None:
     def rough(x_t: Tensor, t: Tensor, d: Tensor, y: Tensor | None) -> Tensor:
         return torch.sin(x_t)
 
-    sampled = generate(rough, noise, None, steps=4, sampler="consistency", seed=5)
+    sampled = generate(made(rough, sampler="consistency"), noise, None, steps=4, seed=5)
     for seed in (5, 6):
-        _, rows = trajectory_rows(model_of(rough, sampler="consistency"), noise, None, steps=4, seed=seed)
+        _, rows = trajectory_rows(made(rough, sampler="consistency"), noise, None, steps=4, seed=seed)
         assert torch.equal(rows["x_t"][-1], sampled) == (seed == 5)
 
 
 def test_live_reflow_predicts_by_one_of_two_flows() -> None:
     net = Recorder(datum())
-    trajectory_rows(model_of(net, sampler="live_reflow"), noise_of(0, 1, SHAPE).double(), None, steps=8)
+    trajectory_rows(made(net, sampler="live_reflow"), noise_of(0, 1, SHAPE).double(), None, steps=8)
     assert {d for _, d in net.inputs} == {0.0, 1.0}
 
 
 def test_reconstruction() -> None:
     data = Gaussian.example(*SHAPE)
     real, noise = data.draw(3, torch.Generator().manual_seed(1)), gaussian_noise(data, 3)
-    times, rows = reconstruction_rows(model_of(data.net()), real, noise, None)
+    times, rows = reconstruction_rows(made(data.net()), real, noise, None)
     assert times.tolist() == [0, *(1 - 2.0**-k for k in range(1, 8)), 1]
     for t, x_t, by_flow, by_steps in zip(times[:-1].tolist(), *rows.values(), strict=False):
         now, one = torch.full((3,), t), torch.ones(3)
@@ -183,14 +183,14 @@ def test_reconstruction() -> None:
         torch.testing.assert_close(by_steps, data.flow_map(x_t, now, one))
         torch.testing.assert_close(by_flow, x_t + (1 - t) * data.velocity(x_t, now))
     assert all(torch.equal(row[-1], real) for row in rows.values())
-    fewer, some = reconstruction_rows(model_of(data.net()), real, noise, None, columns=5)
+    fewer, some = reconstruction_rows(made(data.net()), real, noise, None, columns=5)
     assert fewer.tolist() == [0, 3 / 4, 15 / 16, 31 / 32, 127 / 128, 1]
     assert torch.equal(some["x_t"], rows["x_t"][[0, 2, 4, 5, 7, 8]])
 
 
 def test_reconstruction_evaluates_each_step_size_once() -> None:
     net = Recorder(datum())
-    reconstruction_rows(model_of(net), datum(), noise_of(0, 1, SHAPE).double(), None)
+    reconstruction_rows(made(net), datum(), noise_of(0, 1, SHAPE).double(), None)
     times = [1 - 2.0**-k for k in range(8)]
     assert net.inputs == [*((t, 0.0) for t in times), *((t, 1 - t) for t in times)]
 
@@ -202,10 +202,10 @@ def test_labels_go_with_their_samples() -> None:
 
     y = torch.tensor([2, 7, 5])
     real = torch.zeros(3, *SHAPE)
-    _, rows = reconstruction_rows(model_of(by_label), real, noise_of(0, 3, SHAPE), y)
+    _, rows = reconstruction_rows(made(by_label), real, noise_of(0, 3, SHAPE), y)
     torch.testing.assert_close(rows["steps"][0], y.view(-1, 1, 1, 1).expand_as(real).float())
     noise, pair_labels = initial_noise(INFO, labels=y.tolist(), noises_per_label=2)
-    samples = interpolated_samples(model_of(by_label), noise, pair_labels, columns=3)
+    samples = interpolated_samples(made(by_label), noise, pair_labels, columns=3)
     torch.testing.assert_close(samples, y.view(-1, 1, 1, 1, 1).expand_as(samples).float())
 
 
@@ -232,12 +232,12 @@ def test_interpolation_ends_at_the_samples(steps: int) -> None:
     noise, y = initial_noise(INFO, count=3, noises_per_label=2, seed=4)
     assert y is not None
     assert torch.equal(noise, noise_of(4, 6, SHAPE))
-    made = interpolated_samples(model_of(net), noise, y, columns=5, steps=steps)
-    assert made.shape == (3, 5, *SHAPE)
-    whole = generate(net, noise, y.repeat_interleave(2), steps=steps)
-    torch.testing.assert_close(made[:, 0], whole[0::2], rtol=0, atol=1e-6)
-    torch.testing.assert_close(made[:, -1], whole[1::2], rtol=0, atol=1e-6)
-    assert (made[:, 2] - whole[0::2]).abs().max() > 0.1
+    between = interpolated_samples(made(net), noise, y, columns=5, steps=steps)
+    assert between.shape == (3, 5, *SHAPE)
+    whole = generate(made(net), noise, y.repeat_interleave(2), steps=steps)
+    torch.testing.assert_close(between[:, 0], whole[0::2], rtol=0, atol=1e-6)
+    torch.testing.assert_close(between[:, -1], whole[1::2], rtol=0, atol=1e-6)
+    assert (between[:, 2] - whole[0::2]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("block", [1, 7, 50, 1000])
@@ -325,7 +325,7 @@ def test_a_foreign_stream_is_drawn_and_its_reference_must_be_named() -> None:
     assert some_data(data, 3, seed=2).keys == ("2", "3", "4")
     assert [key for block in all_data(data, batch_size=4) for key in block.keys] == [str(i) for i in range(10)]
     with pytest.raises(ValueError, match="'foreign', which is a stream and no folder of shards: name images or"):
-        training_images(Sampler(plain_subject(data=data)))
+        training_images(Sampler(plain_model(data=data)))
 
 
 def test_a_copied_digit_is_found(digits: DigitsData) -> None:
@@ -377,7 +377,7 @@ def test_columns_show_the_states() -> None:
 
 def test_images_of_a_network() -> None:
     data = Gaussian.example(*SHAPE)
-    model, (_, y) = model_of(data.net()), initial_noise(INFO, labels=[3, 1])
+    model, (_, y) = made(data.net()), initial_noise(INFO, labels=[3, 1])
     noise, one = gaussian_noise(data, 2), torch.tensor([3])
     drawn = {
         "trajectory": x1_image(*trajectory_rows(model, noise, y, steps=4), y, title="A title."),

@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 
 import shortcutflow as sf
 from shortcutflow.cli import main
+from shortcutflow.config import RunConfig
 from shortcutflow.interop.hub import HubModel
 from shortcutflow.models.config import ModelConfig
 from shortcutflow.models.model import HUB_FILES, Model
 from shortcutflow.network import BackboneConfig, build_network
-from shortcutflow.run_dir import load_run, write_weights
+from shortcutflow.run_dir import info_of_run, read_weights, write_weights
 
 OPTIONS = {"width": 16, "depth": 1, "heads": 2}
 
@@ -110,12 +111,14 @@ def test_another_image_size(tmp_path: Path) -> None:
 
 
 def test_run_folder(run: Path, tmp_path: Path) -> None:
-    """A run loads as it is, and gives what the run's own loader gives."""
-    model = sf.load(run)
-    expected = load_run(run)
-    assert model.weights == expected.weights == "ema"
+    """A run loads as it is, and so does a folder of runs."""
+    model, config = sf.load(run), RunConfig.load(run)
+    expected = read_weights(run, config)
+    assert model.weights == expected.name == sf.load(run.parent).weights == "ema"
     assert model.config.step == expected.step == 4
-    for name, tensor in expected.network.state_dict().items():
+    assert (model.name, model.info, model.data) == (config.name, info_of_run(run, config), config.data)
+    assert model.sampler_options() == config.sampler_options()
+    for name, tensor in expected.tensors.items():
         assert torch.equal(model.network.state_dict()[name], tensor)
     current = sf.load(run, weights="current").network.state_dict()
     assert any(not torch.equal(current[name], tensor) for name, tensor in model.network.state_dict().items())
@@ -236,7 +239,7 @@ def test_configs_that_are_refused(changes: dict[str, object], says: str, tmp_pat
 
 
 def test_folders_that_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with pytest.raises(FileNotFoundError, match="no run at"):
         sf.load(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.stream import ShardStream
 from shortcutflow.evaluation.report import finish_report, table_of
 from shortcutflow.launch import Options, run_recipe
-from shortcutflow.run_dir import Run
+from shortcutflow.models.config import config_of_run
+from shortcutflow.models.model import Model
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +101,12 @@ def test_prepare_once_and_refuse_other_settings(tmp_path: Path, capfd: pytest.Ca
         PushTData(folder=tmp_path / "pusht", demonstrations=3).prepare()
 
 
-def run_of(network: torch.nn.Module, folder: Path, **given: int) -> Run:
+def measured(network: torch.nn.Module, folder: Path, **given: int) -> dict[str, Any]:
     settings = PolicyEvaluation(steps=(1,), **given)
     config = recipe().model_copy(update={"evaluation": settings})
-    return Run(folder, config, config.data.describe(), 1, "ema", network)
+    described = config_of_run(config, config.data.describe(), weights="ema", step=1)
+    model = Model(network, described, "ema", folder, config.name)
+    return finish_report(settings.run(model, config), model, config)
 
 
 class Still(torch.nn.Module):
@@ -117,8 +121,7 @@ class Still(torch.nn.Module):
 
 
 def test_a_policy_that_does_nothing_scores_what_the_start_covers(tmp_path: Path) -> None:
-    run = run_of(Still(), tmp_path, episodes=4, max_steps=16)
-    report = finish_report(run.config.evaluation.run(run), run)  # type: ignore[union-attr, arg-type]
+    report = measured(Still(), tmp_path, episodes=4, max_steps=16)
     assert json.loads((tmp_path / "evaluation-policy.json").read_text()) == report
     values = report["rows"][0]["values"]
     assert values["score"] < 0.6
@@ -130,12 +133,11 @@ def test_the_expert_through_the_same_episodes_solves_them(tmp_path: Path, monkey
     """The roll-out itself loses nothing: deciding each action by the expert scores 1."""
     experts: dict[int, Expert] = {}
 
-    def by_expert(run: Run, running: list[Episode], steps: int, decision: int) -> np.ndarray:
+    def by_expert(model: Model, running: list[Episode], seed: int, steps: int, decision: int) -> np.ndarray:
         return np.stack([experts.setdefault(e.seed, Expert())(e.states[-1])[None] for e in running])
 
     monkeypatch.setattr(evaluation, "decide", by_expert)
-    run = run_of(Still(), tmp_path, episodes=3, executed=1)
-    (row,) = run.config.evaluation.run(run)["rows"]  # type: ignore[union-attr, index]
+    (row,) = measured(Still(), tmp_path, episodes=3, executed=1)["rows"]
     assert (row["values"]["score"], row["values"]["solved"]) == (1, 1)
     assert sorted(experts) == [FIRST_SEED, FIRST_SEED + 1, FIRST_SEED + 2]
     assert 0.5 < SOLVED <= 0.95

@@ -11,7 +11,7 @@ import torch
 import shortcutflow as sf
 from shortcutflow.config import RunConfig
 from shortcutflow.launch import Options, run_recipe
-from shortcutflow.run_dir import load_run
+from shortcutflow.models.model import load
 from shortcutflow.train.loop import train
 from tests.train.test_loop import tiny
 from tests.train.test_teacher import same, tensors
@@ -41,7 +41,7 @@ def begun(start: Path, shards: Path, run_dir: Path, *overrides: str) -> RunConfi
 
 def test_at_first_every_step_size_has_the_velocity_of_the_flow(flow: tuple[Path, Path], tmp_path: Path) -> None:
     begun(*flow, tmp_path / "run")
-    before, after = load_run(flow[0]).network, load_run(tmp_path / "run", weights="current").network
+    before, after = load(flow[0]).network, load(tmp_path / "run", weights="current").network
     velocity = asked(before, 0.0)
     for d in (0.0, 1 / 128, 1 / 16, 1.0):
         torch.testing.assert_close(asked(after, d), velocity, rtol=0, atol=2e-6)
@@ -53,8 +53,8 @@ def test_another_finest_step_is_honoured_for_a_flow_and_refused_for_known_sizes(
     flow: tuple[Path, Path], tmp_path: Path
 ) -> None:
     begun(*flow, tmp_path / "run", "objective.finest_steps=64")
-    velocity = asked(load_run(flow[0]).network, 0.0)  # M of a flow is 128
-    after = load_run(tmp_path / "run", weights="current").network
+    velocity = asked(load(flow[0]).network, 0.0)  # M of a flow is 128
+    after = load(tmp_path / "run", weights="current").network
     for d in (0.0, 1 / 64, 1 / 2):
         torch.testing.assert_close(asked(after, d), velocity, rtol=0, atol=2e-6)
     with pytest.raises(ValueError, match=r"run was trained with finest_steps=64 .* this run has finest_steps=128"):
@@ -64,7 +64,7 @@ def test_another_finest_step_is_honoured_for_a_flow_and_refused_for_known_sizes(
 def test_step_sizes_can_be_learnt_from_there(flow: tuple[Path, Path], tmp_path: Path) -> None:
     config = tiny(flow[1], f"start={flow[0]}", "optimizer.lr=0.01", "optimizer.warm_up_steps=0")
     train(config, tmp_path / "run")
-    network = load_run(tmp_path / "run", weights="current").network
+    network = load(tmp_path / "run", weights="current").network
     assert float((asked(network, 1.0) - asked(network, 0.0)).abs().max()) > 1e-4
 
 
@@ -121,4 +121,4 @@ def test_a_smoke_run_begins_with_a_stand_in(
     folder = run_recipe(config, [], Options(run_dir=tmp_path / "run", smoke=True))
     assert "random weights in data/smoke-model-" in capsys.readouterr().out
     assert folder is not None
-    assert load_run(folder).step == 4
+    assert load(folder).config.step == 4

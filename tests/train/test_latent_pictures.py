@@ -22,8 +22,7 @@ from shortcutflow.evaluation import decode
 from shortcutflow.evaluation.decode import BATCH_SIZE, ImageDecoder
 from shortcutflow.evaluation.sample_grid import image_grid, sample_grid
 from shortcutflow.evaluation.samples import Sampler
-from shortcutflow.evaluation.subject import subject_of_run
-from shortcutflow.run_dir import load_run
+from shortcutflow.models.model import load
 from shortcutflow.train.loop import train
 from tests.data.test_autoencoder import tiny_network
 
@@ -105,10 +104,10 @@ def test_a_run_of_latents(tmp_path: Path, vae: Path, counter: Counter, monkeypat
         assert np.asarray(Image.open(out)).std() > 10
 
     # The picture of a sample is its latent's, decoded by the autoencoder itself.
-    subject = subject_of_run(load_run(tmp_path / "run"))
-    latents = Sampler(subject).samples(1, range(3))
+    model = load(tmp_path / "run")
+    latents = Sampler(model).samples(1, range(3))
     expected = image_grid([load_autoencoder(vae).decode(latents)], ["1 step"])
-    np.testing.assert_array_equal(sample_grid(subject, steps=[1], count=3), expected)
+    np.testing.assert_array_equal(sample_grid(model, steps=[1], count=3), expected)
 
     # Latents of another autoencoder are none to go on with.
     other = {"sha256": "1" * 64, "scaling_factor": 0.5}
@@ -122,17 +121,17 @@ def test_a_run_of_latents(tmp_path: Path, vae: Path, counter: Counter, monkeypat
     drawn, info = sf.load(tmp_path / "run").sample(2, 1, generator=seeded()), config.data.describe()
     (tmp_path / "run").rename(tmp_path / "copy")
     shutil.rmtree(tmp_path / "latents")
-    subject = subject_of_run(load_run(tmp_path / "copy"))
-    assert (subject.info, subject.null_y) == (info, 10.0)
+    model = load(tmp_path / "copy")
+    assert (model.info, model.null_y) == (info, 10.0)
     assert info.latents is not None
     assert info.latents.sha256 == load_autoencoder(vae).sha256
     model = sf.load(tmp_path / "copy")
     assert torch.equal(model.sample(2, 1, generator=seeded()), drawn)
     assert model.config.latents == info.latents
-    assert Sampler(subject).autoencoder is not None
+    assert Sampler(model).autoencoder is not None
     (tmp_path / "copy" / "data.json").write_text('{"shape": "wide"}')
     with pytest.raises(ValueError, match=r"data\.json does not describe a run's data"):
-        load_run(tmp_path / "copy")
+        load(tmp_path / "copy")
 
 
 def seeded() -> torch.Generator:

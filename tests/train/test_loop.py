@@ -17,7 +17,8 @@ from recipes.digits import recipe
 from shortcutflow.config import RunConfig, with_overrides
 from shortcutflow.data.digits import DigitsData
 from shortcutflow.data.source import DataInfo
-from shortcutflow.run_dir import WEIGHTS_FILE, load_run
+from shortcutflow.models.model import load
+from shortcutflow.run_dir import WEIGHTS_FILE
 from shortcutflow.train import loop
 from shortcutflow.train.loggers import METRICS_FILE, JSONLines, read_metrics
 from shortcutflow.train.loop import train
@@ -60,8 +61,8 @@ def test_what_a_run_leaves(tmp_path: Path, shards: Path) -> None:
     assert list(tmp_path.glob("tensorboard/events*"))
     assert load_file(tmp_path / WEIGHTS_FILE).keys() == config.build_network().state_dict().keys()
     assert (tmp_path / "grids" / "step_00000004.png").is_file()
-    run = load_run(tmp_path)
-    assert (run.step, run.weights) == (4, "ema")
+    run = load(tmp_path)
+    assert (run.config.step, run.weights) == (4, "ema")
     saved = tensors(tmp_path, 4)
     for name, value in run.network.state_dict().items():
         assert torch.equal(value, saved[f"average_ema/{name}"])

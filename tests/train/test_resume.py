@@ -11,7 +11,7 @@ import torch
 from shortcutflow.config import RunConfig, with_overrides
 from shortcutflow.distributed import World
 from shortcutflow.launch import Options, run_recipe, smoke
-from shortcutflow.run_dir import load_run
+from shortcutflow.models.model import load
 from shortcutflow.train.loggers import read_metrics
 from shortcutflow.train.loop import train
 from shortcutflow.train.resume import Position, agreed_start
@@ -131,7 +131,7 @@ def test_a_resume_needs_neither_start_nor_teacher(finished: tuple[Path, Path], t
     train(tiny(finished[1], *taught, "training.steps=2"), tmp_path / "run")
     (tmp_path / "flow").rename(tmp_path / "moved")
     train(tiny(finished[1], *taught, "training.steps=3"), tmp_path / "run", resume=True)
-    assert load_run(tmp_path / "run").step == 3
+    assert load(tmp_path / "run").config.step == 3
 
 
 def test_batches_too_small_for_the_shares_are_refused_before_anything_is_written(finished: tuple[Path, Path]) -> None:

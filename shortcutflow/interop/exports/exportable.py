@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from shortcutflow import __version__
 from shortcutflow.data.autoencoder import Autoencoder, load_autoencoder
 from shortcutflow.guidance import require_scale
-from shortcutflow.models.model import Model, load_folder
+from shortcutflow.models.model import Model, load
 from shortcutflow.sampling import sample
 from shortcutflow.schedule import step_sizes
 
@@ -78,7 +78,7 @@ class ExportableSampler(nn.Module):
         decoder: str | None = None,
     ) -> ExportableSampler:
         """That of a model folder or run folder; ``decoder`` is an autoencoder's folder or hub id."""
-        model = load_folder(folder, weights=weights)
+        model = load(folder, weights=weights)
         autoencoder = None
         if decoder is not None:
             autoencoder = load_autoencoder(decoder, expect=model.config.latents, other_decoder=True)
@@ -86,10 +86,9 @@ class ExportableSampler(nn.Module):
 
     def forward(self, noise: Tensor, y: Tensor | None = None) -> Tensor:
         """Samples (b, *shape), or their images in [-1, 1], of noise (b, *shape) and conditions y."""
-        config = self.model.config
         samples = sample(
-            self.network, noise, y, steps=self.steps, guidance_scale=self.guidance_scale, null_y=config.null_y,
-            finest_steps=config.finest_steps, flow_only=config.flow_only, sampler=config.sampler,
+            self.network, noise, y, steps=self.steps, guidance_scale=self.guidance_scale,
+            **self.model.sampler_options(),
         )  # fmt: skip
         return samples if self.decoder is None else self.decoder(samples)
 

@@ -20,7 +20,7 @@ import torch
 from shortcutflow.data.autoencoder import load_autoencoder
 from shortcutflow.interop.exports.exportable import check_decodes, difference, require_same, without_warnings
 from shortcutflow.io.atomic import atomic_output
-from shortcutflow.models.model import Model, load_folder
+from shortcutflow.models.model import Model, load
 
 CHECKED_STEPS = (1, 3)
 """Numbers of steps that are compared with the library's sampler before the folder appears."""
@@ -64,7 +64,7 @@ def export_diffusers(folder: Path, out: Path, *, weights: str | None = None, dec
     if find_spec("diffusers") is None:
         raise ImportError("a diffusers pipeline is tried out before it is kept: pip install 'shortcutflow[latents]'")
     with atomic_output(out) as unfinished:
-        model = load_folder(folder, weights=weights)
+        model = load(folder, weights=weights)
         _write(model, unfinished, decoder)
         call = "0, " if model.num_classes is not None else ""
         (unfinished / "README.md").write_text(README.format(name=out.name, call=call))
