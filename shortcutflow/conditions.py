@@ -40,8 +40,12 @@ def _as_tensor(y: Any, device: torch.device | str) -> Tensor:
                 f"y must be None or one tensor (batch, ...), or an array or list of numbers, or a mapping of names to "
                 f"such, got {type(y).__name__}"
             ) from error
-    is_label = y.ndim == 1 and not y.is_floating_point() and not y.is_complex()
-    return y.to(device, torch.int64 if is_label else y.dtype)
+    return y.to(device, torch.int64 if is_labels(y) else y.dtype)
+
+
+def is_labels(y: Any) -> bool:
+    """Whether y is whole numbers (b,), class labels."""
+    return isinstance(y, Tensor) and y.ndim == 1 and not y.is_floating_point() and not y.is_complex()
 
 
 def check_rows(y: Condition, rows: int, *, of: str = "data") -> None:

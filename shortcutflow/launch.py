@@ -129,6 +129,7 @@ def smoke(config: RunConfig) -> RunConfig:
     update = {
         "training": config.training.model_copy(update=small),
         "backbone": config.backbone.smoke(),
+        "coupling": config.coupling and config.coupling.model_copy(update={"pool": 16}),
         "evaluation": config.evaluation.smoke() if config.evaluation is not None else None,
     }
     return config.model_copy(update=update)

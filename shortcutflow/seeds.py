@@ -40,8 +40,8 @@ def generator_or_default(generator: Generator | None, device: torch.device | str
 
 
 @lru_cache
-def _blocks_of(rows: int) -> int:
-    """In how many blocks so many rows are drawn: the number that most numbers of slices divide, best powers of two."""
+def noise_blocks(rows: int) -> int:
+    """In how many blocks so many rows of noise are drawn: what most numbers of slices divide, best powers of two."""
     divisors = [b for b in range(1, max(rows // BLOCK_ROWS, 1) + 1) if rows % b == 0]
     return max(divisors, key=lambda b: (sum(b % k == 0 for k in divisors), b & -b, b))
 
@@ -63,7 +63,7 @@ def draw_noise_rows(
     """
     index, count = batch_slice.index, batch_slice.count
     total = rows * count
-    blocks = _blocks_of(total)
+    blocks = noise_blocks(total)
     seed = int.from_bytes(hashlib.sha256(generator.get_state().numpy().tobytes()).digest()[:8], "little")
     of_block = Generator(generator.device)
     common = math.gcd(count, blocks)

@@ -75,11 +75,13 @@ class Batch:
         data: (b, *shape) float32.
         y: labels (b,) int64, or any condition (see :mod:`shortcutflow.conditions`).
         keys: the name of each sample in its shard, for messages that name a broken one.
+        noise: x_0 of each sample, (b, *shape), where a coupling has chosen it; None: the objective draws it.
     """
 
     data: Tensor
     y: Condition
     keys: tuple[str, ...] = ()
+    noise: Tensor | None = None
 
 
 class Mean(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -12,6 +13,7 @@ from pydantic import BaseModel
 from shortcutflow import plugins
 from shortcutflow.config.evaluation import EVALUATIONS
 from shortcutflow.config.run import RunConfig, validated
+from shortcutflow.coupling import TransportCoupling
 from shortcutflow.data import DATA_SOURCES
 from shortcutflow.ema import AnyEMAConfig
 from shortcutflow.objectives import OBJECTIVES
@@ -43,7 +45,9 @@ def _set(values: dict[str, Any], path: str, text: str) -> None:
     *sections, field = path.split(".")
     here = values
     for i, section in enumerate(sections):
-        if here.get(section, {}) is None and section in OPEN_SECTIONS and field == "kind":
+        if here.get(section, {}) is None and _kinds_of(sections[: i + 1]) is not None:
+            if field != "kind":
+                raise ValueError(f"{path!r}: {section} is null; give {section}.kind=... beside it")
             here[section] = {"kind": None}
         if not isinstance(here.get(section), dict):
             raise ValueError(_unknown(path, ".".join([*sections[:i], section]), here, sections[:i]))
@@ -51,7 +55,7 @@ def _set(values: dict[str, Any], path: str, text: str) -> None:
     free_form = bool(sections) and sections[-1] in ("options", "emas")
     kinds = _kinds_of(sections)
     # A section that has changed its kind lacks the fields that have no default.
-    fields = kinds(here["kind"]).model_fields if kinds is not None and "kind" in here else {}
+    fields = kinds(here["kind"]).model_fields if kinds is not None and here.get("kind") is not None else {}
     if field not in here and not free_form and field not in fields:
         raise ValueError(_unknown(path, field, here, sections))
     try:
@@ -86,11 +90,15 @@ def _kinds_of(sections: list[str]) -> Callable[[object], type[BaseModel]] | None
     """Finds the settings class of a kind, for a section or an EMA that has kinds; None for any other."""
     if len(sections) == 1 and sections[0] in OPEN_SECTIONS:
         return OPEN_SECTIONS[sections[0]].find
-    return _kind_of_ema if len(sections) == 2 and sections[0] == "emas" else None
+    if sections == ["coupling"]:
+        return partial(_kind_among, "coupling", (TransportCoupling,))
+    if len(sections) == 2 and sections[0] == "emas":
+        return partial(_kind_among, "kind of EMA", get_args(AnyEMAConfig))
+    return None
 
 
-def _kind_of_ema(kind: object) -> type[BaseModel]:
-    known = {each.model_fields["kind"].default: each for each in get_args(AnyEMAConfig)}
+def _kind_among(what: str, classes: Iterable[type[BaseModel]], kind: object) -> type[BaseModel]:
+    known = {each.model_fields["kind"].default: each for each in classes}
     if kind not in known:
-        raise ValueError(plugins.unknown("kind of EMA", kind, known))
+        raise ValueError(plugins.unknown(what, kind, known))
     return known[kind]

@@ -12,6 +12,7 @@ from torch import nn
 
 from shortcutflow.config.evaluation import EvaluationConfig
 from shortcutflow.config.training import TrainingConfig
+from shortcutflow.coupling import TransportCoupling
 from shortcutflow.data import DataConfig
 from shortcutflow.data.source import DataInfo
 from shortcutflow.ema import AnyEMAConfig, EMAConfig
@@ -38,6 +39,7 @@ class RunConfig(BaseModel):
         name: of the run's folder.
         seed: of everything random.
         data, backbone, objective, optimizer, training: what they say.
+        coupling: which noise belongs to which sample; None draws them independently, as the paper does.
         emas: EMAs of the weights, by name.
         target_weights: what makes bootstrap targets: an EMA's name or "current".
         sample_weights: what is sampled and evaluated: likewise.
@@ -55,6 +57,7 @@ class RunConfig(BaseModel):
     data: DataConfig
     backbone: BackboneConfig
     objective: ObjectiveConfig
+    coupling: TransportCoupling | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     emas: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")], AnyEMAConfig] = {"ema": EMAConfig()}
     target_weights: str = "ema"
@@ -79,7 +82,10 @@ class RunConfig(BaseModel):
         if self.objective.needs_teacher != (self.teacher is not None):
             needs = "needs teacher=FOLDER, a run" if self.objective.needs_teacher else "takes no teacher"
             raise ValueError(f"objective {self.objective.kind!r} {needs}; teacher is {self.teacher}")
-        check_rows(self.objective, self.training.global_batch_size, self.training.accumulation)
+        check_rows(
+            self.objective, self.training.global_batch_size, self.training.accumulation,
+            coupled=self.coupling is not None,
+        )  # fmt: skip
         return self
 
     @property
@@ -150,12 +156,14 @@ class RunConfig(BaseModel):
         return validated(read_object(path, "a run"), where=str(path))
 
 
-def check_rows(objective: Any, batch_size: int, shares: int) -> None:
-    """Raise ValueError where a batch is too small for the rows of an objective, shared by so many or at all."""
+def check_rows(objective: Any, batch_size: int, shares: int, *, coupled: bool = False) -> None:
+    """Raise ValueError where a batch is too small for the rows of an objective, shared by so many or at all, or where
+    noise is coupled with its samples and the objective draws its own.
+    """
     # The objective's own rule, on samples of one number: what it draws is thrown away.
     generator, rows = torch.Generator(), torch.zeros(batch_size // shares, 1)
     for number, progress in itertools.product({0, shares - 1}, (0.0, 1.0)):
-        context = Context(progress=progress, batch_slice=BatchSlice(number, shares))
+        context = Context(progress=progress, batch_slice=BatchSlice(number, shares), noise=rows if coupled else None)
         objective.draw(rows, generator, context)
 
 

@@ -52,7 +52,7 @@ class BatchStream(Protocol):
         """The batch that starts at a position; the stream stays where it is."""
 
     def state_dict(self) -> dict[str, int]:
-        """Where the next batch starts."""
+        """Where the next batch starts: ``{"samples_seen": position}``."""
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue there."""

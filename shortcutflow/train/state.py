@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from shortcutflow import __version__
 from shortcutflow.checkpoint import NETWORK, OPTIMIZER, TEACHER, Checkpoint, ema_group, optimizer_tensors
 from shortcutflow.config import CURRENT, RunConfig, check_rows
+from shortcutflow.data.coupled import CoupledStream
 from shortcutflow.data.source import DataInfo
 from shortcutflow.data.stream import BatchStream
 from shortcutflow.distributed import World
@@ -90,10 +91,7 @@ def build_train_state(config: RunConfig, world: World, last: Checkpoint | None =
             f"take their shares in {settings.accumulation} parts"
         )
     check_rows(config.objective, settings.global_batch_size, world.size * settings.accumulation)
-    stream = config.data.open_stream(
-        batch_size=settings.global_batch_size, seed=config.seed, rank=world.rank, world_size=world.size,
-        device=world.device,
-    )  # fmt: skip
+    stream = open_stream(config, world)
     network: Any = config.build_network()
     if settings.gradient_checkpointing:
         if not hasattr(network, "gradient_checkpointing"):
@@ -140,6 +138,17 @@ def build_train_state(config: RunConfig, world: World, last: Checkpoint | None =
         last.restore(state.tensors(), optimizer, network)
         stream.load_state_dict(last.state()["data"])
     return state
+
+
+def open_stream(config: RunConfig, world: World) -> BatchStream:
+    """This rank's batches, with their noise if the run has a coupling."""
+    options: dict[str, Any] = {
+        "batch_size": config.training.global_batch_size, "seed": config.seed,
+        "rank": world.rank, "world_size": world.size, "device": world.device,
+    }  # fmt: skip
+    if config.coupling is None:
+        return config.data.open_stream(**options)
+    return CoupledStream(config.data, config.coupling, **options)
 
 
 def save(

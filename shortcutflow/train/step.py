@@ -45,7 +45,7 @@ def forward_backward(
                     state.net, batch.data[rows], select(batch.y, rows),
                     target_net=state.target_net, teacher=state.teacher_net,
                     progress=position.progress_at(step, settings.steps),
-                    null_y=state.info.null_y, generator=draws, batch_slice=here,
+                    null_y=state.info.null_y, generator=draws, batch_slice=here, noise=select(batch.noise, rows),
                 )  # fmt: skip
             heartbeat.beat(step, "backward")
             (report.loss / settings.accumulation).backward()

@@ -40,6 +40,7 @@ CONDITION_MATTERS = ("backbone.options.released=true", "objective.finest_steps=4
 SETTINGS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "accumulated": ("training.accumulation=2",),
+    "coupled": ("coupling.kind=transport", "coupling.pool=30"),
     "guided targets": (*CONDITION_MATTERS, "objective.guidance_scale=4"),
     "unguided targets": CONDITION_MATTERS,
     "current targets": ("target_weights=current",),
