@@ -64,3 +64,9 @@ def test_scan_costs_at_most_three_times_attention_at_256_tokens() -> None:
     ratios = {(row["name"], row["tokens"]): row["times_attention"] for row in rows}
     assert ratios["mamba", 256] <= 3
     assert {tokens for _, tokens in ratios} == {64, 256, 1024, 4096}
+
+
+def test_coupling() -> None:
+    out = run("benchmarks/coupling.py", "--divide", "32", "--rounds", "1")
+    assert len(re.findall(r"pool (?:1792|4096), classes \d+, ms_per_sample [\d.e-]+", out)) == 9, out
+    assert len(re.findall("percent_of_step", out)) == 3, "of the digits"

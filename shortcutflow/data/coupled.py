@@ -23,7 +23,7 @@ class CoupledStream:
     position, in blocks of rows (:func:`shortcutflow.seeds.draw_noise_rows`), and the rows of one block in the K batches
     are assigned among each other. So a batch and its noise depend on the position alone, however many processes share
     it. A process reads and assigns the blocks that its rows lie in: its own rows, if the number of processes divides
-    that of blocks, else up to the whole batch. A batch of 64 w rows has w blocks.
+    that of blocks, else up to the whole batch. A batch of 64 w rows has w blocks for w = 1, 2, 4, 8, ...
 
     Args:
         source: gives the batches.
