@@ -26,8 +26,8 @@ class TransportCoupling(BaseModel):
     """Optimal transport between the noise and the data of a pool of samples: the squared distances' sum is smallest.
 
     Args:
-        pool: samples that are assigned together, of several batches where one is smaller. More couple better and take
-            longer; from some hundreds a class on there is little to gain.
+        pool: samples that are assigned together, taken from as many batches as it needs: in training about 64 rows of
+            each, see :class:`shortcutflow.data.coupled.CoupledStream`. More make shorter lines, and take more time.
         per_class: of labelled data, permute noise among the samples of each class only. Otherwise the noise of a class
             is not standard normal any more, while samplers draw such noise for every class. Conditions that are not
             labels cannot be kept apart so.

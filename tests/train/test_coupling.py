@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -13,7 +14,9 @@ from shortcutflow.config import RunConfig, with_overrides
 from shortcutflow.coupling import TransportCoupling
 from shortcutflow.launch import smoke
 from shortcutflow.train.loop import train
+from shortcutflow.train.nonfinite import NonFiniteError
 from tests.train.launched import furthest_apart, tensors, tiny
+from tests.train.test_nonfinite import break_data
 
 COUPLED = ("coupling.kind=transport", "coupling.pool=30", "training.checkpoint_every=4")
 """Pools of three batches of 12."""
@@ -52,6 +55,21 @@ def test_an_error_of_the_thread_ends_the_run(shards: Path, tmp_path: Path) -> No
         pytest.raises(MemoryError, match="a defect"),
     ):
         train(tiny(shards, *COUPLED), tmp_path / "run")
+
+
+def test_a_sample_that_is_not_finite_is_named(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the second of its pool's batches; the assignment goes on with what it has."""
+    read = break_data(monkeypatch, 2)
+    with pytest.raises(NonFiniteError, match=r"^step 2: not finite") as caught:
+        train(tiny(shards, *COUPLED), tmp_path / "run")
+    assert f"the data of {read[2].keys[2]} is not finite" in str(caught.value)
+
+
+def test_without_scipy_there_is_no_run(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(ImportError, match=r"pip install 'shortcutflow\[train\]'"):
+        train(tiny(shards, *COUPLED), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_settings(coupled: Path) -> None:
