@@ -6,6 +6,11 @@ Data, once (30,000 pictures of 256x256; 1 GB of latents with those of mirror ima
 
     shortcutflow prepare CELEBAHQ data/celebahq-256-latents --size 256 --no-labels --latents
 
+The reference, once (the pictures themselves; or the authors' file of statistics as ``evaluation.reference=FILE``)::
+
+    shortcutflow evaluate --make-stats CELEBAHQ --size 256 --protocol released-code \\
+        --out data/celebahq-256-released-code.npz
+
 Command::
 
     python recipes/dit_b_celebahq.py
@@ -48,6 +53,7 @@ from shortcutflow.cli import launch
 from shortcutflow.config import RunConfig, TrainingConfig
 from shortcutflow.data.source import ShardsData
 from shortcutflow.ema import EMAConfig
+from shortcutflow.evaluation.protocol_evaluation import ProtocolEvaluation
 from shortcutflow.network import BackboneConfig
 from shortcutflow.objectives.shortcut import ShortcutObjective
 from shortcutflow.optim import OptimizerConfig
@@ -65,6 +71,10 @@ def recipe() -> RunConfig:
         training=TrainingConfig(
             steps=400_000, global_batch_size=64, precision="bfloat16", compile=True, parallel="ddp",
             log_every=100, grid_every=10_000, checkpoint_every=5_000, keep_checkpoint_every=100_000, hang_timeout=900,
+        ),
+        evaluation=ProtocolEvaluation(
+            protocol="released-code", steps=(1, 4, 128), reference="data/celebahq-256-released-code.npz",
+            precision="bfloat16",
         ),
     )  # fmt: skip
 

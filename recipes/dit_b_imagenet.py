@@ -7,6 +7,11 @@ Data, once (42 GB of latents with those of mirror images; raw pictures in class 
     torchrun --standalone --nproc-per-node 8 --no-python shortcutflow prepare IMAGENET/train \\
         data/imagenet-256-latents --size 256 --latents
 
+The reference, once (the pictures themselves; or the authors' file of statistics as ``evaluation.reference=FILE``)::
+
+    shortcutflow evaluate --make-stats IMAGENET/train --size 256 --protocol released-code \\
+        --out data/imagenet-256-released-code.npz
+
 Command::
 
     torchrun --standalone --nproc-per-node 8 recipes/dit_b_imagenet.py
@@ -47,6 +52,7 @@ from shortcutflow.cli import launch
 from shortcutflow.config import RunConfig, TrainingConfig
 from shortcutflow.data.source import ShardsData
 from shortcutflow.ema import EMAConfig
+from shortcutflow.evaluation.protocol_evaluation import ProtocolEvaluation
 from shortcutflow.network import BackboneConfig
 from shortcutflow.objectives.shortcut import ShortcutObjective
 from shortcutflow.optim import OptimizerConfig
@@ -66,6 +72,10 @@ def recipe() -> RunConfig:
         training=TrainingConfig(
             steps=800_000, global_batch_size=256, precision="bfloat16", compile=True, parallel="ddp",
             log_every=100, grid_every=10_000, checkpoint_every=5_000, keep_checkpoint_every=100_000, hang_timeout=900,
+        ),
+        evaluation=ProtocolEvaluation(
+            protocol="released-code", steps=(1, 4, 128), reference="data/imagenet-256-released-code.npz",
+            precision="bfloat16",
         ),
     )  # fmt: skip
 

@@ -3,7 +3,7 @@
 Paper: "One Step Diffusion via Shortcut Models" (arXiv 2410.12557). Its table 1 is of DiT-B; the numbers of this size
 are those of the authors' README, row "Imagenet-256 (DiT-XL)".
 
-Data: as for ``dit_b_imagenet``, the same shards.
+Data: as for ``dit_b_imagenet``, the same shards and the same reference.
 
 Command::
 
@@ -47,6 +47,7 @@ from shortcutflow.cli import launch
 from shortcutflow.config import RunConfig, TrainingConfig
 from shortcutflow.data.source import ShardsData
 from shortcutflow.ema import EMAConfig
+from shortcutflow.evaluation.protocol_evaluation import ProtocolEvaluation
 from shortcutflow.network import BackboneConfig
 from shortcutflow.objectives.shortcut import ShortcutObjective
 from shortcutflow.optim import OptimizerConfig
@@ -66,6 +67,10 @@ def recipe() -> RunConfig:
         training=TrainingConfig(
             steps=800_000, global_batch_size=256, precision="bfloat16", compile=True, parallel="fsdp",
             log_every=100, grid_every=10_000, checkpoint_every=5_000, keep_checkpoint_every=100_000, hang_timeout=900,
+        ),
+        evaluation=ProtocolEvaluation(
+            protocol="released-code", steps=(1, 4, 128), reference="data/imagenet-256-released-code.npz",
+            precision="bfloat16",
         ),
     )  # fmt: skip
 

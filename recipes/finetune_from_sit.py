@@ -14,8 +14,8 @@ another few-step method's re-implementation that tunes SiT-XL (quoted from its r
 start is the teacher all along: its velocity is what steps of 1/128 are trained on, and makes half steps of that size.
 None of these numbers has been tuned at this size.
 
-Data: as for ``dit_b_imagenet``, the same shards. SiT names its autoencoder sd-vae-ft-ema; both of that family have one
-encoder and differ in the decoder only, so the latents are the same.
+Data: as for ``dit_b_imagenet``, the same shards and the same reference. SiT names its autoencoder sd-vae-ft-ema; both
+of that family have one encoder and differ in the decoder only, so the latents are the same.
 
 Command::
 
@@ -44,6 +44,7 @@ from shortcutflow.cli import launch
 from shortcutflow.config import RunConfig, TrainingConfig
 from shortcutflow.data.source import ShardsData
 from shortcutflow.ema import EMAConfig
+from shortcutflow.evaluation.protocol_evaluation import ProtocolEvaluation
 from shortcutflow.network import BackboneConfig
 from shortcutflow.objectives.shortcut import ShortcutObjective
 from shortcutflow.optim import OptimizerConfig
@@ -72,6 +73,10 @@ def recipe() -> RunConfig:
         training=TrainingConfig(
             steps=350_000, global_batch_size=256, precision="bfloat16", compile=True, parallel="fsdp",
             log_every=100, grid_every=5_000, checkpoint_every=5_000, keep_checkpoint_every=50_000, hang_timeout=900,
+        ),
+        evaluation=ProtocolEvaluation(
+            protocol="released-code", steps=(1, 4, 128), reference="data/imagenet-256-released-code.npz",
+            precision="bfloat16",
         ),
     )  # fmt: skip
 

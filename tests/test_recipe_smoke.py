@@ -192,6 +192,12 @@ def test_prepared_latents(pictures: Path, capsys: pytest.CaptureFixture[str]) ->
     config = RunConfig.load(run_dir)
     assert config.data.describe().num_classes == 3
     assert str(config.data.folder) == folder  # type: ignore[union-attr]
+    assert config.evaluation is None, "a smoke run fetches no weights"
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "dit_b_imagenet", "data.vae=tiny-vae", "--run-dir", "whole"])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "there is no evaluation.reference data/imagenet-256-released-code.npz: shortcutflow evaluate" in lines[-1]
+    assert not Path("whole").exists(), "this is said before anything is trained"
 
 
 def test_prepared_pictures(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ import backbones
 from shortcutflow.commands.recipes import RECIPE_GROUP, load_recipe
 from shortcutflow.config import RunConfig, validated
 from shortcutflow.data.imagefolder import ImageFolderData
+from shortcutflow.evaluation.protocol_evaluation import ProtocolEvaluation
 from shortcutflow.interop.convert import convert
 from shortcutflow.train.metrics import PEAK_BFLOAT16
 from tests.interop.public_layouts import PublicTransformer
@@ -86,6 +87,16 @@ PROMISED = {
 @pytest.mark.parametrize("part", PROMISED)
 def test_docstring_promises(name: str, part: str) -> None:
     said(name, f"({PROMISED[part].replace('NAME', name)})")
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_evaluation_is_the_protocol_that_is_promised(name: str) -> None:
+    evaluation = load_recipe(name).evaluation
+    assert isinstance(evaluation, ProtocolEvaluation)
+    assert (evaluation.steps, evaluation.samples, evaluation.guidance_scale) == ((1, 4, 128), 50_000, 1)
+    assert evaluation.protocol == ("clean-fid" if name == "unet_cifar10" else "released-code")
+    if name in ("dit_b_celebahq", "dit_b_imagenet"):
+        said(name, rf"(--protocol released-code \\?\n        --out {evaluation.reference})")
 
 
 def test_negative_control_a_recipe_that_promises_less() -> None:

@@ -193,9 +193,9 @@ def _reference(
 
 
 def open_reference(
-    source: str | Path, protocol: EvaluationProtocol, metrics: Sequence[str], side: tuple[int, int] | None
+    source: str | Path, protocol: EvaluationProtocol, metrics: Sequence[str], side: tuple[int, int]
 ) -> Reference | RealImages:
-    """Statistics, or the images to make them of; side is that of the samples, if it is known."""
+    """Statistics, or the images to make them of; side is that of the samples."""
     with_features = any(name in WITH_FEATURES for name in metrics)
     if str(source).startswith(CLEAN_FID):
         if with_features:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from shortcutflow.config import EvaluationSettings, RunConfig
+from shortcutflow.data.autoencoder import load_autoencoder
 from shortcutflow.distributed import joined
 from shortcutflow.evaluation.evaluate import OF_LATENTS, check_extractor, check_request, evaluate, open_reference
-from shortcutflow.evaluation.features.protocols import open_protocol
+from shortcutflow.evaluation.features.protocols import WITHOUT_WEIGHTS, open_protocol
 from shortcutflow.evaluation.metrics import WITH_REFERENCE
 from shortcutflow.evaluation.real_images import DIGITS
 from shortcutflow.evaluation.report import report_path
@@ -56,25 +58,32 @@ class ProtocolEvaluation(EvaluationSettings):
         Raises:
             ValueError, OSError, ImportError: as :func:`shortcutflow.evaluation.evaluate.evaluate`.
         """
-        info = config.data.describe()
+        info, needs_reference = config.data.describe(), any(name in WITH_REFERENCE for name in self.metrics)
         check_request(self.steps, self.metrics, self.samples)
         if not info.is_picture:
             raise ValueError(
                 f"evaluation.protocol {self.protocol!r} is of images, data of kind {config.data.kind!r} has samples of "
                 f"shape {info.shape}: use evaluation=null"
             )
-        protocol, side = open_protocol(self.protocol), (info.shape[1], info.shape[2])
-        if info.vae is None:
-            check_extractor(side, info.num_classes, protocol, self.metrics)
-        if any(name in WITH_REFERENCE for name in self.metrics):
-            source = self.reference or (DIGITS if config.data.kind == "digits" else None)
-            if source is not None:
-                open_reference(source, protocol, self.metrics, side if info.vae is None else None)
-            elif info.vae is not None:
-                raise ValueError(OF_LATENTS.format(name=config.name))
+        if needs_reference and self.reference is None and info.vae is not None:
+            raise ValueError(OF_LATENTS.format(name=config.name))
+        if needs_reference and str(self.reference).endswith(".npz") and not Path(str(self.reference)).is_file():
+            raise FileNotFoundError(
+                f"there is no evaluation.reference {self.reference}: shortcutflow evaluate --make-stats IMAGES "
+                f"--protocol {self.protocol} --out {self.reference} makes it of the real images, evaluation=null goes "
+                "without"
+            )
+        scale = load_autoencoder(info.vae, expect=info.latents).downsampling if info.vae is not None else 1
+        protocol, side = open_protocol(self.protocol), (info.shape[1] * scale, info.shape[2] * scale)
+        check_extractor(side, info.num_classes, protocol, self.metrics)
+        source = self.reference or (DIGITS if config.data.kind == "digits" else None)
+        if needs_reference and source is not None:
+            open_reference(source, protocol, self.metrics, side)
 
-    def smoke(self) -> Self:
-        """The same with hardly any samples."""
+    def smoke(self) -> Self | None:
+        """The same with hardly any samples; nothing where a network's weights would have to be fetched."""
+        if self.protocol not in WITHOUT_WEIGHTS:
+            return None
         return self.model_copy(update={"samples": 20, "steps": (1, 4)})
 
     def run(self, model: Model, config: RunConfig) -> Mapping[str, Any] | None:

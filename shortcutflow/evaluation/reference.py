@@ -251,13 +251,13 @@ def _features(path: Path, digest: str) -> np.ndarray:
         return np.asarray(tensors.get_tensor("features"))
 
 
-def clean_fid_reference(name: str, protocol: EvaluationProtocol, side: tuple[int, int] | None) -> Reference:
+def clean_fid_reference(name: str, protocol: EvaluationProtocol, side: tuple[int, int]) -> Reference:
     """clean-fid's own statistics, which it fetches into its own folder once.
 
     Args:
         name: "DATASET-SPLIT" or "DATASET-SPLIT-SIZE", as "cifar10-train-32".
         protocol: by which samples will be compared with it; it must be "clean-fid".
-        side: (height, width) of the samples, the size where the name has none; None where it is not known.
+        side: (height, width) of the samples, the size where the name has none.
 
     Raises:
         ValueError: if the name has another form, or the protocol is another.
@@ -275,7 +275,7 @@ def clean_fid_reference(name: str, protocol: EvaluationProtocol, side: tuple[int
         raise ImportError(
             f"clean-fid's statistics need clean-fid: pip install 'shortcutflow[eval]' ({error})"
         ) from error
-    size = parts[3] or (str(side[0]) if side is not None else "na")
+    size = parts[3] or str(side[0])
     try:
         mu, sigma = get_reference_statistics(parts[1], size, split=parts[2])
     except (OSError, ValueError, zipfile.BadZipFile) as error:

@@ -40,6 +40,8 @@ DESCRIPTIONS = {
     ),
 }
 """A sentence for each name, for reports."""
+WITHOUT_WEIGHTS = ("pixels", "digits")
+"""Protocols without a network."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def open_protocol(
     from shortcutflow.evaluation.features.inception import inception_extractor
 
     check_protocol(name)
-    if weights is not None and (name in ("pixels", "digits") or name.startswith(FILE_PREFIX)):
+    if weights is not None and (name in WITHOUT_WEIGHTS or name.startswith(FILE_PREFIX)):
         raise ValueError(f"the protocol {name} takes no weights, got {weights}")
     if name.startswith(FILE_PREFIX):
         path = Path(name.removeprefix(FILE_PREFIX))
