@@ -27,8 +27,9 @@ from recipes.digits import recipe
 from shortcutflow.config import CURRENT
 from shortcutflow.evaluation.distances.statistics import Statistics, save_statistics
 from shortcutflow.evaluation.evaluate import evaluate
-from shortcutflow.evaluation.features.extractors import extractor_of_module
+from shortcutflow.evaluation.features.extractors import NetworkExtractor
 from shortcutflow.evaluation.features.protocols import EvaluationProtocol, open_protocol
+from shortcutflow.evaluation.features.resize import clean_fid_resize
 from shortcutflow.evaluation.samples import Sampler
 from shortcutflow.models.config import config_of_run
 from shortcutflow.models.model import Model
@@ -100,7 +101,7 @@ def inception(device: torch.device) -> EvaluationProtocol:
     def features(images: Tensor) -> Tensor:
         return network((images - 128) / 128)
 
-    extractor = extractor_of_module(features, name="inception v3, random weights", size=299, device=device)
+    extractor = NetworkExtractor(features, clean_fid_resize(299), name="inception v3, random weights", device=device)
     return EvaluationProtocol("inception", "torchvision's Inception v3 with random weights", extractor)
 
 

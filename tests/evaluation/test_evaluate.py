@@ -22,8 +22,9 @@ from shortcutflow.evaluation.distances.kernel_distance import kernel_distance
 from shortcutflow.evaluation.distances.manifold import manifold_metrics
 from shortcutflow.evaluation.evaluate import evaluate
 from shortcutflow.evaluation.feature_set import hash_of
-from shortcutflow.evaluation.features.extractors import Extracted, extractor_of_module
+from shortcutflow.evaluation.features.extractors import Extracted, NetworkExtractor
 from shortcutflow.evaluation.features.protocols import EvaluationProtocol, open_protocol
+from shortcutflow.evaluation.features.resize import clean_fid_resize
 from shortcutflow.evaluation.generate import generate, labels_of, noise_of
 from shortcutflow.evaluation.metrics import METRICS
 from shortcutflow.evaluation.real_images import digit_images, save_pngs
@@ -122,7 +123,7 @@ def test_clean_fid_itself_gives_the_same(tmp_path: Path) -> None:
     network = torch.nn.Sequential(
         torch.nn.AvgPool2d(23), torch.nn.Flatten(), torch.nn.Linear(3 * 13 * 13, 12), torch.nn.Tanh()
     )
-    extractor = extractor_of_module(lambda images: network(images / 64), name="small", size=299)
+    extractor = NetworkExtractor(lambda images: network(images / 64), clean_fid_resize(299), name="small")
     protocol = EvaluationProtocol("small", "clean-fid's resize before a small network", extractor)
     real = tmp_path / "real"
     real.mkdir()

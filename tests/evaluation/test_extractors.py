@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from shortcutflow.data.digits import load_digits
 from shortcutflow.evaluation.features.digits import DigitExtractor, digit_classifier
 from shortcutflow.evaluation.features.extractors import (
+    NetworkExtractor,
     PixelExtractor,
     exact_float32,
     extractor_of_file,
-    extractor_of_module,
 )
+from shortcutflow.evaluation.features.resize import clean_fid_resize, plain_bilinear, tensorflow_bilinear
 from tests.evaluation.inception_standin import save_torchscript
 from tests.evaluation.test_resize import pictures
 
@@ -53,33 +54,39 @@ def test_features_are_those_of_clean_fid_on_files(tmp_path: Path) -> None:
     theirs = fid.get_folder_features(
         str(tmp_path), network, num_workers=0, batch_size=4, device=torch.device("cpu"), verbose=False
     )
-    ours = extractor_of_module(network, name="small", size=299, batch_size=5)(images)
+    ours = NetworkExtractor(network, clean_fid_resize(299), name="small", batch_size=5)(images)
     assert ours.logits is None
     assert ours.features.dtype == np.float32
     np.testing.assert_allclose(ours.features, theirs, atol=1e-6)
-    other = extractor_of_module(network, name="small", size=299, resize="bilinear")(images)
+    other = NetworkExtractor(lambda x: network(plain_bilinear(x.float(), 299)), name="small")(images)
     assert np.abs(other.features - theirs).max() > 1e-3, "another resize must show"
 
 
 @pytest.mark.parametrize("resize", ["clean-fid", "bilinear", "tensorflow-1"])
 def test_batches_do_not_matter(resize: Any) -> None:
     network, images = SmallNetwork(), pictures(10, 20, 20)
-    whole = extractor_of_module(network, name="a", size=31, resize=resize, batch_size=100)
+
+    def extractor_of(batch_size: int) -> NetworkExtractor:
+        if resize == "clean-fid":
+            return NetworkExtractor(network, clean_fid_resize(31), name="a", batch_size=batch_size)
+        resized = plain_bilinear if resize == "bilinear" else tensorflow_bilinear
+        return NetworkExtractor(lambda x: network(resized(x.float(), 31)), name="a", batch_size=batch_size)
+
+    whole = extractor_of(100)
     expected = whole(images).features
     assert expected.shape == (10, 12)
     for batch_size in (1, 3, 10):
-        extractor = extractor_of_module(network, name="a", size=31, resize=resize, batch_size=batch_size)
-        np.testing.assert_allclose(extractor(images).features, expected, atol=1e-6)
+        np.testing.assert_allclose(extractor_of(batch_size)(images).features, expected, atol=1e-6)
     np.testing.assert_allclose(whole(images[::-1]).features, expected[::-1], atol=1e-6)
 
 
-def test_value_range_and_logits() -> None:
-    def network(x: Tensor) -> tuple[Tensor, Tensor]:
+def test_features_and_logits() -> None:
+    def network(images: Tensor) -> tuple[Tensor, Tensor]:
+        x = images / 127.5 - 1
         return x.flatten(1)[:, :4], x.mean((2, 3))
 
     images = np.stack([np.full((6, 6, 3), value, np.uint8) for value in (0, 51, 255)])
-    extractor = extractor_of_module(network, name="a", size=None, value_range=(-1, 1))
-    features, logits = extractor(images)
+    features, logits = NetworkExtractor(network, name="a")(images)
     np.testing.assert_allclose(features[:, 0], [-1, -0.6, 1], atol=1e-6)
     assert logits is not None
     np.testing.assert_allclose(logits, np.repeat([[-1], [-0.6], [1]], 3, axis=1), atol=1e-6)
@@ -93,13 +100,13 @@ def test_value_range_and_logits() -> None:
         (lambda x: None, "it returned NoneType"),
         (lambda x: x.flatten(1) / 0, "features that are not finite"),
         (lambda x: (x.flatten(1), x.flatten(1) / 0), "logits that are not finite"),
-        (lambda x: x.flatten(1) @ torch.ones(5, 5), "extractor mine fails on images"),
+        (lambda x: x.float().flatten(1) @ torch.ones(5, 5), "extractor mine fails on images"),
     ],
     ids=["spatial", "rows", "none", "nan", "nan_logits", "shape"],
 )
 def test_wrong_networks(network: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        extractor_of_module(network, name="mine", size=None)(pictures(2, 8, 8))
+        NetworkExtractor(network, name="mine")(pictures(2, 8, 8))
 
 
 @pytest.mark.parametrize(
@@ -113,30 +120,21 @@ def test_wrong_networks(network: Any, says: str) -> None:
     ids=["float", "single", "grey", "none"],
 )
 def test_what_is_no_picture(images: np.ndarray) -> None:
-    for extractor in (PixelExtractor(), extractor_of_module(SmallNetwork(), name="a", size=None)):
+    for extractor in (PixelExtractor(), NetworkExtractor(SmallNetwork(), name="a")):
         with pytest.raises(ValueError, match=r"images must be \(n, h, w, 3\) uint8"):
             extractor(images)
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"resize": "nearest"}, "unknown resize 'nearest'; known: clean-fid"),
-        ({"value_range": (1, -1)}, "value_range"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-    ],
-    ids=["resize", "range", "batch"],
-)
-def test_wrong_options(options: Any, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        extractor_of_module(SmallNetwork(), name="a", size=9, **options)
+def test_batches_of_no_images() -> None:
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        NetworkExtractor(SmallNetwork(), name="a", batch_size=0)
 
 
 def test_torchscript_file(tmp_path: Path) -> None:
     network, images = SmallNetwork(), pictures(3, 24, 24)
     file = save_torchscript(network, tmp_path / "net.pt")
     extractor = extractor_of_file(file)
-    expected = extractor_of_module(network, name="a", size=None)(images).features
+    expected = NetworkExtractor(network, name="a")(images).features
     np.testing.assert_allclose(extractor(images).features, expected, atol=1e-6)
     assert extractor.name.startswith("file:net.pt sha256:")
     other = extractor_of_file(save_torchscript(SmallNetwork(seed=1), tmp_path / "other.pt"))

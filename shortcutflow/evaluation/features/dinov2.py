@@ -134,10 +134,7 @@ def dinov2_extractor(
     network = load_dinov2(file).to(device)
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
 
-    def features(pixels: Tensor) -> tuple[Tensor, None]:
-        return network((pixels / 255 - mean) / std), None
-
     return NetworkExtractor(
-        features, resize, name=f"dinov2 vit-l/14 sha256:{file.sha256}",
+        lambda pixels: network((pixels / 255 - mean) / std), resize, name=f"dinov2 vit-l/14 sha256:{file.sha256}",
         device=device, batch_size=batch_size,
     )  # fmt: skip

@@ -6,26 +6,19 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shortcutflow.evaluation.features.resize import (
-    Prepare,
-    clean_fid_resize,
-    plain_bilinear,
-    tensorflow_bilinear,
-    unresized,
-)
+from shortcutflow.evaluation.features.resize import Prepare, unresized
 from shortcutflow.evaluation.features.torchscript import LARGEST, load_torchscript
 from shortcutflow.evaluation.features.weights_files import read_file
 
 BATCH_SIZE = 64
 """Images that go through a network at once."""
 MOST_PIXEL_VALUES = 4096
-ResizeName = Literal["clean-fid", "bilinear", "tensorflow-1"]
 
 
 class Extracted(NamedTuple):
@@ -62,17 +55,17 @@ class NetworkExtractor:
     The numbers do not depend on how many images are given at once, but for the last digits.
 
     Args:
-        network: a batch as ``prepare`` made it, on ``device``, to features (b, k) and logits (b, classes) or None.
-        prepare: images (b, h, w, 3) uint8 to a tensor with b rows, on the CPU.
-        name: for reports.
+        network: a batch as ``prepare`` made it, on ``device``, to features (b, k), or to (features, logits).
+        prepare: images (b, h, w, 3) uint8 to a tensor with b rows, on the CPU; by default (b, 3, h, w) uint8.
+        name: for reports; another one for another network or another way of resizing.
         device: where the network is.
         batch_size: images at once.
     """
 
     def __init__(
         self,
-        network: Callable[[Tensor], tuple[Tensor, Tensor | None]],
-        prepare: Prepare,
+        network: Callable[[Tensor], Any],
+        prepare: Prepare = unresized,
         *,
         name: str,
         device: torch.device | str = "cpu",
@@ -108,11 +101,12 @@ class NetworkExtractor:
     def _answer(self, batch: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
         with exact_float32():
             try:
-                features, logits = self._network(batch.to(self._device))
+                answer = self._network(batch.to(self._device))
             except (RuntimeError, AttributeError, TypeError) as error:
                 # TorchScript says where it happened first, and last what happened.
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
                 raise ValueError(f"extractor {self.name} fails on images {tuple(batch.shape)}: {reason}") from error
+        features, logits = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, None)
         found = self._checked("features", features, len(batch))
         return found, None if logits is None else self._checked("logits", logits, len(batch))
 
@@ -123,55 +117,6 @@ class NetworkExtractor:
         if not values.isfinite().all():
             raise ValueError(f"extractor {self.name} returned {what} that are not finite")
         return values.float().cpu().numpy()
-
-
-def extractor_of_module(
-    module: Callable[[Tensor], Any],
-    *,
-    name: str,
-    size: int | None,
-    value_range: tuple[float, float] = (0, 255),
-    resize: ResizeName = "clean-fid",
-    device: torch.device | str = "cpu",
-    batch_size: int = BATCH_SIZE,
-) -> NetworkExtractor:
-    """An extractor from any callable of images.
-
-    Args:
-        module: images (b, 3, size, size) float32 in ``value_range`` to features (b, k), or to (features, logits).
-        name: for reports.
-        size: of the images it takes; None: they come unresized.
-        value_range: what 0 and 255 become.
-        resize: one of "clean-fid" (Pillow's bicubic of float channels), "bilinear" and "tensorflow-1"; see
-            :mod:`shortcutflow.evaluation.features.resize`.
-        device: where the module is.
-        batch_size: images at once.
-
-    Raises:
-        ValueError: for an unknown resize, or a range whose ends are in the wrong order.
-        ImportError: if the resize is clean-fid's and it is not installed.
-    """
-    low, high = value_range
-    if not low < high:
-        raise ValueError(f"value_range must be (low, high) with low < high, got {value_range}")
-    on_device = {"bilinear": plain_bilinear, "tensorflow-1": tensorflow_bilinear}
-    if resize != "clean-fid" and resize not in on_device:
-        raise ValueError(f"unknown resize {resize!r}; known: clean-fid, {', '.join(on_device)}")
-    prepare: Prepare = unresized
-    if size is not None and resize == "clean-fid":
-        prepare = clean_fid_resize(size)
-
-    def network(images: Tensor) -> tuple[Tensor, Tensor | None]:
-        pixels = images.float()
-        if size is not None and resize in on_device:
-            pixels = on_device[resize](pixels, size)
-        # The usual range stays as it is, to the last bit.
-        scaled = pixels if (low, high) == (0, 255) else pixels * ((high - low) / 255) + low
-        answer = module(scaled)
-        features, logits = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, None)
-        return features, logits
-
-    return NetworkExtractor(network, prepare, name=name, device=device, batch_size=batch_size)
 
 
 def extractor_of_file(
@@ -192,10 +137,8 @@ def extractor_of_file(
         ValueError: if it is no TorchScript, or too large.
     """
     file = read_file(Path(path), LARGEST)
-    return extractor_of_module(
-        load_torchscript(file, device), name=f"file:{file.path.name} sha256:{file.sha256}", size=None,
-        device=device, batch_size=batch_size,
-    )  # fmt: skip
+    module, name = load_torchscript(file, device), f"file:{file.path.name} sha256:{file.sha256}"
+    return NetworkExtractor(lambda images: module(images.float()), name=name, device=device, batch_size=batch_size)
 
 
 class PixelExtractor:
