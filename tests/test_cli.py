@@ -126,6 +126,7 @@ def test_one_training_objective_per_name(inside: Path, capsys: pytest.CaptureFix
     assert shown == {
         "condition_dropout": 0.1,
         "sigma_min": 0.0,
+        "adaptive_power": 0.0,
         "kind": "flow_matching",
         "time_steps": None,
         "time_density": None,
@@ -142,7 +143,7 @@ MISTAKES = [
     (["train", "digits", "training.steps=many"], "training.steps"),
     (
         ["train", "digits", "objective.kind=diffusion"],
-        "unknown kind of objective 'diffusion'; known: consistency_distillation, consistency_training, flow_matching, ",
+        "unknown kind of objective 'diffusion'; known: alpha_flow, consistency_distillation, consistency_training, ",
     ),
     (["train", "digits", "objective.finest_steps=100"], "power of two"),
     (["train", "digits", "training.global_batch_size=3"], "use at least 4 samples"),

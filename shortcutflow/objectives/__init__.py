@@ -10,21 +10,33 @@ from shortcutflow.objectives.objective import Context, Draw, Objective, add_head
 from shortcutflow.objectives.progressive_distillation import ProgressiveDistillationObjective
 from shortcutflow.objectives.reflow import LiveReflowObjective, ReflowObjective
 from shortcutflow.objectives.shortcut import ShortcutObjective
+from shortcutflow.objectives.two_leg import (
+    AlphaFlowObjective,
+    LagrangianObjective,
+    MeanFlowObjective,
+    SoFlowObjective,
+    SplitMeanFlowObjective,
+)
 from shortcutflow.plugins import Kinds
 
 __all__ = [
     "OBJECTIVES",
+    "AlphaFlowObjective",
     "ConsistencyDistillationObjective",
     "ConsistencyTrainingObjective",
     "Context",
     "Draw",
     "FlowMatchingObjective",
+    "LagrangianObjective",
     "LiveReflowObjective",
+    "MeanFlowObjective",
     "Objective",
     "ObjectiveConfig",
     "ProgressiveDistillationObjective",
     "ReflowObjective",
     "ShortcutObjective",
+    "SoFlowObjective",
+    "SplitMeanFlowObjective",
     "add_head",
 ]
 

@@ -149,8 +149,7 @@ class ConsistencyDistillationObjective(ConsistencyObjective):
             ValueError: without a teacher.
         """
         teacher = require_teacher(context.teacher, self.kind)
-        data, y = self.row_inputs(net, data, y, draw, context)
-        x_t = interpolate(draw.noise, data, draw.t, self.sigma_min)
+        x_t, _, y = self.path_rows(net, data, y, draw, context)
         # d = 0 is the flow of any network, whatever its own M.
         flow = torch.zeros_like(draw.t)
         v = guided_velocity(teacher, x_t, draw.t, flow, y, scale=self.guidance_scale, null_y=context.null_y)

@@ -9,7 +9,6 @@ from torch import Generator, Tensor
 
 from shortcutflow.conditions import Condition
 from shortcutflow.objectives.objective import NO_CONTEXT, Context, Draw, Objective, TimeSteps, noise_like
-from shortcutflow.path import interpolate, velocity
 from shortcutflow.schedule import TimeDensity, draw_times, to_grid
 from shortcutflow.seeds import generator_or_default
 from shortcutflow.types import Network, Targets
@@ -55,6 +54,5 @@ class FlowMatchingObjective(Objective):
 
     def targets(self, net: Network, data: Tensor, y: Condition, draw: Draw, context: Context = NO_CONTEXT) -> Targets:
         """v = x_1 - x_0 at x_t (eq. 2); no network is called."""
-        data, y = self.row_inputs(net, data, y, draw, context)
-        x_t = interpolate(draw.noise, data, draw.t, self.sigma_min)
-        return Targets(x_t, draw.t, draw.d, y, velocity(draw.noise, data, self.sigma_min))
+        x_t, v, y = self.path_rows(net, data, y, draw, context)
+        return Targets(x_t, draw.t, draw.d, y, v)

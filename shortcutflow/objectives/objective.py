@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from shortcutflow.conditions import Condition, NullCondition, as_condition, check_rows, drop, require_null, select
 from shortcutflow.guidance import predict_with_aux
 from shortcutflow.inputs import as_state
-from shortcutflow.path import check_state, expand_to
+from shortcutflow.path import check_state, expand_to, interpolate, velocity
 from shortcutflow.schedule import draw_times_on_grid, levels_of
 from shortcutflow.seeds import draw_noise_rows, generator_or_default
 from shortcutflow.types import FULL_BATCH, BatchSlice, LossReport, Mean, Network, SamplerKind, Targets
@@ -32,6 +32,9 @@ TimeSteps = Annotated[PowerOfTwo | None, Field(description="T: the times of flow
 GuidanceScale = Annotated[
     float, Field(ge=0, allow_inf_nan=False, description="guidance of the network that makes the targets; 1 is none")
 ]
+Step = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""The velocity (r, *shape) of a step from states (r, *shape), their times (r,) and its sizes (r,)."""
+ADAPTIVE_FLOOR = 0.01
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Draw:
         n_bootstrap: how many rows are bootstrap rows.
         guided: (n_bootstrap,) bool, rows whose targets are guided; None is all of ``max_guided``.
         max_guided: guided rows lie among the first so many, which is the same in each draw.
+        split: (n_bootstrap,) float32, the share of a step that the first of its target's two legs makes; None is 1/2.
         source: (r,) int64, the sample each row uses; None means row i uses sample i.
     """
 
@@ -55,6 +59,7 @@ class Draw:
     n_bootstrap: int = 0
     guided: Tensor | None = None
     max_guided: int = 0
+    split: Tensor | None = None
     source: Tensor | None = None
 
     def at(self, batch_slice: BatchSlice) -> Draw:
@@ -65,6 +70,7 @@ class Draw:
             n_bootstrap=batch_slice.count_below(self.n_bootstrap),
             guided=self.guided[rows] if self.guided is not None else None,
             max_guided=batch_slice.count_below(self.max_guided),
+            split=self.split[rows] if self.split is not None else None,
         )  # fmt: skip
 
 
@@ -112,6 +118,8 @@ class Objective(BaseModel, ABC):
     Args:
         condition_dropout: fraction of rows trained on the null condition, which guidance needs.
         sigma_min: fraction of the noise that is left at t = 1.
+        adaptive_power: p of the adaptive weight 1/(error + 0.01)^p of each row, which carries no gradient; 0 is none, 1
+            makes the logarithm of the error what is minimised (MeanFlow, Geng et al. 2025).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -119,6 +127,7 @@ class Objective(BaseModel, ABC):
     kind: str
     condition_dropout: float = Field(default=0.0, ge=0, le=1, description="share of rows that lose their condition")
     sigma_min: float = Field(default=0.0, ge=0, lt=1, description="share of the noise that is left at t = 1")
+    adaptive_power: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="p of the adaptive weight")
 
     @abstractmethod
     def draw(self, data: Tensor, generator: Generator | None = None, context: Context = NO_CONTEXT) -> Draw:
@@ -151,7 +160,8 @@ class Objective(BaseModel, ABC):
         Override it for weights that depend on the error or are learned; ``aux`` is what the network returned beside its
         velocity, or None.
         """
-        return error if targets.weight is None else targets.weight * error
+        weighted = error if targets.weight is None else targets.weight * error
+        return weighted if self.adaptive_power == 0 else weighted * self.adaptive_weight(error, targets)
 
     def wrap(self, network: nn.Module) -> nn.Module:
         """The network as this objective trains it, by default unchanged; a run builds its network through this.
@@ -248,6 +258,10 @@ class Objective(BaseModel, ABC):
         t = draw_times_on_grid(b, d, generator=generator, device=device)
         return Draw(noise, t, torch.full_like(t, d), self.draw_dropped(b, generator, device)).at(context.batch_slice)
 
+    def adaptive_weight(self, error: Tensor, targets: Targets) -> Tensor:
+        """1/(error + 0.01)^p of each row (r,), without gradient."""
+        return (error.detach() + ADAPTIVE_FLOOR) ** -self.adaptive_power
+
     def drop(self, y: Condition, dropped: Tensor, null_y: NullCondition) -> Condition:
         """Replace the dropped rows of y by the null condition; a condition_dropout of 0 needs none.
 
@@ -273,6 +287,13 @@ class Objective(BaseModel, ABC):
         if draw.source is not None:
             data, y = data[draw.source], select(y, draw.source)
         return data, self.drop(y, draw.dropped, context.null_y)
+
+    def path_rows(
+        self, net: Network, data: Tensor, y: Condition, draw: Draw, context: Context
+    ) -> tuple[Tensor, Tensor, Condition]:
+        """x_t, v and the condition of each row of a draw."""
+        data, y = self.row_inputs(net, data, y, draw, context)
+        return interpolate(draw.noise, data, draw.t, self.sigma_min), velocity(draw.noise, data, self.sigma_min), y
 
 
 def add_head(network: nn.Module, head: nn.Module) -> nn.Module:
@@ -325,20 +346,31 @@ def require_no_noise(context: Context, rows: str) -> None:
         raise ValueError(f"{rows} need noise of their own: pass no noise=, and in a run use coupling=null")
 
 
-def two_steps(
-    step: Callable[[Tensor, Tensor], Tensor], x_t: Tensor, t: Tensor, d: Tensor, clip: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """The velocities v1, v2 of two steps of size d/2, one after the other: eq. 4, whose target is their mean.
+def two_legs(
+    first: Step,
+    second: Step,
+    x_t: Tensor,
+    t: Tensor,
+    d: Tensor,
+    split: float | Tensor = 0.5,
+    clip: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The velocities v1, v2 of two legs that make up a step, and its own, split v1 + (1 - split) v2.
+
+    The first leg covers [t, s], the second [s, t + d], with s = t + split d. Two equal legs are eq. 4.
 
     Args:
-        step: the velocity of a step of size d/2 from x_t at t.
-        x_t, t, d: states (r, *shape), their times and the sizes of both steps together, (r,).
-        clip: bound on the state between the steps.
+        first, second: the velocity (r, *shape) of a leg from states (r, *shape), their times (r,) and its size (r,).
+        x_t, t, d: states (r, *shape), their times and the sizes of the steps, (r,).
+        split: share of the step that the first leg makes, one or (r,).
+        clip: bound on the state between the legs.
     """
-    half = d / 2
-    v1 = step(x_t, t)
-    between = clipped(x_t + expand_to(half, x_t) * v1, clip).to(x_t.dtype)
-    return v1, step(between, t + half)
+    d1 = split * d
+    v1 = first(x_t, t, d1)
+    x_s = clipped(x_t + expand_to(d1, x_t) * v1, clip).to(x_t.dtype)
+    v2 = second(x_s, t + d1, d - d1)
+    share = expand_to(split, v1) if isinstance(split, Tensor) else split
+    return v1, v2, share * v1 + (1 - share) * v2
 
 
 def clipped(x: Tensor, bound: float | None) -> Tensor:

@@ -22,9 +22,8 @@ from shortcutflow.objectives.objective import (
     require_teacher,
     rms_metrics,
     stage_of,
-    two_steps,
+    two_legs,
 )
-from shortcutflow.path import interpolate
 from shortcutflow.schedule import levels_of
 from shortcutflow.types import Network, Targets
 
@@ -106,18 +105,17 @@ class ProgressiveDistillationObjective(Objective):
             ValueError: without a teacher.
         """
         teacher = require_teacher(context.teacher, self.kind)
-        data, y = self.row_inputs(net, data, y, draw, context)
-        x_t = interpolate(draw.noise, data, draw.t, self.sigma_min)
+        x_t, _, y = self.path_rows(net, data, y, draw, context)
         # The first teacher is a flow and gets d = 0, whatever its own M; later ones have learnt steps of d/2.
         d_teacher = torch.where(draw.d * self.finest_steps == 2, 0, draw.d / 2)
 
-        def step(x: Tensor, t: Tensor) -> Tensor:
+        def half_step(x: Tensor, t: Tensor, _: Tensor) -> Tensor:
             return guided_velocity(
                 teacher, x, t, d_teacher, y,
                 scale=self.guidance_scale, null_y=context.null_y, max_guided=draw.max_guided,
             )  # fmt: skip
 
-        v1, v2 = two_steps(step, x_t, draw.t, draw.d, self.clip)
-        v = ((v1 + v2) / 2).to(x_t.dtype)
+        v1, v2, v = two_legs(half_step, half_step, x_t, draw.t, draw.d, clip=self.clip)
+        v = v.to(x_t.dtype)
         metrics = rms_metrics(bootstrap=v, b1=v1, b2=v2)
         return Targets(x_t, draw.t, draw.d, y, v, n_bootstrap=len(v), metrics=metrics)

@@ -11,7 +11,6 @@ and the rows at d = 1/M follow the flow, s(x_t, t, 1/M) <- x_1 - x_0 (eq. 5, Alg
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -27,6 +26,7 @@ from shortcutflow.objectives.objective import (
     FinestSteps,
     GuidanceScale,
     Objective,
+    Step,
     TimeSteps,
     clipped,
     count_of,
@@ -35,10 +35,10 @@ from shortcutflow.objectives.objective import (
     require_sliced_evenly,
     require_teacher,
     rms_metrics,
-    two_steps,
+    two_legs,
 )
 from shortcutflow.objectives.released import draw_shortcut_rows, released_guided_rows
-from shortcutflow.path import check_unit_interval, interpolate, velocity
+from shortcutflow.path import check_unit_interval
 from shortcutflow.schedule import TimeDensity, draw_bootstrap_sizes, draw_times, levels_of, to_grid
 from shortcutflow.seeds import generator_or_default
 from shortcutflow.types import Network, Targets
@@ -193,9 +193,7 @@ class ShortcutObjective(Objective):
         """
         teacher = require_teacher(context.teacher, "flow_of='teacher'") if self.flow_of == "teacher" else None
         check_unit_interval(draw.d, "d")
-        data, y = self.row_inputs(net, data, y, draw, context)
-        x_t = interpolate(draw.noise, data, draw.t, self.sigma_min)
-        v = velocity(draw.noise, data, self.sigma_min)
+        x_t, v, y = self.path_rows(net, data, y, draw, context)
         n = draw.n_bootstrap
         if teacher is not None:
             # A slice without flow rows calls the teacher too, on one row in vain: if it is sharded all must call it.
@@ -208,8 +206,8 @@ class ShortcutObjective(Objective):
         if n == 0:
             return Targets(x_t, draw.t, draw.d, y, v, source=draw.source)
         half_step = self._half_step(context.target_network(net), teacher, select(y, slice(n)), draw, context.null_y)
-        v1, v2 = two_steps(half_step, x_t[:n], draw.t[:n], draw.d[:n], self.clip)
-        v_bootstrap = clipped((v1 + v2) / 2, self.clip)
+        v1, v2, v_bootstrap = two_legs(half_step, half_step, x_t[:n], draw.t[:n], draw.d[:n], clip=self.clip)
+        v_bootstrap = clipped(v_bootstrap, self.clip)
         metrics = rms_metrics(bootstrap=v_bootstrap, b1=v1, b2=v2, flow=v[n:])
         v = torch.cat([v_bootstrap.to(v.dtype), v[n:]])
         weight = None
@@ -220,10 +218,9 @@ class ShortcutObjective(Objective):
 
     def _half_step(
         self, net: Network, teacher: Network | None, y: Condition, draw: Draw, null_y: NullCondition
-    ) -> Callable[[Tensor, Tensor], Tensor]:
-        """The velocity (n, *shape) of a step of size d/2 from states (n, *shape) at times (n,)."""
+    ) -> Step:
+        """The velocity of a step of size d/2, guided and by the teacher where it should be."""
         n = draw.n_bootstrap
-        half = draw.d[:n] / 2
 
         def guided(net: Network, x: Tensor, t: Tensor, d: Tensor, y: Condition) -> Tensor:
             return guided_velocity(
@@ -232,12 +229,12 @@ class ShortcutObjective(Objective):
             )  # fmt: skip
 
         if teacher is None:
-            return lambda x, t: guided(net, x, t, half, y)
+            return lambda x, t, half: guided(net, x, t, half, y)
         # How many rows have the finest size differs from draw to draw; this bound does not.
         head = slice(self._max_finest(n))
-        at_finest, flow = self._is_finest(draw.d[head]), torch.zeros_like(half[head])
+        at_finest, flow = self._is_finest(draw.d[head]), torch.zeros_like(draw.d[head])
 
-        def of_both(x: Tensor, t: Tensor) -> Tensor:
+        def of_both(x: Tensor, t: Tensor, half: Tensor) -> Tensor:
             v = predict(net, x, t, half, y)
             followed = guided(teacher, x[head], t[head], flow, select(y, head))
             mask = at_finest.view(-1, *(1,) * (x.ndim - 1))

@@ -1,4 +1,4 @@
-"""The paper's baselines and the networks they are tried with."""
+"""The paper's baselines and the later methods, and the networks they are tried with."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ import torch
 from torch import Generator, Tensor
 
 from shortcutflow.objectives import (
+    AlphaFlowObjective,
     ConsistencyDistillationObjective,
     ConsistencyTrainingObjective,
+    LagrangianObjective,
     LiveReflowObjective,
+    MeanFlowObjective,
     ProgressiveDistillationObjective,
     ReflowObjective,
+    SoFlowObjective,
+    SplitMeanFlowObjective,
 )
 from shortcutflow.types import LossReport, Network
 from tests.core.gaussian import Gaussian
@@ -34,6 +39,13 @@ BASELINES: dict[str, Any] = {
     "live_reflow": LiveReflowObjective(reflow_fraction=0.25, generation_steps=3, condition_dropout=0.3),
     "live_reflow_released": LiveReflowObjective.released(bootstrap_every=4, cfg_scale=1.5),
     "live_reflow_without": LiveReflowObjective(reflow_fraction=0),
+    "split_mean_flow": SplitMeanFlowObjective(condition_dropout=0.3, adaptive_power=0.5),
+    "split_mean_flow_middle": SplitMeanFlowObjective(split="middle", bootstrap_fraction=1),
+    "alpha_flow": AlphaFlowObjective(condition_dropout=0.3),
+    "soflow": SoFlowObjective(condition_dropout=0.3),
+    "mean_flow": MeanFlowObjective(condition_dropout=0.3, bootstrap_fraction=0.5),
+    "lagrangian": LagrangianObjective(condition_dropout=0.3, bootstrap_fraction=0.5),
+    "two_leg_without": MeanFlowObjective(bootstrap_fraction=0),
 }
 every_baseline = pytest.mark.parametrize("objective", BASELINES.values(), ids=BASELINES.keys())
 

@@ -268,6 +268,7 @@ def test_data_and_noise_in_the_precision_of_the_network(given: torch.dtype) -> N
         objectives.ConsistencyTrainingObjective(),
         objectives.ProgressiveDistillationObjective(),
         objectives.LiveReflowObjective(condition_dropout=0.3),
+        objectives.SplitMeanFlowObjective(condition_dropout=0.3),
     ],
     ids=lambda objective: objective.kind,
 )

@@ -34,7 +34,7 @@ class MeanFlow(Objective):
         follow_flow: add the derivative along the flow; without it the target is v (the negative control).
     """
 
-    kind: Literal["mean_flow"] = "mean_flow"
+    kind: Literal["own_mean_flow"] = "own_mean_flow"
     flow_fraction: float = 0.5
     power: float = 0.5
     floor: float = 1e-2
