@@ -73,7 +73,7 @@ def evaluate_command(
         raise ValueError("name a run's or a model's folder, or images with --make-stats SOURCE")
     if with_features or size is not None:
         raise ValueError("--with-features and --size go with --make-stats")
-    from shortcutflow.evaluation.evaluate import check_request
+    from shortcutflow.evaluation.metrics import check_request
 
     names = tuple(name for words in metrics or METRICS for name in words.split(",") if name)
     request: dict[str, Any] = {"steps": tuple(steps or STEPS), "metrics": names, "samples": samples}

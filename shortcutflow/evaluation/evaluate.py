@@ -19,7 +19,7 @@ from shortcutflow.distributed import World
 from shortcutflow.evaluation.distances.inception_score import require_scores
 from shortcutflow.evaluation.feature_set import WORK, checkpoint_file, extract_all, remove_checkpoint, timed
 from shortcutflow.evaluation.features.protocols import EvaluationProtocol
-from shortcutflow.evaluation.metrics import WITH_FEATURES, WITH_REFERENCE, check_metrics, compute_metrics
+from shortcutflow.evaluation.metrics import WITH_FEATURES, WITH_REFERENCE, check_request, compute_metrics
 from shortcutflow.evaluation.real_images import DIGITS, RealImages, open_images
 from shortcutflow.evaluation.reference import (
     CLEAN_FID,
@@ -31,7 +31,6 @@ from shortcutflow.evaluation.reference import (
 from shortcutflow.evaluation.report import report_of, write_report
 from shortcutflow.evaluation.samples import Sampler
 from shortcutflow.io.atomic import claim, require_place
-from shortcutflow.schedule import step_sizes
 
 OF_LATENTS = (
     "{name} was trained on latents, and a reference is made of images: name those that they were made from, or their "
@@ -118,23 +117,6 @@ def evaluate(
     for file in [] if keep_features else files:
         remove_checkpoint(file)
     return report
-
-
-def check_request(steps: Sequence[int], metrics: Sequence[str], samples: int) -> None:
-    """Refuse what cannot be measured; arguments are those of :func:`evaluate`.
-
-    Raises:
-        ValueError: saying what is wrong.
-    """
-    if samples < 2:
-        raise ValueError(f"samples must be at least 2, got {samples}")
-    check_metrics(metrics, samples)
-    if not steps:
-        raise ValueError("no number of steps is given: give some, such as 1 4 128")
-    for count in steps:
-        step_sizes(count)
-    if len(set(steps)) < len(steps):
-        raise ValueError(f"a number of steps is given twice: {', '.join(map(str, steps))}")
 
 
 def check_extractor(

@@ -14,6 +14,7 @@ from shortcutflow.evaluation.distances.kernel_distance import kernel_distance
 from shortcutflow.evaluation.distances.manifold import manifold_metrics
 from shortcutflow.evaluation.distances.statistics import Statistics
 from shortcutflow.evaluation.feature_set import FeatureSet
+from shortcutflow.schedule import step_sizes
 
 Needed = TypeVar("Needed")
 MANIFOLD = ("precision", "recall", "density", "coverage")
@@ -35,19 +36,27 @@ LEAST_SAMPLES = {"is": 10, **dict.fromkeys(MANIFOLD, 6)}
 """Of each metric that needs more than two: a sample a split, and more than its neighbours."""
 
 
-def check_metrics(names: Sequence[str], samples: int) -> None:
-    """Refuse unknown names, and too few samples.
+def check_request(steps: Sequence[int], metrics: Sequence[str], samples: int) -> None:
+    """Refuse what cannot be measured; arguments are those of :func:`shortcutflow.evaluation.evaluate.evaluate`.
 
     Raises:
-        ValueError: listing the metrics, or naming the one that needs more samples.
+        ValueError: for unknown metrics, listing those there are, too few samples, or numbers of steps that are none.
     """
-    unknown = [name for name in names if name not in METRICS]
-    if unknown or not names:
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown or not metrics:
         problem = f"unknown metric {unknown[0]!r}" if unknown else "no metric is given"
         raise ValueError(f"{problem}; known: {', '.join(METRICS)}")
-    needing_most = max(names, key=lambda name: LEAST_SAMPLES.get(name, 2))
-    if samples < (least := LEAST_SAMPLES.get(needing_most, 2)):
-        raise ValueError(f"metric {needing_most!r} needs at least {least} samples, got {samples}")
+    if samples < 2:
+        raise ValueError(f"samples must be at least 2, got {samples}")
+    for name in metrics:
+        if samples < (least := LEAST_SAMPLES.get(name, 2)):
+            raise ValueError(f"metric {name!r} needs at least {least} samples, got {samples}")
+    if not steps:
+        raise ValueError("no number of steps is given: give some, such as 1 4 128")
+    for count in steps:
+        step_sizes(count)
+    if len(set(steps)) < len(steps):
+        raise ValueError(f"a number of steps is given twice: {', '.join(map(str, steps))}")
 
 
 def compute_metrics(

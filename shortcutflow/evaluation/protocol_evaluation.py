@@ -11,9 +11,9 @@ from pydantic import Field
 from shortcutflow.config import EvaluationSettings, RunConfig
 from shortcutflow.data.autoencoder import load_autoencoder
 from shortcutflow.distributed import joined
-from shortcutflow.evaluation.evaluate import OF_LATENTS, check_extractor, check_request, evaluate, open_reference
+from shortcutflow.evaluation.evaluate import OF_LATENTS, check_extractor, evaluate, open_reference
 from shortcutflow.evaluation.features.protocols import WITHOUT_WEIGHTS, open_protocol
-from shortcutflow.evaluation.metrics import WITH_REFERENCE
+from shortcutflow.evaluation.metrics import WITH_REFERENCE, check_request
 from shortcutflow.evaluation.real_images import DIGITS
 from shortcutflow.evaluation.report import report_path
 from shortcutflow.evaluation.sample_grid import sample_grid, save_image

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 MAX_REPORT_BYTES = 2**24
-DISTANCES = {"fid": "FID", "frechet": "Fréchet distance", "kid": "KID"}
+DISTANCES = {"fid": "FID", "kid": "KID"}
 """Metrics of which lower is better, by the name of their axis."""
 DEFAULT_METRICS = (*DISTANCES, "label_accuracy", "score")
 """The first of these that all reports have is drawn if no metric is named."""
@@ -49,7 +49,7 @@ def find_report(path: Path, *, protocol: str | None = None) -> Path:
 
 
 def read_report(file: Path) -> dict[str, Any]:
-    """Read a report: an object with ``rows``, one for each number of ``steps``.
+    """Read a report: an object with ``rows``, the ``values`` for each number of ``steps``.
 
     Raises:
         ValueError: if the file does not hold one.
@@ -59,9 +59,14 @@ def read_report(file: Path) -> dict[str, Any]:
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{file} is not the report of an evaluation: it must have rows, an object each")
     for row in rows:
-        steps = row.get("steps")
+        steps, values = row.get("steps"), row.get("values")
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ValueError(f"{file}: each of its rows must have steps, a number from 1 on; got {steps!r}")
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"{file}: each of its rows must have values, numbers by metric; got {values!r}. Reports of before "
+                "version 0.1 have none: evaluate again"
+            )
     return report
 
 
@@ -69,8 +74,8 @@ def curves_of(report: dict[str, Any]) -> dict[str, dict[int, float]]:
     """A report's values by metric and number of steps; those that are not finite numbers are left out."""
     curves: dict[str, dict[int, float]] = {}
     for row in sorted(report["rows"], key=lambda row: row["steps"]):
-        for name, value in row.get("values", row).items():
-            if name != "steps" and type(value) in (int, float) and math.isfinite(value):
+        for name, value in row["values"].items():
+            if type(value) in (int, float) and math.isfinite(value):
                 curves.setdefault(name, {})[row["steps"]] = value
     return curves
 
@@ -123,21 +128,21 @@ def draw_quality(files: Sequence[Path], *, metric: str | None = None) -> Figure:
     for text in axes.legend().get_texts():
         text.set_parse_math(False)
     facts = _facts(reports[0])
-    title = f"{facts['protocol']}, {facts['samples']} samples" if facts["samples"] else facts["protocol"]
-    axes.set_title(str(title)[:160], fontsize=8, parse_math=False, wrap=True)
+    title = str(facts["protocol"]) + (f", {facts['samples']} samples" if facts["samples"] else "")
+    axes.set_title(title[:160], fontsize=8, parse_math=False, wrap=True)
     return figure
 
 
 def _facts(report: dict[str, Any]) -> dict[str, Any]:
     """What must be the same for values of two reports to be comparable; None where a report does not say."""
-    protocol, reference = report.get("protocol"), report.get("reference")
-    protocol = protocol if isinstance(protocol, dict) else {"name": protocol}
-    settings = report.get("settings") if isinstance(report.get("settings"), dict) else report
+    protocol, reference = (
+        part if isinstance(part := report.get(name), dict) else {} for name in ("protocol", "reference")
+    )
     return {
         "protocol": protocol.get("name"),
         "extractor": protocol.get("extractor"),
-        "reference statistics": reference.get("statistics_sha256") if isinstance(reference, dict) else None,
-        "samples": (settings or report).get("samples"),
+        "reference statistics": reference.get("statistics_sha256"),
+        "samples": report.get("samples"),
     }
 
 

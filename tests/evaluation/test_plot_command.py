@@ -63,8 +63,8 @@ def fail(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 def report(folder: Path, name: str = "evaluation.json", **parts: Any) -> Path:
     folder.mkdir(exist_ok=True)
-    rows = [{"steps": s, "frechet": 20 / s, "read_correctly": 1 - 0.5 / s, "seconds": 2.0} for s in (1, 4, 128)]
-    whole = {"protocol": FRECHET, "settings": {"samples": 2000}, "rows": rows} | parts
+    rows = [{"steps": s, "values": {"fid": 20 / s, "label_accuracy": 1 - 0.5 / s}} for s in (1, 4, 128)]
+    whole = {"protocol": {"name": FRECHET}, "samples": 2000, "rows": rows} | parts
     (folder / name).write_text(json.dumps(whole))
     return folder / name
 
@@ -129,7 +129,7 @@ def test_quality_curves(tmp_path: Path) -> None:
     first = report(tmp_path / "first")
     second = report(
         tmp_path / "second",
-        rows=[{"steps": 2, "frechet": 3.0}, {"steps": 1, "frechet": 5.0}, {"steps": 16, "frechet": 2}],
+        rows=[{"steps": steps, "values": {"fid": fid}} for steps, fid in ((2, 3.0), (1, 5.0), (16, 2))],
     )
     figure = draw_quality([first, second])
     axes = figure.axes[0]
@@ -138,11 +138,11 @@ def test_quality_curves(tmp_path: Path) -> None:
     assert axes.get_xscale() == "log"
     figure.canvas.draw()
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "4", "16", "128"]
-    assert axes.get_ylabel() == "Fréchet distance (lower is better)"
+    assert axes.get_ylabel() == "FID (lower is better)"
     assert axes.get_yscale() == "log"
-    figure = draw_quality([first], metric="read_correctly")
+    figure = draw_quality([first], metric="label_accuracy")
     assert figure.axes[0].get_yscale() == "linear"
-    assert figure.axes[0].get_ylabel() == "read correctly"
+    assert figure.axes[0].get_ylabel() == "label accuracy"
 
 
 @pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
@@ -161,7 +161,7 @@ def test_quality_is_written_as_its_name_says(suffix: str, start: bytes, tmp_path
     "other",
     [
         {"protocol": {"name": "clean-fid"}},
-        {"settings": {"samples": 50_000}},
+        {"samples": 50_000},
         {"protocol": {"name": FRECHET, "extractor": "another"}},
         {"reference": {"statistics_sha256": "34"}},
     ],
@@ -170,7 +170,7 @@ def test_quality_is_written_as_its_name_says(suffix: str, start: bytes, tmp_path
 def test_protocols_are_not_mixed(other: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     alike: dict[str, Any] = {
         "protocol": {"name": FRECHET, "extractor": "pixels"}, "reference": {"statistics_sha256": "12", "path": "x"},
-        "settings": {"samples": 2000},
+        "samples": 2000,
     }  # fmt: skip
     first, second = report(tmp_path / "a", **alike), report(tmp_path / "b", **(alike | other))
     said = fail(capsys, "plot", "quality", str(first), str(second), "--out", str(tmp_path / "q.png"))
@@ -217,9 +217,10 @@ def test_one_of_several_reports(tmp_path: Path) -> None:
         ('{"rows": []}', "must have rows"),
         ('{"rows": [{"frechet": 1.0}]}', "each of its rows must have steps.*got None"),
         ('{"rows": [{"steps": true}]}', "got True"),
+        ('{"rows": [{"steps": 1, "frechet": 1.0}]}', "must have values.*evaluate again"),
         ("[" * 100_000, "is not JSON"),
     ],
-    ids=["cut off", "a list", "no rows", "no steps", "steps of no number", "deep"],
+    ids=["cut off", "a list", "no rows", "no steps", "steps of no number", "flat", "deep"],
 )
 def test_what_is_no_report(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text(content)
@@ -228,8 +229,9 @@ def test_what_is_no_report(content: str, message: str, tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_none_are_left_out(tmp_path: Path) -> None:
-    rows = [{"steps": 1, "frechet": float("nan"), "ok": True}, {"steps": 2, "frechet": 1.0, "note": "x"}]
-    assert curves_of(read_report(report(tmp_path, rows=rows))) == {"frechet": {2: 1.0}}
+    values = ({"fid": float("nan"), "ok": True}, {"fid": 1.0, "note": "x"})
+    rows = [{"steps": i + 1, "values": values[i]} for i in range(2)]
+    assert curves_of(read_report(report(tmp_path, rows=rows))) == {"fid": {2: 1.0}}
 
 
 def test_without_matplotlib(

@@ -16,46 +16,36 @@ class InceptionScore(NamedTuple):
     std: float
 
 
-def inception_score(
-    scores: np.ndarray, *, probabilities: bool = False, splits: int = 10, seed: int | None = 0
-) -> InceptionScore:
+def inception_score(scores: np.ndarray, *, splits: int = 10, seed: int | None = 0) -> InceptionScore:
     """exp of the mean KL(p(y|x) || p(y)) in each split, p(y) being the split's mean; in float64.
 
     Args:
         scores: a classifier's (n, classes), before its softmax.
-        probabilities: they are those after its softmax instead.
         splits: parts of (nearly) one size.
         seed: of the shuffling before the splits are cut. Samples often come sorted by class, and a split of one class
             scores 1. ``None`` keeps the order, as the authors of the score do.
 
     Raises:
-        ValueError: for fewer rows than splits, values that are not finite, logits that are probabilities (no negative
-            number, all rows of sum 1), or probabilities that are not.
+        ValueError: for fewer rows than splits, values that are not finite, or as :func:`require_scores`.
     """
     if splits < 1:
         raise ValueError(f"splits must be at least 1, got {splits}")
     require_features("class scores", scores, rows=splits)
-    require_scores(scores, probabilities=probabilities)
+    require_scores(scores)
     count = len(scores)
     order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
     found = []
     for i in range(splits):
         p = scores[order[i * count // splits : (i + 1) * count // splits]].astype(np.float64)
-        if not probabilities:
-            p = np.exp(p - p.max(1, keepdims=True))
+        p = np.exp(p - p.max(1, keepdims=True))
         p /= p.sum(1, keepdims=True)
         found.append(np.exp(_entropy(p.mean(0)) - _entropy(p).mean()))
     return InceptionScore(float(np.mean(found)), float(np.std(found)))
 
 
-def require_scores(scores: np.ndarray, *, probabilities: bool = False) -> None:
-    """Refuse logits (n, classes) that are probabilities, and probabilities that are none, with a ValueError."""
-    off = np.abs(scores.sum(1, dtype=np.float64) - 1).max() if (scores >= 0).all() else np.inf
-    if probabilities and off >= 1e-3:
-        raise ValueError(
-            f"probabilities must not be negative, and their rows have sum 1; these are off by up to {off:.2g}"
-        )
-    if not probabilities and off < 1e-3:
+def require_scores(scores: np.ndarray) -> None:
+    """Raise ValueError for (n, classes) that are probabilities: no negative number, all rows of sum 1."""
+    if (scores >= 0).all() and np.abs(scores.sum(1, dtype=np.float64) - 1).max() < 1e-3:
         raise ValueError("these class scores are probabilities, logits are needed: give their logarithms")
 
 

@@ -146,7 +146,11 @@ class Moments:
             ValueError: for another number of axes, another width than before, or values that are not finite.
         """
         require_features("features", features)
-        self._require_width(features.shape[1])
+        width = features.shape[1]
+        if self.count == 0:
+            self.mean, self.scatter = np.zeros(width), np.zeros((width, width))
+        elif width != len(self.mean):
+            raise ValueError(f"features must have the same width, got {len(self.mean)} and then {width}")
         for start in range(0, len(features), BLOCK):
             rows = features[start : start + BLOCK].astype(np.float64)
             mean = rows.mean(0)
@@ -182,9 +186,3 @@ class Moments:
         mean = world.sum(torch.from_numpy(own.mean * own.count)).numpy() / max(count, 1)
         shift = (own.mean - mean) * math.sqrt(own.count)
         return Moments(count, mean, world.sum(torch.from_numpy(own.scatter + np.outer(shift, shift))).numpy())
-
-    def _require_width(self, width: int) -> None:
-        if self.count == 0:
-            self.mean, self.scatter = np.zeros(width), np.zeros((width, width))
-        elif width != len(self.mean):
-            raise ValueError(f"features must have the same width, got {len(self.mean)} and then {width}")
