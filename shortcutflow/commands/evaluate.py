@@ -60,7 +60,13 @@ def evaluate_command(
     crop: Annotated[str, typer.Option(help="With --make-stats: released, adm or stretch.")] = "released",
 ) -> None:
     """Measure samples by a named protocol at several numbers of steps; or make statistics to compare with."""
-    from shortcutflow.evaluation.features.protocols import check_protocol
+    from shortcutflow.distributed import joined
+    from shortcutflow.evaluation.evaluate import evaluate
+    from shortcutflow.evaluation.features.protocols import check_protocol, open_protocol
+    from shortcutflow.evaluation.metrics import check_request
+    from shortcutflow.evaluation.report import report_path, table_of
+    from shortcutflow.evaluation.samples import Sampler
+    from shortcutflow.models.model import is_hub_id, load
 
     check_protocol(protocol)
     by: dict[str, Any] = {"name": protocol, "weights": extractor_weights}
@@ -73,37 +79,24 @@ def evaluate_command(
         raise ValueError("name a run's or a model's folder, or images with --make-stats SOURCE")
     if with_features or size is not None:
         raise ValueError("--with-features and --size go with --make-stats")
-    from shortcutflow.evaluation.metrics import check_request
-
+    if out is None and is_hub_id(model):
+        raise ValueError(f"{model} is no folder here: name the report with --out")
     names = tuple(name for words in metrics or METRICS for name in words.split(",") if name)
     request: dict[str, Any] = {"steps": tuple(steps or STEPS), "metrics": names, "samples": samples}
     check_request(**request)
-    request |= {"reference": reference, "images": save_images, "keep_features": keep_features}
-    sampling: dict[str, Any] = {
-        "seed": seed, "guidance_scale": guidance_scale, "batch_size": batch_size, "precision": precision, "vae": vae,
-    }  # fmt: skip
-    _evaluate(model, weights, by, request, sampling, out, device)
-
-
-def _evaluate(
-    place: str, weights: str | None, by: dict[str, Any], request: dict[str, Any], sampling: dict[str, Any],
-    out: Path | None, device: str | None,
-) -> None:  # fmt: skip
-    from shortcutflow.distributed import joined
-    from shortcutflow.evaluation.evaluate import evaluate
-    from shortcutflow.evaluation.features.protocols import open_protocol
-    from shortcutflow.evaluation.report import report_path, table_of
-    from shortcutflow.evaluation.samples import Sampler
-    from shortcutflow.models.model import is_hub_id, load
-
-    if out is None and is_hub_id(place):
-        raise ValueError(f"{place} is no folder here: name the report with --out")
+    # What it may be is checked by the sampler.
+    any_precision: Any = precision
     with joined(device or "auto") as world:
-        model = load(place, weights=weights, device=world.device)
-        sampler = Sampler(model, **sampling)
-        protocol = open_protocol(**by, device=world.device)
-        out = out or report_path(model.folder, protocol.name)
-        report = evaluate(sampler, protocol, out, world=world, **request)
+        opened = load(model, weights=weights, device=world.device)
+        sampler = Sampler(
+            opened, seed=seed, guidance_scale=guidance_scale, batch_size=batch_size, precision=any_precision, vae=vae
+        )
+        measure = open_protocol(**by, device=world.device)
+        out = out or report_path(opened.folder, measure.name)
+        report = evaluate(
+            sampler, measure, out, reference=reference, images=save_images, keep_features=keep_features, world=world,
+            **request,
+        )  # fmt: skip
     if report is not None:
         print(f"{table_of(report)}\n{out}")
 

@@ -68,7 +68,7 @@ def trajectory_command(
     from shortcutflow.evaluation.generate import initial_noise
 
     model = _opened(out, run, weights, device)
-    noise, y = initial_noise(model.info, labels=labels, count=count, default=4, seed=seed, device=model.device)
+    noise, y = initial_noise(model, labels=labels, count=count, default=4, seed=seed)
     t, rows = plots.trajectory_rows(
         model, noise, y, steps=steps, columns=columns, guidance_scale=guidance_scale, seed=seed
     )
@@ -94,9 +94,7 @@ def interpolation_command(
     from shortcutflow.evaluation.generate import initial_noise
 
     model = _opened(out, run, weights, device)
-    noise, y = initial_noise(
-        model.info, labels=labels, count=pairs, default=4, noises_per_label=2, seed=seed, device=model.device
-    )
+    noise, y = initial_noise(model, labels=labels, count=pairs, default=4, noises_per_label=2, seed=seed)
     samples = {
         number: plots.interpolated_samples(
             model, noise, y, columns=columns, steps=number, guidance_scale=guidance_scale, seed=seed
@@ -128,7 +126,7 @@ def neighbours_command(
 
     model = _opened(out, run, weights, device)
     source = _data(model, data)
-    noise, y = initial_noise(model.info, labels=labels, count=count, default=8, seed=seed, device=model.device)
+    noise, y = initial_noise(model, labels=labels, count=count, default=8, seed=seed)
     samples = generate(model, noise, y, steps=steps, guidance_scale=guidance_scale, seed=seed).float().cpu()
     distance, found, among_data = plots.neighbours_in_data(source, samples, nearest)
     title = (
@@ -156,7 +154,7 @@ def reconstruction_command(
     from shortcutflow.evaluation.generate import check_labels, initial_noise
 
     model = _opened(out, run, weights, device)
-    noise, y = initial_noise(model.info, count=count, seed=seed, device=model.device)
+    noise, y = initial_noise(model, count=count, seed=seed)
     real = plots.some_data(_data(model, data), count, seed=seed)
     if y is not None:
         if real.y is None:

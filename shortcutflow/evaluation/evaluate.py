@@ -88,14 +88,16 @@ def evaluate(
                 f"the reference {real.record['source']} has {len(real.statistics.mu)} features, protocol "
                 f"{protocol.name} has {width}: it was made by another protocol"
             )
-        folders = _image_folders(images, steps)
+        if images is not None:
+            claim(images)
         files, rows = [], []
         for count in steps:
             key = sampler.key(count) | {
                 "protocol": protocol.name, "extractor": protocol.extractor.name, "version": shortcutflow.__version__,
             }  # fmt: skip
             files.append(checkpoint_file(out.parent / WORK, f"steps-{count}", key, world))
-            folder = folders[count]
+            if (folder := images / f"steps-{count}" if images is not None else None) is not None:
+                folder.mkdir(exist_ok=True)
             found = extract_all(
                 partial(sampler.extract, count, protocol, folder),
                 samples, batch_size=sampler.batch_size, file=files[-1], world=world,
@@ -105,9 +107,7 @@ def evaluate(
             )  # fmt: skip
             if world.is_main:
                 with timed(found.seconds, "distances"):
-                    real_statistics, real_features = (real.statistics, real.features) if real else (None, None)
-                    device = sampler.model.device
-                    values = compute_metrics(metrics, found, real_statistics, real_features, device)
+                    values = compute_metrics(metrics, found, real, sampler.model.device)
                 rows.append({"steps": count, "values": values, "seconds": found.seconds})
     report = None
     if world.is_main:
@@ -140,17 +140,6 @@ def check_extractor(
         )
         raise ValueError(f"metric 'label_accuracy' needs {lacking}")
     return seen.features.shape[1]
-
-
-def _image_folders(images: Path | None, steps: Sequence[int]) -> dict[int, Path | None]:
-    if images is None:
-        return dict.fromkeys(steps)
-    claim(images)
-    folders: dict[int, Path | None] = {count: images / f"steps-{count}" for count in steps}
-    for folder in folders.values():
-        if folder is not None:
-            folder.mkdir(exist_ok=True)
-    return folders
 
 
 def _reference(

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shortcutflow.data.source import DataInfo
 from shortcutflow.models.model import Model
 from shortcutflow.sampling import FreshNoise, sample
 from shortcutflow.seeds import seed_for
@@ -54,25 +53,23 @@ def labels_of(samples: int | range, num_classes: int | None, device: torch.devic
 
 
 def initial_noise(
-    info: DataInfo,
+    model: Model,
     *,
     labels: Sequence[int] | None = None,
     count: int | None = None,
     default: int = 10,
     noises_per_label: int = 1,
     seed: int = 0,
-    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor | None]:
-    """Noise and labels of the samples 0, 1, ... of a seed that a plot begins with.
+    """Noise and labels of the samples 0, 1, ... of a seed that a plot begins with, on the network's device.
 
     Args:
-        info: shape and classes of the samples.
+        model: whose samples.
         labels: one for each sample; None takes ``count`` samples with all labels in turn.
         count: number of samples where no labels are given; None is ``default``.
         default: see ``count``.
         noises_per_label: label i belongs to so many consecutive noises.
         seed: of the noise.
-        device: of noise and labels.
 
     Returns:
         x_0 (noises_per_label n, *shape), and y (n,) int64 or None.
@@ -81,6 +78,7 @@ def initial_noise(
         ValueError: for samples that are not images, labels out of range or of a network without labels, labels and a
             count together, or a count below 1.
     """
+    info, device = model.info, model.device
     if not info.is_picture:
         condition = f", conditioned on tensors of shape {info.condition_shape}" if info.condition_shape else ""
         raise ValueError(f"only images can be drawn: these samples have shape {info.shape}{condition}")

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
 
-import numpy as np
 import torch
 
 from shortcutflow.evaluation.distances.frechet import frechet_between
 from shortcutflow.evaluation.distances.inception_score import inception_score
 from shortcutflow.evaluation.distances.kernel_distance import kernel_distance
 from shortcutflow.evaluation.distances.manifold import manifold_metrics
-from shortcutflow.evaluation.distances.statistics import Statistics
 from shortcutflow.evaluation.feature_set import FeatureSet
+from shortcutflow.evaluation.reference import Reference
 from shortcutflow.schedule import step_sizes
 
-Needed = TypeVar("Needed")
 MANIFOLD = ("precision", "recall", "density", "coverage")
 WITH_FEATURES = ("kid", *MANIFOLD)
 WITH_REFERENCE = ("fid", *WITH_FEATURES)
@@ -60,44 +57,29 @@ def check_request(steps: Sequence[int], metrics: Sequence[str], samples: int) ->
 
 
 def compute_metrics(
-    names: Sequence[str],
-    made: FeatureSet,
-    statistics: Statistics | None = None,
-    features: np.ndarray | None = None,
-    device: torch.device | str = "cpu",
+    names: Sequence[str], made: FeatureSet, real: Reference | None, device: torch.device
 ) -> dict[str, float]:
     """The values by name; "kid" and "is" come with their standard deviation as "kid_std" and "is_std".
 
     Args:
         names: of metrics.
-        made: features of the samples.
-        statistics: of the features of real images; None if no metric needs them.
-        features: of real images, (n, k); likewise.
+        made: features of the samples, with what these metrics need.
+        real: the reference, with features for those of ``WITH_FEATURES``; None if no metric needs one.
         device: where distances between all pairs are computed.
-
-    Raises:
-        ValueError: if something a metric needs is missing, naming the metric.
     """
     values: dict[str, float] = {}
-    if "fid" in names:
-        values["fid"] = frechet_between(made.moments.statistics(), _there(statistics, "fid", "a reference"))
     if "is" in names:
-        score = inception_score(_there(made.logits if made.logits.size else None, "is", "class scores of the samples"))
+        score = inception_score(made.logits)
         values |= {"is": score.mean, "is_std": score.std}
     if "label_accuracy" in names:
         values["label_accuracy"] = made.correct / len(made.index)
-    if "kid" in names:
-        distance = kernel_distance(_there(features, "kid", "features of the reference"), made.features)
-        values |= {"kid": distance.mean, "kid_std": distance.std}
-    if wanted := [name for name in names if name in MANIFOLD]:
-        real = _there(features, wanted[0], "features of the reference")
-        found = manifold_metrics(real, made.features, device=device)
-        values |= {name: getattr(found, name) for name in wanted}
+    if real is not None and "fid" in names:
+        values["fid"] = frechet_between(made.moments.statistics(), real.statistics)
+    if real is not None and real.features is not None:
+        if "kid" in names:
+            distance = kernel_distance(real.features, made.features)
+            values |= {"kid": distance.mean, "kid_std": distance.std}
+        if any(name in MANIFOLD for name in names):
+            values |= manifold_metrics(real.features, made.features, device=device)._asdict()
     # In the order of ``names``.
     return {key: values[key] for name in dict.fromkeys(names) for key in (name, f"{name}_std") if key in values}
-
-
-def _there(something: Needed | None, metric: str, description: str) -> Needed:
-    if something is None:
-        raise ValueError(f"metric {metric!r} needs {description}, which are not there")
-    return something

@@ -204,7 +204,7 @@ def test_labels_go_with_their_samples() -> None:
     real = torch.zeros(3, *SHAPE)
     _, rows = reconstruction_rows(made(by_label), real, noise_of(0, 3, SHAPE), y)
     torch.testing.assert_close(rows["steps"][0], y.view(-1, 1, 1, 1).expand_as(real).float())
-    noise, pair_labels = initial_noise(INFO, labels=y.tolist(), noises_per_label=2)
+    noise, pair_labels = initial_noise(made(None), labels=y.tolist(), noises_per_label=2)
     samples = interpolated_samples(made(by_label), noise, pair_labels, columns=3)
     torch.testing.assert_close(samples, y.view(-1, 1, 1, 1, 1).expand_as(samples).float())
 
@@ -229,7 +229,7 @@ def test_interpolation_ends_at_the_samples(steps: int) -> None:
         assert y is not None
         return torch.sin(x_t) + (t + d + y).view(-1, 1, 1, 1)
 
-    noise, y = initial_noise(INFO, count=3, noises_per_label=2, seed=4)
+    noise, y = initial_noise(made(None), count=3, noises_per_label=2, seed=4)
     assert y is not None
     assert torch.equal(noise, noise_of(4, 6, SHAPE))
     between = interpolated_samples(made(net), noise, y, columns=5, steps=steps)
@@ -377,7 +377,7 @@ def test_columns_show_the_states() -> None:
 
 def test_images_of_a_network() -> None:
     data = Gaussian.example(*SHAPE)
-    model, (_, y) = made(data.net()), initial_noise(INFO, labels=[3, 1])
+    model, (_, y) = made(data.net()), initial_noise(made(None), labels=[3, 1])
     noise, one = gaussian_noise(data, 2), torch.tensor([3])
     drawn = {
         "trajectory": x1_image(*trajectory_rows(model, noise, y, steps=4), y, title="A title."),
@@ -397,7 +397,7 @@ def test_images_of_a_network() -> None:
 
 
 def test_initial_noise() -> None:
-    noise, y = initial_noise(INFO, labels=[3, 1], seed=2)
+    noise, y = initial_noise(made(None), labels=[3, 1], seed=2)
     assert torch.equal(noise, noise_of(2, 2, SHAPE))
     assert y is not None
     assert y.tolist() == [3, 1]
@@ -410,11 +410,11 @@ def test_initial_noise() -> None:
         ({"count": 0}, "must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            initial_noise(INFO, **options)
+            initial_noise(made(None), **options)
     with pytest.raises(ValueError, match="trained without labels"):
-        initial_noise(DataInfo(SHAPE, None), labels=[1])
+        initial_noise(model_of(None, DataInfo(SHAPE, None)), labels=[1])
     with pytest.raises(ValueError, match=r"only images can be drawn.*\(16, 2\)"):
-        initial_noise(DataInfo((16, 2), None))
+        initial_noise(model_of(None, DataInfo((16, 2), None)))
 
 
 def tiny(folder: Path, *overrides: str) -> RunConfig:
