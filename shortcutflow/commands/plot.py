@@ -155,7 +155,7 @@ def reconstruction_command(
 
     model = _opened(out, run, weights, device)
     noise, y = initial_noise(model, count=count, seed=seed)
-    real = plots.some_data(_data(model, data), count, seed=seed)
+    real = _data(model, data).first(count, seed=seed)
     if y is not None:
         if real.y is None:
             raise ValueError(f"{model.name} was trained with labels and the data has none: give --data with labels")

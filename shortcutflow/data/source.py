@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
+from shortcutflow.conditions import select
 from shortcutflow.data.autoencoder import load_autoencoder
 from shortcutflow.data.manifest import LatentsInfo
 from shortcutflow.data.remote import is_url
@@ -17,6 +19,7 @@ from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.stream import BatchStream, ShardStream
 from shortcutflow.io.atomic import write_whole
 from shortcutflow.io.json import read_object
+from shortcutflow.types import Batch
 
 INFO_FILE = "data.json"
 """In a run's folder: a :class:`DataInfo`."""
@@ -116,6 +119,24 @@ class DataSource(BaseModel, ABC):
     def as_stored(self) -> Self:
         """The same samples without augmentation, read in this process; what plots and statistics open."""
         return self
+
+    def first(self, count: int, *, seed: int = 0) -> Batch:
+        """The first samples of the first epoch in a seed's order, as they are stored, the same in every process.
+
+        Raises:
+            ValueError: for a count below 1.
+        """
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
+        return self.as_stored().open_stream(batch_size=count, seed=seed).batch_at(0)
+
+    def one_epoch(self, *, batch_size: int = 512) -> Iterator[Batch]:
+        """Every sample once, as it is stored, always in the same order. Latents are those of one draw."""
+        stream = self.as_stored().open_stream(batch_size=batch_size, seed=0)
+        for start in range(0, stream.samples, batch_size):
+            batch, left = stream.batch_at(start), stream.samples - start
+            # The last batch goes on into the next epoch.
+            yield Batch(batch.data[:left], None if batch.y is None else select(batch.y, slice(left)), batch.keys[:left])
 
 
 class DataSettings(DataSource):

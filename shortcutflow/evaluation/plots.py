@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -12,14 +12,12 @@ from torch import Tensor
 
 from shortcutflow import sampling
 from shortcutflow.data.source import DataSource
-from shortcutflow.data.stream import BatchStream
 from shortcutflow.evaluation.generate import fresh_noise_of
 from shortcutflow.evaluation.sample_grid import image_grid, n_steps
 from shortcutflow.guidance import guided_velocity
 from shortcutflow.models.model import Model
 from shortcutflow.path import expand_to, interpolate
 from shortcutflow.schedule import levels_of
-from shortcutflow.types import Batch
 
 TRAJECTORY_TITLE = (
     "x_t: the states. flow: x_t + (1 - t) s(x_t, t, 0), the mean of the data that x_t may become. "
@@ -303,11 +301,11 @@ def nearest_neighbours(
     return distance, position
 
 
-def neighbours_in_data(settings: DataSource, samples: Tensor, k: int) -> tuple[Tensor, Tensor, float]:
+def neighbours_in_data(source: DataSource, samples: Tensor, k: int) -> tuple[Tensor, Tensor, float]:
     """The nearest training samples of generated ones, and how near training samples are to each other.
 
     Args:
-        settings: of the data, which is read twice.
+        source: of the data, which is read twice.
         samples: (n, *shape).
         k: how many neighbours.
 
@@ -315,11 +313,11 @@ def neighbours_in_data(settings: DataSource, samples: Tensor, k: int) -> tuple[T
         Distances (n, k) as of :func:`nearest_neighbours`, the neighbours (n, k, *shape), and the mean distance of
         training samples to the nearest other one.
     """
-    distance, position = nearest_neighbours(samples.float().cpu(), (batch.data for batch in all_data(settings)), k)
-    one_by_one = _stream(settings, batch_size=1, seed=0)
+    distance, position = nearest_neighbours(samples.float().cpu(), (batch.data for batch in source.one_epoch()), k)
+    one_by_one = source.as_stored().open_stream(batch_size=1, seed=0)
     found = torch.cat([one_by_one.batch_at(int(place)).data for place in position.flatten()])
-    some = next(all_data(settings, batch_size=max(COMPARED, len(samples)))).data
-    among, _ = nearest_neighbours(some, (batch.data for batch in all_data(settings)), 1, exclude_itself=True)
+    some = next(source.one_epoch(batch_size=max(COMPARED, len(samples)))).data
+    among, _ = nearest_neighbours(some, (batch.data for batch in source.one_epoch()), 1, exclude_itself=True)
     return distance, found.unflatten(0, (len(samples), k)), float(among.mean())
 
 
@@ -336,30 +334,6 @@ def neighbours_image(images: Tensor, distance: Tensor, y: Tensor | None, *, titl
     titles = [f"{label}\n{nearest:.3f}".strip() for label, nearest in zip(_names(y, n), distance[:, 0], strict=True)]
     columns = ["sample", *(f"no. {i + 1}" for i in range(k))]
     return image_grid(list(images), titles, column_titles=columns, title=title, cell=64)
-
-
-def some_data(settings: DataSource, count: int, *, seed: int = 0) -> Batch:
-    """The first samples of the first epoch in a seed's order, not mirrored, the same in every process.
-
-    Raises:
-        ValueError: for a count below 1.
-    """
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
-    return _stream(settings, batch_size=count, seed=seed).batch_at(0)
-
-
-def all_data(settings: DataSource, *, batch_size: int = 512) -> Iterator[Batch]:
-    """Every sample once, not mirrored, in batches; always in the same order. Latents are those of one draw."""
-    stream = _stream(settings, batch_size=batch_size, seed=0)
-    for start in range(0, stream.samples, batch_size):
-        batch, left = stream.batch_at(start), stream.samples - start
-        # The last batch goes on into the next epoch.
-        yield Batch(batch.data[:left], None if batch.y is None else batch.y[:left], batch.keys[:left])
-
-
-def _stream(settings: DataSource, *, batch_size: int, seed: int) -> BatchStream:
-    return settings.as_stored().open_stream(batch_size=batch_size, seed=seed)
 
 
 def _names(y: Tensor | None, n: int) -> Sequence[str]:

@@ -61,7 +61,7 @@ def visualize(
     described = config_of_run(config, info, weights=config.sample_weights, step=None)
     model = Model(network, described, config.sample_weights, grid.parent, config.name)
     noise, labels = initial_noise(model, count=SAMPLES, seed=config.seed)
-    real = plots.some_data(config.data, RECONSTRUCTIONS, seed=config.seed)
+    real = config.data.first(RECONSTRUCTIONS, seed=config.seed)
     y = None if real.y is None else real.y.to(device)
     ends, pair_labels = initial_noise(model, count=PAIRS, noises_per_label=2, seed=config.seed)
     with _eval_mode(network, device, bfloat16=config.training.precision == "bfloat16"):

@@ -28,7 +28,6 @@ from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.source import DataInfo
 from shortcutflow.data.stream import BatchStream
 from shortcutflow.data.webdataset import WebdatasetData, expand
-from shortcutflow.evaluation.plots import all_data
 from shortcutflow.evaluation.real_images import open_images
 from tests.data.test_remote import Server
 from tests.data.test_remote_commands import fake_command
@@ -115,7 +114,7 @@ def test_each_sample_is_what_webdataset_reads(
         there[sample["__key__"]] = (sample["jpg" if "jpg" in sample else "v1.jpg"], label)
     assert len(there) == SAMPLES
     seen = {}
-    for batch in all_data(data):
+    for batch in data.one_epoch():
         for row, key in enumerate(batch.keys[: len(batch.data)]):
             content, label = there[key]
             due = np.moveaxis(np.asarray(to_square(read_image(content), 4, "released")), -1, 0)

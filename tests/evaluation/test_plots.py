@@ -21,7 +21,6 @@ from shortcutflow.evaluation.decode import ImageDecoder
 from shortcutflow.evaluation.evaluate import training_images
 from shortcutflow.evaluation.generate import fresh_noise_of, generate, initial_noise, noise_of
 from shortcutflow.evaluation.plots import (
-    all_data,
     interpolate_noise,
     interpolated_samples,
     interpolation_image,
@@ -29,7 +28,6 @@ from shortcutflow.evaluation.plots import (
     neighbours_image,
     neighbours_in_data,
     reconstruction_rows,
-    some_data,
     trajectory_rows,
     x1_image,
     x1_predictions,
@@ -279,14 +277,14 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> DigitsData:
     return DigitsData(folder=tmp_path_factory.mktemp("data") / "digits")
 
 
-def test_all_data_comes_once(digits: DigitsData) -> None:
-    blocks = list(all_data(digits, batch_size=500))
+def test_an_epoch_has_every_sample_once(digits: DigitsData) -> None:
+    blocks = list(digits.one_epoch(batch_size=500))
     assert [len(block.data) for block in blocks] == [500, 500, 500, 297]
     keys = [key for block in blocks for key in block.keys]
     assert len(set(keys)) == len(keys) == 1797
     assert torch.cat([block.data for block in blocks]).aminmax() == (-1, 1)
-    some = some_data(digits, 4, seed=3)
-    assert some.keys == some_data(digits, 4, seed=3).keys != some_data(digits, 4, seed=4).keys
+    some = digits.first(4, seed=3)
+    assert some.keys == digits.first(4, seed=3).keys != digits.first(4, seed=4).keys
 
 
 class TenNumbers:
@@ -322,14 +320,14 @@ class Foreign(DataSource):
 
 def test_a_foreign_stream_is_drawn_and_its_reference_must_be_named() -> None:
     data = Foreign()
-    assert some_data(data, 3, seed=2).keys == ("2", "3", "4")
-    assert [key for block in all_data(data, batch_size=4) for key in block.keys] == [str(i) for i in range(10)]
+    assert data.first(3, seed=2).keys == ("2", "3", "4")
+    assert [key for block in data.one_epoch(batch_size=4) for key in block.keys] == [str(i) for i in range(10)]
     with pytest.raises(ValueError, match="'foreign', which is a stream and no folder of shards: name images or"):
         training_images(Sampler(plain_model(data=data)))
 
 
 def test_a_copied_digit_is_found(digits: DigitsData) -> None:
-    real = some_data(digits, 3, seed=1)
+    real = digits.first(3, seed=1)
     samples = torch.cat([real.data, noise_of(0, 2, (1, 8, 8))])
     distance, found, among_data = neighbours_in_data(digits, samples, 2)
     assert distance[:3, 0].tolist() == [0, 0, 0]

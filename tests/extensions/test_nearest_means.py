@@ -15,7 +15,6 @@ from shortcutflow.config import EvaluationSettings, RunConfig
 from shortcutflow.data.digits import DigitsData
 from shortcutflow.data.source import DataInfo, DataSource
 from shortcutflow.evaluation.generate import generate, labels_of, noise_of
-from shortcutflow.evaluation.plots import all_data
 from shortcutflow.launch import Options, run_recipe
 from shortcutflow.models.model import Model
 from tests.evaluation.evaluating import model_of
@@ -56,7 +55,7 @@ class NearestMeans(EvaluationSettings):
 def class_means(data: DataSource, classes: int) -> Tensor:
     """Of the real samples, (classes, values of a sample)."""
     sums, counts = torch.zeros(classes, 1), torch.zeros(classes, 1)
-    for batch in all_data(data, batch_size=512):
+    for batch in data.one_epoch(batch_size=512):
         chosen = torch.nn.functional.one_hot(batch.y, classes).float().T
         sums, counts = sums + chosen @ batch.data.flatten(1), counts + chosen.sum(1, keepdim=True)
     return sums / counts
@@ -86,7 +85,7 @@ def test_a_run_that_names_it_is_measured_by_it(tmp_path: Path, installed: None, 
 
 def test_it_tells_digits_from_noise(tmp_path: Path) -> None:
     data = DigitsData(folder=tmp_path / "digits")
-    real = next(all_data(data, batch_size=1797))
+    real = next(data.one_epoch(batch_size=1797))
     of_class = [real.data[real.y == label] for label in range(10)]
 
     def digits(x_t: Tensor, t: Tensor, d: Tensor, y: Tensor) -> Tensor:
