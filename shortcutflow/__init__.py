@@ -8,7 +8,7 @@ from shortcutflow.objectives.flow_matching import FlowMatchingObjective
 from shortcutflow.objectives.objective import Context, Draw, Objective
 from shortcutflow.objectives.shortcut import ShortcutObjective
 from shortcutflow.old_names import renamed_attribute
-from shortcutflow.sampling import Trajectory, draw_noise, sample, trajectory
+from shortcutflow.sampling import Trajectory, draw_noise, invert, sample, trajectory
 from shortcutflow.types import Batch, BatchSlice, LossReport, Network, Targets
 
 __version__ = "0.1.0"
@@ -29,6 +29,7 @@ __all__ = [
     "Trajectory",
     "__version__",
     "draw_noise",
+    "invert",
     "load",
     "sample",
     "trajectory",

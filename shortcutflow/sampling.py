@@ -1,4 +1,4 @@
-"""Sampling: steps of any sizes from noise to data (the paper's Algorithm 2), and the samplers of the baselines."""
+"""Sampling: steps of any sizes from noise to data (the paper's Algorithm 2), baselines' samplers, and the way back."""
 
 from __future__ import annotations
 
@@ -124,6 +124,48 @@ def trajectory(
         states.append(state)
     # Copied without a wait for the device.
     return Trajectory(torch.tensor(times).to(x_t.device, non_blocking=True), torch.stack(states))
+
+
+@torch.no_grad()
+def invert(
+    net: Network,
+    data: Tensor,
+    y: Condition = None,
+    *,
+    steps: int = 128,
+    guidance_scale: float = 1.0,
+    null_y: NullCondition = None,
+) -> Tensor:
+    """The noise that data comes from, back along the flow: x_{t-d} = x_t - d s(x_t, t - d, 0) with d = 1/steps.
+
+    Sampling from that noise gives the data again, to first order in 1/steps. Small steps are needed: a shortcut starts
+    at its earlier end, where the way back arrives. The network is called at the times of sampling, known from training.
+
+    >>> noise = invert(net, images, labels, steps=256)
+    >>> again = sample(net, noise, labels, steps=256)
+
+    Args:
+        net: a network that knows the flow: any but one of consistency training or distillation.
+        data: x_1, (b, *shape), converted to the precision of a float32 network.
+        y, guidance_scale, null_y: see :func:`sample`.
+        steps: how many, each one call of the network.
+
+    Returns:
+        x_0, (b, *shape).
+
+    Raises:
+        ValueError: for steps below 1, shapes that do not fit, or guidance without a condition or null_y.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    x_t = as_state(net, data)
+    check_state(x_t, torch.empty(len(x_t)), what="data")
+    y = as_condition(y, x_t.device)
+    check_rows(y, len(x_t))
+    guided = _Guided(net, y, guidance_scale, null_y, finest_steps=steps, flow_only=True, sampler="euler")
+    for i in reversed(range(steps)):
+        x_t = x_t - guided.velocity(x_t, i / steps, 0.0) / steps
+    return x_t
 
 
 def _start(net: Network, noise: Tensor | Sequence[int], generator: Generator | None) -> Tensor:

@@ -228,6 +228,25 @@ def test_following_the_flow_is_a_method_of_first_order(generator: torch.Generato
     assert order_of_sampler(flipped, generator) < 0.5
 
 
+def orders_of_inversion(wrong: Wrong, generator: torch.Generator) -> tuple[float, float]:
+    """The orders in 1/N of the noise that data comes from, and of the data that this noise gives again."""
+    data = GAUSSIAN.draw(64, generator)
+    exact = GAUSSIAN.flow_map(data, torch.ones(64), torch.zeros(64))
+    budgets, net = [2**k for k in range(5, 9)], GAUSSIAN.net()
+    noises = [sf.invert(wrong(net), data, steps=n) for n in budgets]
+    ends = [sf.sample(net, noise, steps=n, flow_only=True) for n, noise in zip(budgets, noises, strict=True)]
+    sizes = [1 / n for n in budgets]
+    noise_errors = [float((noise - exact).abs().mean()) for noise in noises]
+    return order_of(sizes, noise_errors), order_of(sizes, [float((end - data).abs().mean()) for end in ends])
+
+
+def test_data_goes_back_to_its_noise_and_round_at_first_order(generator: torch.Generator) -> None:
+    for order in orders_of_inversion(lambda net: net, generator):
+        assert order == pytest.approx(1, abs=0.15)
+    for wrong in (reversed_time, flipped):
+        assert max(orders_of_inversion(wrong, generator)) < 0.5
+
+
 # ---- gradients
 
 

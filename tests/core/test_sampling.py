@@ -281,3 +281,38 @@ def test_network_of_another_shape(output: Callable[[Tensor], Tensor]) -> None:
     shapes = f"(5, 3), not {tuple(output(noise).shape)}"
     with pytest.raises(ValueError, match=re.escape(shapes)):
         sf.sample(lambda x, t, d, y: output(x), noise)
+
+
+# ---- the way back
+
+
+def test_inversion_calls_the_network_at_the_times_of_sampling_with_the_flow() -> None:
+    there, back = Recorder(affine), Recorder(affine)
+    data = sf.sample(there, noise_of(5, 3), steps=200, flow_only=True)
+    noise = sf.invert(back, data, steps=200)
+    assert noise.shape == data.shape
+    assert [call.t.tolist() for call in back.calls] == [call.t.tolist() for call in reversed(there.calls)]
+    assert all((call.d == 0).all() and not call.with_gradient for call in back.calls)
+
+
+def test_inversion_is_guided_as_sampling_is() -> None:
+    data, y = noise_of(5, 3), torch.arange(5)
+    guided = sf.invert(affine, data, y, steps=1, guidance_scale=2, null_y=9)
+    v = 2 * affine(data, torch.zeros(5), torch.zeros(5), y) - affine(data, torch.zeros(5), torch.zeros(5), y * 0 + 9)
+    torch.testing.assert_close(guided, data - v)
+    assert not torch.allclose(sf.invert(affine, data, y, steps=1), guided)
+
+
+@pytest.mark.parametrize(
+    ("data", "y", "options", "message"),
+    [
+        (torch.zeros(5, 3), None, {"steps": 0}, "steps must be at least 1, got 0"),
+        (torch.zeros(5), None, {}, "data must be a float tensor"),
+        (torch.zeros(5, 3), torch.arange(4), {}, "4"),
+        (torch.zeros(5, 3), torch.arange(5), {"guidance_scale": 2}, "null_y"),
+    ],
+    ids=["steps", "shape", "labels", "null"],
+)
+def test_inversions_that_are_refused(data: Tensor, y: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sf.invert(affine, data, y, **options)
