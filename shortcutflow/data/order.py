@@ -9,10 +9,9 @@ batches mix other samples in each epoch.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,8 +19,6 @@ from shortcutflow.seeds import seed_for
 
 SHARDS_TOGETHER = 8
 """In a block at most; more mix better, and a remote folder's must all be fetched before the first batch."""
-Key = TypeVar("Key")
-Value = TypeVar("Value")
 
 
 class Block(NamedTuple):
@@ -52,8 +49,8 @@ class EpochOrder:
     def __init__(self, sizes: Sequence[int], *, seed: int, shuffle_buffer: int | None = None) -> None:
         self._sizes, self._seed, self._buffer = np.array(sizes, dtype=np.int64), seed, shuffle_buffer
         self.samples = int(self._sizes.sum())
-        self._epochs: OrderedDict[int, tuple[np.ndarray, list[tuple[int, int, int]]]] = OrderedDict()
-        self._blocks: OrderedDict[tuple[int, int], Block] = OrderedDict()
+        self._epochs: dict[int, tuple[np.ndarray, list[tuple[int, int, int]]]] = {}
+        self._blocks: dict[tuple[int, int], Block] = {}
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The samples at positions (b,), counted from the start of training.
@@ -83,8 +80,8 @@ class EpochOrder:
         key = (epoch, number)
         if key not in self._blocks:
             start, begin, end = bounds[number]
-            self._blocks[key] = self._shuffled_block(epoch, number, start, shards[begin:end])
-        return _kept(self._blocks, key, most=4)
+            _keep(self._blocks, key, self._shuffled_block(epoch, number, start, shards[begin:end]), most=4)
+        return self._blocks[key]
 
     def block_after(self, epoch: int, block: Block) -> Block:
         """The next block, perhaps of the next epoch."""
@@ -97,8 +94,8 @@ class EpochOrder:
             shards = np.random.default_rng(seed_for(self._seed, "shards", step=epoch)).permutation(len(self._sizes))
             places = np.cumsum([0, *self._sizes[shards]]).tolist()
             ends = self._ends(places)
-            self._epochs[epoch] = shards, [(places[i], i, j) for i, j in pairwise([0, *ends])]
-        return _kept(self._epochs, epoch, most=2)
+            _keep(self._epochs, epoch, (shards, [(places[i], i, j) for i, j in pairwise([0, *ends])]), most=2)
+        return self._epochs[epoch]
 
     def _ends(self, places: list[int]) -> list[int]:
         """How many of an epoch's shards come up to the end of each block."""
@@ -120,9 +117,8 @@ class EpochOrder:
         return Block(start, shards, order.permutation(samples))
 
 
-def _kept(cache: OrderedDict[Key, Value], key: Key, *, most: int) -> Value:
-    """The value of a key, which becomes the last to be forgotten."""
-    cache.move_to_end(key)
-    while len(cache) > most:
-        cache.popitem(last=False)
-    return cache[key]
+def _keep(cache: dict[Any, Any], key: object, value: object, *, most: int) -> None:
+    """Add a value; the first of more is forgotten."""
+    cache[key] = value
+    if len(cache) > most:
+        del cache[next(iter(cache))]

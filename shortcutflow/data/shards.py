@@ -13,8 +13,8 @@ import math
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -136,24 +136,19 @@ def write_shard(path: Path, samples: Iterable[EncodedSample | Skipped]) -> Writt
 
     skipped: list[Skipped] = []
     rows: list[IndexRow] = []
-    size, sha256 = 0, ""
-
-    def usable() -> Iterator[EncodedSample]:
-        for sample in samples:
-            if isinstance(sample, Skipped):
-                skipped.append(sample)
-            else:
-                yield sample
-
-    remaining = usable()
-    if (first := next(remaining, None)) is not None:
-        with atomic_file(path) as unfinished, unfinished.open("w+b") as file:
-            # Time 0, and no name of an owner: the same samples make the same bytes.
-            with TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as tar:
-                rows = [_add_sample(tar, sample) for sample in chain((first,), remaining)]
-            size = file.seek(0, os.SEEK_END)
-            file.seek(0)
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    with atomic_file(path) as unfinished, unfinished.open("w+b") as file:
+        # Time 0, and no name of an owner: the same samples make the same bytes.
+        with TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as tar:
+            for sample in samples:
+                if isinstance(sample, Skipped):
+                    skipped.append(sample)
+                else:
+                    rows.append(_add_sample(tar, sample))
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if not rows:
+        path.unlink()
     entry = write_index(
         path.with_suffix(".index"), rows, name=path.name, size=size, sha256=sha256,
         skipped=[tuple(item) for item in skipped],

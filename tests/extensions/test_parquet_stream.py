@@ -62,10 +62,10 @@ class ParquetStream:
         return self._batch(self._from(position))
 
     def state_dict(self) -> dict[str, int]:
-        return {"position": self._position}
+        return {"samples_seen": self._position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._position, self._coming = state["position"], self._from(state["position"])
+        self._position, self._coming = state["samples_seen"], self._from(state["samples_seen"])
 
     def _from(self, position: int) -> Iterator[dict[str, Any]]:
         for epoch in count(position // self.samples):
@@ -102,7 +102,7 @@ def test_each_row_once_an_epoch_and_exact_positions(data: ParquetStreamData) -> 
     for number in (0, 5, 28, 40):  # the 28th runs over the end of the first epoch
         assert torch.equal(stream.batch_at(64 * number).data, batches[number].data)
         share = data.open_stream(batch_size=64, seed=3, rank=1, world_size=2)
-        share.load_state_dict({"position": 64 * number})
+        share.load_state_dict({"samples_seen": 64 * number})
         assert torch.equal(next(share).data, batches[number].data[1::2])
         assert torch.equal(next(share).y, batches[number + 1].y[1::2])
 
