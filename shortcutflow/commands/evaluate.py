@@ -7,15 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
+from shortcutflow.commands.options import WHICH, Device, GuidanceScale, Weights
 from shortcutflow.schedule import DEFAULT_STEPS
 
 STEPS, METRICS, SAMPLES, BATCH_SIZE = DEFAULT_STEPS, ("fid",), 50_000, 250
 
 
 def evaluate_command(
-    model: Annotated[
-        str | None, typer.Argument(help="A run's or model's folder, a folder of runs (the newest), or a hub id.")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(help=WHICH)] = None,
     steps: Annotated[list[int] | None, typer.Option(help="Numbers of steps. [default: 1 2 4 128]")] = None,
     metrics: Annotated[
         list[str] | None,
@@ -36,14 +35,12 @@ def evaluate_command(
     ] = None,
     samples: Annotated[int, typer.Option(help="Samples for each number of steps.")] = SAMPLES,
     batch_size: Annotated[int, typer.Option(help="Samples at once.")] = BATCH_SIZE,
-    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0,
-    weights: Annotated[
-        str | None, typer.Option(help="An EMA's name, 'current', or a .safetensors file. [default: the run's]")
-    ] = None,
+    guidance_scale: GuidanceScale = 1.0,
+    weights: Weights = None,
     seed: Annotated[int, typer.Option(help="Of the noise; the same for every number of steps.")] = 0,
     precision: Annotated[str, typer.Option(help="Of the network: float32 or bfloat16.")] = "float32",
     vae: Annotated[str | None, typer.Option(help="Autoencoder of latents. [default: the one they came from]")] = None,
-    device: Annotated[str | None, typer.Option(help="[default: a GPU if there is one]")] = None,
+    device: Device = None,
     save_images: Annotated[Path | None, typer.Option(help="Save the samples in this folder too, as PNG.")] = None,
     keep_features: Annotated[bool, typer.Option("--keep-features", help="For more metrics later.")] = False,
     out: Annotated[

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from shortcutflow.commands.options import Device, GuidanceScale, Labels, Place, Weights
 from shortcutflow.data.source import DataSource, ShardsData
 from shortcutflow.io.atomic import require_place
 
@@ -18,15 +19,8 @@ if TYPE_CHECKING:
 
     from shortcutflow.models.model import Model
 
-Source = Annotated[str, typer.Argument(help="A run's or model's folder, a folder of runs (the newest), or a hub id.")]
-Labels = Annotated[list[int] | None, typer.Option(help="A label a sample. [default: all in turn]")]
 Seed = Annotated[int, typer.Option(help="Of the noise: the samples are those of shortcutflow sample.")]
-GuidanceScale = Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")]
-Weights = Annotated[
-    str | None, typer.Option(help="An EMA's name, 'current', or a .safetensors file. [default: the run's]")
-]
 Data = Annotated[Path | None, typer.Option(help="Folder of prepared shards. [default: what the run was trained on]")]
-Device = Annotated[str | None, typer.Option(help="[default: a GPU if there is one]")]
 Out = Annotated[Path, typer.Option(help="The image to write (PNG).")]
 
 plot_app = typer.Typer(
@@ -52,7 +46,7 @@ def quality_command(
 
 @plot_app.command("trajectory")
 def trajectory_command(
-    run: Source,
+    run: Place,
     steps: Annotated[int, typer.Option(help="Of the sampler.")] = 8,
     columns: Annotated[int, typer.Option(help="At most so many of its states.")] = 9,
     labels: Labels = None,
@@ -78,7 +72,7 @@ def trajectory_command(
 
 @plot_app.command("interpolation")
 def interpolation_command(
-    run: Source,
+    run: Place,
     steps: Annotated[list[int] | None, typer.Option(help="Numbers of steps, a row each. [default: 1]")] = None,
     pairs: Annotated[int | None, typer.Option(help="Of noises, where no labels are given. [default: 4]")] = None,
     columns: Annotated[int, typer.Option(help="Samples from one noise to the other, with both.")] = 9,
@@ -106,7 +100,7 @@ def interpolation_command(
 
 @plot_app.command("neighbours")
 def neighbours_command(
-    run: Source,
+    run: Place,
     steps: Annotated[int, typer.Option(help="Of the sampler.")] = 1,
     nearest: Annotated[int, typer.Option(help="Neighbours a sample.")] = 5,
     labels: Labels = None,
@@ -140,7 +134,7 @@ def neighbours_command(
 
 @plot_app.command("reconstruction")
 def reconstruction_command(
-    run: Source,
+    run: Place,
     count: Annotated[int, typer.Option(help="Real samples.")] = 4,
     out: Out = Path("reconstruction.png"),
     seed: Seed = 0,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import shortcutflow
+from shortcutflow.commands.options import Device, GuidanceScale, Labels, Place, Weights
 from shortcutflow.commands.recipes import DryRun, ObjectiveName, Overrides, Resume, RunDir, Smoke, load_recipe
 from shortcutflow.config import RunConfig
 from shortcutflow.io.atomic import atomic_file, require_place
@@ -29,19 +30,15 @@ def train_command(
 
 
 def sample_command(
-    model: Annotated[
-        str, typer.Argument(help="A run's or model's folder, a folder of runs (the newest is taken), or a hub id.")
-    ],
+    model: Place,
     steps: Annotated[list[int] | None, typer.Option(help="Numbers of steps, a row each. [default: 1 2 4 128]")] = None,
-    labels: Annotated[list[int] | None, typer.Option(help="A label a sample. [default: all in turn]")] = None,
+    labels: Labels = None,
     count: Annotated[int | None, typer.Option(help="Samples a row, where no labels are given. [default: 10]")] = None,
     out: Annotated[Path, typer.Option(help="The image to write (PNG).")] = Path("samples.png"),
     seed: Annotated[int, typer.Option(help="Of the noise, the same in each row.")] = 0,
-    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.0,
-    weights: Annotated[
-        str | None, typer.Option(help="An EMA's name, 'current', or a .safetensors file. [default: the run's]")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="[default: a GPU if there is one]")] = None,
+    guidance_scale: GuidanceScale = 1.0,
+    weights: Weights = None,
+    device: Device = None,
 ) -> None:
     """Sample a run or a model with several numbers of steps into one image."""
     from shortcutflow.distributed import Rank
