@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -142,9 +141,7 @@ def save_pngs(pixels: np.ndarray, folder: Path, first: int) -> None:
     from PIL import Image
 
     for i, image in enumerate(pixels, start=first):
-        out = io.BytesIO()
-        Image.fromarray(image).save(out, "PNG")
-        png_path(folder, i).write_bytes(out.getvalue())
+        Image.fromarray(image).save(png_path(folder, i))
 
 
 def png_path(folder: Path, index: int) -> Path:

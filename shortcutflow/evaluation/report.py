@@ -50,9 +50,9 @@ def report_of(
     """
     model, vae, classes = sampler.model, sampler.autoencoder, sampler.model.num_classes
     metrics = [name for name in rows[0]["values"] if name in METRICS]
-    return {
-        "format": "shortcutflow-evaluation",
-        "subject": _subject_of(model) | model.identity,
+    facts = _facts_of(model, sampler.seed)
+    return facts | {
+        "subject": facts["subject"] | model.identity,
         "protocol": {
             "name": protocol.name, "description": protocol.description, "extractor": protocol.extractor.name,
         },
@@ -61,7 +61,6 @@ def report_of(
         ),
         "metrics": {name: METRICS[name] for name in metrics},
         "samples": samples,
-        "seed": sampler.seed,
         "labels": "none" if classes is None else f"in turn: sample i has label i mod {classes}",
         "guidance_scale": sampler.guidance_scale,
         **model.sampler_options(),
@@ -75,18 +74,23 @@ def report_of(
         "rows": list(rows),
         "seconds": dict(seconds),
         "processes": processes,
+    }  # fmt: skip
+
+
+def _facts_of(model: Model, seed: int) -> dict[str, Any]:
+    """What every report says: which weights, which seed, where and when."""
+    return {
+        "format": "shortcutflow-evaluation",
+        "subject": {
+            "name": model.name, "folder": str(model.folder), "weights": model.weights, "step": model.config.step,
+        },
+        "seed": seed,
         "device": _device_name(model.device),
         "versions": {
             "shortcutflow": shortcutflow.__version__, "torch": torch.__version__, "numpy": np.__version__,
             "python": platform.python_version(),
         },
         "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
-
-
-def _subject_of(model: Model) -> dict[str, Any]:
-    return {
-        "name": model.name, "folder": str(model.folder), "weights": model.weights, "step": model.config.step,
     }  # fmt: skip
 
 
@@ -100,14 +104,7 @@ def finish_report(measured: Mapping[str, Any], model: Model, config: RunConfig) 
     """What a run's own evaluation found, with what it takes to repeat it; written into the run's folder."""
     settings = config.evaluation
     assert settings is not None
-    report = {
-        "format": "shortcutflow-evaluation",
-        "subject": _subject_of(model),
-        "seed": config.seed,
-        "evaluation": settings.model_dump(mode="json"),
-        "versions": {"shortcutflow": shortcutflow.__version__, "torch": torch.__version__},
-        **measured,
-    }
+    report = _facts_of(model, config.seed) | {"evaluation": settings.model_dump(mode="json"), **measured}
     write_report(report, report_path(model.folder, getattr(settings, "protocol", settings.kind)))
     return report
 

@@ -77,6 +77,21 @@ def test_weights_by_name(tmp_path: Path) -> None:
     assert not by_default.network.training
 
 
+def test_weights_of_a_file(run: Path, tmp_path: Path) -> None:
+    """An EMA of another width, as ``shortcutflow average`` writes it, for a model and for a run."""
+    folder = model_in(tmp_path / "m")
+    for place, expected in ((folder, sf.load(folder, weights="current")), (run, sf.load(run, weights="current"))):
+        file = tmp_path / f"{place.name}-0.1.safetensors"
+        save_file(expected.network.state_dict(), file, metadata={"step": "7"})
+        model = sf.load(place, weights=str(file))
+        assert (model.weights, model.config.step) == (f"{place.name}_0_1", 7)
+        model.save(tmp_path / f"saved-{place.name}")
+        again = sf.load(tmp_path / f"saved-{place.name}", weights=model.weights)
+        for each in (model, again):
+            state = each.network.state_dict()
+            assert all(torch.equal(state[name], t) for name, t in expected.network.state_dict().items())
+
+
 def test_samples_as_the_sampler(tmp_path: Path) -> None:
     """The model hands its null condition, finest steps and kind of training to the sampler."""
     folder = model_in(tmp_path / "m", finest_steps=32, flow_only=True)
