@@ -73,11 +73,11 @@ def sample(
         steps: a number of steps, or step sizes that add up to 1; see :func:`shortcutflow.schedule.step_sizes`.
         guidance_scale: s_null + scale (s_y - s_null); 1 is none, 0 the null condition alone.
         null_y: the null condition, for guidance.
-        finest_steps: M of the training; finer steps follow the flow.
+        finest_steps: M of the training; finer steps follow the flow, which the network knows as d = 1/M.
         flow_only: give the network d = 0 at every step, for networks trained by flow matching.
         sampler: how a step is made and which step size d_cond the network is given:
 
-            * "euler": x_{t+d} = x_t + d s, d_cond = d;
+            * "euler": x_{t+d} = x_t + d s, d_cond = d, at least 1/M;
             * "consistency": jump to the end x_t + (1 - t) s, d_cond = 1 - t, and go back to t + d by adding noise;
             * "live_reflow": as "euler", but d_cond = 1, which stands for the straightened flow, if there are fewer than
               M steps.
@@ -193,7 +193,10 @@ class _Guided(NamedTuple):
             return 0.0
         if self.sampler == "consistency":
             return 1 - t
-        return 1.0 if self.sampler == "live_reflow" and steps < self.finest_steps else size
+        if self.sampler == "live_reflow" and steps < self.finest_steps:
+            return 1.0
+        # A finer step follows the flow, which training names 1/M.
+        return max(size, 1 / self.finest_steps)
 
     def velocity(self, x_t: Tensor, t: float, d_cond: float) -> Tensor:
         """s(x_t, t, d_cond, y), guided."""
