@@ -6,9 +6,9 @@
 
 (Not called backbones.py: beside the other benchmarks it would hide the package of that name from them.)
 
-A run is `recipes/digits.py` with another backbone, of about the DiT's size, for as many steps as cost what the DiT's
-2,500 steps cost. Milliseconds are medians of rounds in which the families take turns: forward of a batch of 64, and a
-training step (targets, forward, backward, gradient norm, AdamW, average).
+A run is the recipe ``digits_paper`` with another backbone, of about the DiT's size, for as many steps as cost what the
+DiT's 2,500 steps cost. Milliseconds are medians of rounds in which the families take turns: forward of a batch of 64,
+and a training step (targets, forward, backward, gradient norm, AdamW, average).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import shortcutflow as sf
 from benchmarks.recipe_run import run_recipe
 from benchmarks.record import put_into_readme, write_result
 from benchmarks.train_step import Step, seconds_of
-from recipes.digits import recipe
+from recipes.digits import paper_recipe as recipe
 from shortcutflow.optim import OptimizerConfig
 
 START, END = "<!-- families table: benchmarks/families.py writes it -->", "<!-- end of families table -->"
@@ -91,7 +91,7 @@ def train(family: str, seed: int, folder: Path, threads: int) -> dict[str, Any]:
         f"seed={seed}", f"backbone.name={family}", f"backbone.options={json.dumps(DIGITS_SIZED[family])}",
         f"training.steps={steps_of(family)}", f"evaluation.steps={list(BUDGETS)}",
     ]  # fmt: skip
-    trained = run_recipe("digits", folder / f"{family}-{seed}", overrides, threads=threads)
+    trained = run_recipe("digits_paper", folder / f"{family}-{seed}", overrides, threads=threads)
     quality = {str(row["steps"]): row for row in trained.rows}
     told = ", ".join(f"{n} steps: {row['fid']:.2f}" for n, row in quality.items())
     print(f"{family}, seed {seed}: {told}", flush=True)

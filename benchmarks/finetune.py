@@ -3,9 +3,9 @@
     python benchmarks/finetune.py --jobs 2            # prints the table of docs/checkpoints.md
     python benchmarks/finetune.py --jobs 2 --write    # and writes it there and into benchmarks/results/
 
-The flow is `recipes/digits.py` with ``objective.kind=flow_matching``, 2,500 steps, which are not counted: the question
-is what to do with a flow that is there. Each of the others gets the compute of so many steps of the recipe (forward and
-backward passes, and targets; benchmarks/compute.py), a schedule of its own, and the same random numbers.
+The flow is the recipe ``digits_paper`` with ``objective.kind=flow_matching``, 2,500 steps, which are not counted: the
+question is what to do with a flow that is there. Each of the others gets the compute of so many steps of the recipe (forward
+and backward passes, and targets; benchmarks/compute.py), a schedule of its own, and the same random numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: a 
 from benchmarks.compute import evaluations_a_step
 from benchmarks.recipe_run import run_recipe
 from benchmarks.record import put_into_readme, write_result
-from recipes.digits import recipe
+from recipes.digits import paper_recipe as recipe
 from shortcutflow.config import with_overrides
 
 START, END = "<!-- fine-tuning table: benchmarks/finetune.py writes it -->", "<!-- end of fine-tuning table -->"
@@ -53,7 +53,7 @@ def measure(way: str, length: int, seed: int, folder: Path, threads: int) -> dic
     """One run from the seed's flow, or from scratch."""
     overrides = overrides_of(way, length, seed, folder / f"flow-{seed}")
     name = f"{way.replace(' ', '-').replace(',', '')}-{length}-{seed}"
-    trained = run_recipe("digits", folder / name, overrides, threads=threads)
+    trained = run_recipe("digits_paper", folder / name, overrides, threads=threads)
     quality = {str(row["steps"]): row for row in trained.rows}
     print(f"{way}, {length} steps' compute, seed {seed}: one step {quality['1']['fid']:.2f}", flush=True)
     steps = int(overrides[-1].partition("=")[2])
@@ -62,7 +62,9 @@ def measure(way: str, length: int, seed: int, folder: Path, threads: int) -> dic
 
 def train_flow(seed: int, folder: Path, threads: int) -> None:
     """The flow that all fine-tuned runs of a seed begin with."""
-    run_recipe("digits", folder / f"flow-{seed}", [f"seed={seed}", "--objective", "flow_matching"], threads=threads)
+    run_recipe(
+        "digits_paper", folder / f"flow-{seed}", [f"seed={seed}", "--objective", "flow_matching"], threads=threads
+    )
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:

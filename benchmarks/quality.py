@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py                                      # digits, half of them held out
     python benchmarks/quality.py --setting cifar16 --options base best --data cifar10_train.zip
-    python benchmarks/quality.py --options base best --write          # docs/quality_digits.md, a plot, benchmarks/results/
+    python benchmarks/quality.py --options base best --write          # docs/quality_digits.md, benchmarks/results/
 
 Each row of ``OPTIONS`` is the recipe with some overrides, trained for as many steps as cost what the base costs:
 forward passes of a sample are counted, 3 for the gradient and those of the targets. Distances are Fréchet distances of
@@ -32,42 +32,47 @@ from benchmarks.recipe_run import ROOT, run_recipe
 from benchmarks.record import write_result
 from shortcutflow.config import with_overrides
 
-PAPER = ("objective.finest_steps=128", "objective.bootstrap_weight=1", "objective.time_steps=null", "coupling=null")
 CURRENT = "target_weights=current"
 COARSE = ("objective.finest_steps=32", "objective.time_steps=128")
 WEIGHT = "objective.bootstrap_weight=4"
 COUPLING = "coupling.kind=transport"
 
 OPTIONS: dict[str, tuple[str, ...]] = {
-    "base": (*PAPER, "target_weights=ema"),
-    "flow": ("objective.kind=flow_matching", "coupling=null"),
-    "current": (*PAPER, CURRENT),
-    "weight": (*PAPER, "target_weights=ema", WEIGHT),
-    "coupling": (*PAPER, "target_weights=ema", COUPLING),
-    "coarse": (*PAPER, "target_weights=ema", *COARSE),
-    "uncoupled": ("coupling=null", CURRENT, *COARSE, WEIGHT),
-    "best": (COUPLING, CURRENT, *COARSE, WEIGHT),
-    "best-ema": (COUPLING, "target_weights=ema", *COARSE, WEIGHT),
-    "best-m128": (*PAPER, COUPLING, CURRENT, WEIGHT),
-    "adaptive": ("coupling=null", CURRENT, *COARSE, "objective.bootstrap_weight=1", "objective.adaptive_power=0.5"),
-    "split_mean_flow": ("objective.kind=split_mean_flow", CURRENT, "coupling=null"),
-    "middle": ("objective.kind=split_mean_flow", "objective.split=middle", CURRENT, "coupling=null"),
-    "alpha_flow": ("objective.kind=alpha_flow", CURRENT, "coupling=null"),
-    "soflow": ("objective.kind=soflow", CURRENT, "coupling=null"),
-    "mean_flow": ("objective.kind=mean_flow", CURRENT, "coupling=null"),
-    "consistency_training": ("objective.kind=consistency_training", "target_weights=ema", "coupling=null"),
+    "base": (),
+    "flow_matching": ("objective.kind=flow_matching",),
+    "current": (CURRENT,),
+    "weight": (WEIGHT,),
+    "coarse": COARSE,
+    "coupling": (COUPLING,),
+    "uncoupled": (CURRENT, *COARSE, WEIGHT),
+    "best": (CURRENT, *COARSE, WEIGHT, COUPLING),
+    "best, M = 128": (CURRENT, WEIGHT, COUPLING),
+    "best, targets by the EMA": (*COARSE, WEIGHT, COUPLING),
+    "adaptive": (CURRENT, *COARSE, "objective.adaptive_power=0.5"),
+    "split_mean_flow": ("objective.kind=split_mean_flow", CURRENT),
+    "split_mean_flow, middle": ("objective.kind=split_mean_flow", "objective.split=middle", CURRENT),
+    "alpha_flow": ("objective.kind=alpha_flow", CURRENT),
+    "soflow": ("objective.kind=soflow", CURRENT),
+    "mean_flow": ("objective.kind=mean_flow", CURRENT),
+    "lagrangian": ("objective.kind=lagrangian", CURRENT),
+    "consistency_training": ("objective.kind=consistency_training",),
 }
-"""By name, the overrides of the recipe. "base" is the paper's shortcut model."""
+"""By name, the overrides of the recipe ``digits_paper``, which is the base: the paper's shortcut model."""
 
 
 def train_and_measure(name: str, setting: Setting, seed: int, folder: Path, threads: int | None) -> dict[str, Any]:
     """One run: its steps, its seconds, and what its samples measure, by number of steps."""
     common = [*setting.overrides, f"seed={seed}", "evaluation=null", "training.checkpoint_every=0"]
     config = setting.recipe()
-    evaluations = setting.steps * evaluations_a_step(with_overrides(config, [*common, *OPTIONS["base"]]))
+    evaluations = setting.steps * evaluations_a_step(with_overrides(config, common))
     chosen = [*common, *OPTIONS[name]]
     steps = round(evaluations / evaluations_a_step(with_overrides(config, chosen)))
-    run = run_recipe(setting.recipe_name, folder / f"{name}-{seed}", [*chosen, f"training.steps={steps}"], threads=threads)
+    run = run_recipe(
+        setting.recipe_name,
+        folder / f"{name.replace(' ', '-').replace(',', '')}-{seed}",
+        [*chosen, f"training.steps={steps}"],
+        threads=threads,
+    )
     measured = setting.measure(run.folder)
     shown = ", ".join(f"{count}: {row['train']:.3f} / {row['held_out']:.3f}" for count, row in measured.items())
     print(f"{name}, seed {seed}, {steps} steps, {run.seconds:.0f} s: {shown}", flush=True)

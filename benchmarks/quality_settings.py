@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,10 @@ def digits_setting(folder: Path, data: Path | None, steps: int | None) -> Settin
         )  # fmt: skip
 
     return Setting(
-        title="Digits, trained on half of them: Fréchet distance in pixel space of 2,000 samples to the half of training "
-        f"and to the other half (one half to the other: {frechet_distance(sets['train'], sets['held_out']):.2f})",
-        recipe_name="digits", recipe=digits.recipe, steps=steps or 2500, counts=(1, 2, 4, 128), measure=measure,
+        title="Digits, trained on half of them: Fréchet distance in pixel space of 2,000 samples to that half and "
+        f"to the other half (one half to the other: {frechet_distance(sets['train'], sets['held_out']):.2f})",
+        recipe_name="digits_paper", recipe=digits.paper_recipe,
+        steps=steps or 2500, counts=(1, 2, 4, 128), measure=measure,
         overrides=("data.kind=shards", f"data.folder={shards}", "training.grid_every=0"),
     )  # fmt: skip
 
@@ -87,7 +89,12 @@ def cifar16_setting(folder: Path, data: Path | None, steps: int | None) -> Setti
     """CIFAR-10 at 16x16; distances of the features of a classifier that was trained on all real pictures and frozen."""
     if data is None:
         raise SystemExit("--setting cifar16 needs --data, a folder or archive of CIFAR-10's pictures, a folder a class")
-    source = ("data.kind=imagefolder", f"data.path={data.absolute()}", "data.size=16", f"data.folder={folder / 'cifar16'}")
+    source = (
+        "data.kind=imagefolder",
+        f"data.path={data.absolute()}",
+        "data.size=16",
+        f"data.folder={folder / 'cifar16'}",
+    )
     options = 'backbone.options={"width":128,"depth":6,"heads":4,"patch":2}'
     images, labels = real_images(folder / "cifar16", data)
     train, held_out = halves(len(images))
@@ -103,7 +110,8 @@ def cifar16_setting(folder: Path, data: Path | None, steps: int | None) -> Setti
     return Setting(
         title="CIFAR-10 at 16x16: Fréchet distance of 2,000 samples in the features of a frozen classifier, to two "
         "halves of the real pictures (trained on both)",
-        recipe_name="digits", recipe=digits.recipe, steps=steps or 1200, counts=(1, 2, 4, 16), measure=measure,
+        recipe_name="digits_paper", recipe=digits.paper_recipe,
+        steps=steps or 1200, counts=(1, 2, 4, 16), measure=measure,
         overrides=(*source, options, "training.grid_every=0", "optimizer.lr=1e-3"),
     )  # fmt: skip
 
@@ -160,7 +168,7 @@ class Classifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths = (3, 64, 128, 128, 128)
-        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:], strict=False))
+        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
         self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in widths[1:])
         self.scores = nn.Linear(widths[-1], 10)
 

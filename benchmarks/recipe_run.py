@@ -28,7 +28,7 @@ class Trained(NamedTuple):
 
 
 def run_recipe(recipe: str, run_dir: Path, overrides: Sequence[str], *, threads: int | None = None) -> Trained:
-    """Run ``recipes/RECIPE.py`` with these overrides; what an earlier call left there is resumed, or just read.
+    """Train a recipe, by its name, with these overrides; what an earlier call left there is resumed, or just read.
 
     Raises:
         RuntimeError: with the end of what the run said, if it failed.
@@ -36,7 +36,7 @@ def run_recipe(recipe: str, run_dir: Path, overrides: Sequence[str], *, threads:
     finished = run_dir / "finished.json"
     if not finished.exists():
         run_dir.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), "--run-dir", str(run_dir), *overrides]
+        command = [sys.executable, "-m", "shortcutflow", "train", recipe, "--run-dir", str(run_dir), *overrides]
         command += ["--resume"] * (run_dir / "config.json").exists()
         environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads is not None else {})
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

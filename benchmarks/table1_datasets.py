@@ -54,7 +54,7 @@ def digits_dataset() -> Dataset:
 
     return Dataset(
         title="Digits: equal training compute, three seeds",
-        recipe="digits", config=digits.recipe(), overrides=(f"evaluation.steps={list(BUDGETS)}",),
+        recipe="digits_paper", config=digits.paper_recipe(), overrides=(f"evaluation.steps={list(BUDGETS)}",),
         metric="Fréchet distance in pixel space of 2,000 samples", reads=True, device=torch.device("cpu"),
         quality=quality,
     )  # fmt: skip

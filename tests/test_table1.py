@@ -13,7 +13,7 @@ from benchmarks.compute import evaluations_a_step
 from benchmarks.recipe_run import run_recipe
 from benchmarks.table1_datasets import BUDGETS, DATASETS
 from benchmarks.table1_paper import PAPER
-from recipes.digits import recipe
+from recipes.digits import paper_recipe as recipe
 from shortcutflow import objectives
 from shortcutflow.config import RunConfig, with_overrides
 from shortcutflow.objectives import Objective
