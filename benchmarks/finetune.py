@@ -4,8 +4,8 @@
     python benchmarks/finetune.py --jobs 2 --write    # and writes it there and into benchmarks/results/
 
 The flow is the recipe ``digits_paper`` with ``objective.kind=flow_matching``, 2,500 steps, which are not counted: the
-question is what to do with a flow that is there. Each of the others gets the compute of so many steps of the recipe (forward
-and backward passes, and targets; benchmarks/compute.py), a schedule of its own, and the same random numbers.
+question is what to do with a flow that is there. Each of the others gets the compute of so many steps of the recipe
+(forward and backward passes, and targets; benchmarks/compute.py), a schedule of its own, and the same random numbers.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from shortcutflow.config import with_overrides
 
 CURRENT = "target_weights=current"
 COARSE = ("objective.finest_steps=32", "objective.time_steps=128")
-WEIGHT = "objective.bootstrap_weight=4"
+WEIGHT = "objective.bootstrap_weight=8"
 COUPLING = "coupling.kind=transport"
 
 OPTIONS: dict[str, tuple[str, ...]] = {
