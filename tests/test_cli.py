@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import shortcutflow
-from recipes.digits import recipe
+from recipes.digits import paper_recipe as recipe
 from shortcutflow.cli import launch, main, spread_lists
 
 SMALL = ["backbone.options.width=16", "backbone.options.depth=1", "training.grid_steps=[1]"]
@@ -121,7 +121,7 @@ def test_recipe_file_is_the_same_command(inside: Path, capsys: pytest.CaptureFix
 
 def test_one_training_objective_per_name(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--objective keeps what both kinds share: label dropping stays as the recipe has it."""
-    succeed("show-config", "digits", "objective.kind=flow_matching")
+    succeed("show-config", "digits_paper", "objective.kind=flow_matching")
     shown = json.loads(capsys.readouterr().out)["objective"]
     assert shown == {
         "condition_dropout": 0.1,

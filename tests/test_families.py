@@ -10,7 +10,7 @@ from torch import nn
 
 import backbones
 from benchmarks.families import DIGITS_SIZED, build, steps_of
-from recipes.digits import recipe
+from recipes.digits import paper_recipe as recipe
 from shortcutflow.cli import main
 from shortcutflow.launch import Options, run_recipe
 

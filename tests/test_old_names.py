@@ -5,7 +5,7 @@ from importlib import import_module
 import pytest
 
 import shortcutflow as sf
-from recipes.digits import recipe
+from recipes.digits import paper_recipe as recipe
 from shortcutflow.config import RunConfig, with_overrides
 from shortcutflow.ema import EMAConfig
 from shortcutflow.optim import OptimizerConfig

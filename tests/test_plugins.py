@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import ValidationError
 
-from recipes.digits import recipe
+from recipes.digits import paper_recipe as recipe
 from shortcutflow import plugins
 from shortcutflow.config import RunConfig, with_overrides
 from shortcutflow.data import DATA_SOURCES

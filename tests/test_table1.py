@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import finetune, table1
+from benchmarks import finetune, quality, table1
 from benchmarks.compute import evaluations_a_step
 from benchmarks.recipe_run import run_recipe
 from benchmarks.table1_datasets import BUDGETS, DATASETS
@@ -22,10 +23,21 @@ from shortcutflow.train.loop import train
 TEACHER = Path("/a/teacher")
 
 
-def test_every_objective_is_a_row() -> None:
+def config_of(overrides: Iterable[str]) -> RunConfig:
+    return with_overrides(recipe(), overrides)
+
+
+@pytest.mark.parametrize("name", quality.OPTIONS)
+def test_every_option_is_a_run(name: str) -> None:
+    assert config_of(quality.OPTIONS[name]).training.steps == 2500
+
+
+def test_every_objective_is_compared() -> None:
+    """The paper's in table 1, the later ones among the options of quality.py."""
     classes = [value for value in vars(objectives).values() if isinstance(value, type) and issubclass(value, Objective)]
     kinds = {each.model_fields["kind"].default for each in classes if each is not Objective}
-    assert {method.kind for method in table1.METHODS} == kinds
+    of_options = (config_of(overrides).objective.kind for overrides in quality.OPTIONS.values())
+    assert {method.kind for method in table1.METHODS} | set(of_options) == kinds
     assert {method.name for method in table1.METHODS} == PAPER.keys()
     assert len(table1.METHODS) == 7
 

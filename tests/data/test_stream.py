@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from recipes.digits import recipe
+from recipes.digits import paper_recipe as recipe
 from shortcutflow.data.digits import DigitsData, load_digits, write_digits
 from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.shards import Sample, write_shards

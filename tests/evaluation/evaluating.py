@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recipes.digits import recipe
+from recipes.digits import paper_recipe as recipe
 from shortcutflow.config import RunConfig, with_overrides
 from shortcutflow.data.digits import DigitsData
 from shortcutflow.data.source import DataInfo, DataSource

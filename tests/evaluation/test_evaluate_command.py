@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from recipes.digits import recipe
+from recipes.digits import paper_recipe as recipe
 from recipes.policy_sequences.data import PushTData
 from shortcutflow.cli import main, spread_lists
 from shortcutflow.config import RunConfig
@@ -46,7 +46,7 @@ def test_report_says_all_that_it_takes_to_repeat(run: Path) -> None:
     assert report["reference"]["images"] == 1797
     assert len(report["reference"]["statistics_sha256"]) == 64
     subject = report["subject"]
-    assert (subject["name"], subject["weights"], subject["step"]) == ("digits", "ema", 20)
+    assert (subject["name"], subject["weights"], subject["step"]) == ("digits_paper", "ema", 20)
     assert len(subject["weights_sha256"]) == 64
     assert subject["network"]["name"] == "dit"
     assert [row["steps"] for row in report["rows"]] == [1, 2, 4, 128]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from recipes.digits import recipe
+from recipes.digits import paper_recipe as recipe
 from shortcutflow.config import RunConfig, with_overrides
 from shortcutflow.data.digits import DigitsData
 from shortcutflow.data.source import DataInfo, DataSource

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from recipes.digits import recipe
+from recipes.digits import paper_recipe as recipe
 from shortcutflow.cli import launch
 from shortcutflow.config import with_overrides
 from shortcutflow.train.loggers import read_metrics

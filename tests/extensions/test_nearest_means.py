@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recipes.digits import recipe
+from recipes.digits import paper_recipe as recipe
 from shortcutflow.config import EvaluationSettings, RunConfig
 from shortcutflow.data.digits import DigitsData
 from shortcutflow.data.source import DataInfo, DataSource
@@ -79,7 +79,7 @@ def test_a_run_that_names_it_is_measured_by_it(tmp_path: Path, installed: None, 
     report = json.loads((tmp_path / "run" / "evaluation-nearest_means.json").read_text())
     assert [row["steps"] for row in report["rows"]] == [1, 4]
     assert all(0 <= row["values"]["nearest_mean"] <= 1 for row in report["rows"])
-    assert (report["subject"]["name"], report["subject"]["step"], report["samples"]) == ("digits", 4, 50)
+    assert (report["subject"]["name"], report["subject"]["step"], report["samples"]) == ("digits_paper", 4, 50)
     assert f"{report['rows'][0]['values']['nearest_mean']:.4f}" in capsys.readouterr().out
 
 

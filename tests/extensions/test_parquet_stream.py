@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import shortcutflow as sf
-from recipes.digits import recipe
+from recipes.digits import paper_recipe as recipe
 from shortcutflow.config import with_overrides
 from shortcutflow.data.source import DataInfo, DataSource
 from shortcutflow.models.model import load

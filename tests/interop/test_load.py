@@ -50,7 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("home")
     argv = [
         "train",
-        "digits",
+        "digits_paper",
         "--smoke",
         "--run-dir",
         str(folder / "run"),

@@ -26,7 +26,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from recipes.digits import recipe
+from recipes.digits import paper_recipe as recipe
 from shortcutflow import checkpoint
 from shortcutflow.config import RunConfig, with_overrides
 from shortcutflow.data.stream import ShardStream

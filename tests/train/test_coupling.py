@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from recipes.digits import recipe
+from recipes.digits import paper_recipe as recipe
 from shortcutflow.config import RunConfig, with_overrides
 from shortcutflow.coupling import TransportCoupling
 from shortcutflow.launch import smoke

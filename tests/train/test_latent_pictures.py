@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import shortcutflow as sf
-from recipes.digits import recipe
+from recipes.digits import paper_recipe as recipe
 from shortcutflow.cli import main
 from shortcutflow.config import with_overrides
 from shortcutflow.data import fake_data
