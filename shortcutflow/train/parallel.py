@@ -58,8 +58,15 @@ def place(network: nn.Module, config: RunConfig, world: World, mesh: DeviceMesh 
                 f"backbone {config.backbone.name!r} cannot be compiled block by block, which sharding needs: "
                 "use training.compile=false or training.parallel=ddp"
             )
-        compile_blocks()
+        compile_blocks(**compile_options(world.device))
     shard(network, mesh, bfloat16=config.training.precision == "bfloat16")
+
+
+def compile_options(device: torch.device) -> dict[str, Any]:
+    """Arguments of ``torch.compile`` for a device."""
+    # Where a CPU's convolutions are moved to channels-last, torch 2.13 gives wrong gradients for the U-Nets of
+    # diffusers, outside of this library too: zero below their upsampling.
+    return {"options": {"layout_optimization": False}} if device.type == "cpu" else {}
 
 
 def shard(network: nn.Module, mesh: DeviceMesh, *, bfloat16: bool) -> None:

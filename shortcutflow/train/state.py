@@ -22,7 +22,7 @@ from shortcutflow.posthoc import write_snapshot
 from shortcutflow.train.checkpoint_writer import CheckpointWriter
 from shortcutflow.train.init_from import load_start, open_teacher
 from shortcutflow.train.metrics import forward_flops
-from shortcutflow.train.parallel import mesh_of, place, replicate
+from shortcutflow.train.parallel import compile_options, mesh_of, place, replicate
 from shortcutflow.train.resume import Position
 from shortcutflow.types import Network
 
@@ -126,7 +126,8 @@ def build_train_state(config: RunConfig, world: World, last: Checkpoint | None =
     called: list[Any] = [network, target, teacher]
     if settings.compile and not sharded:
         # All are called with fixed batch shapes: no dynamic ones.
-        compiled = {id(each): torch.compile(each, dynamic=False) for each in called if each is not None}
+        options = {"dynamic": False, **compile_options(world.device)}
+        compiled = {id(each): torch.compile(each, **options) for each in called if each is not None}
         called = [compiled.get(id(each)) for each in called]
     net, target_net, teacher_net = called
     if world.size > 1 and not sharded:

@@ -9,6 +9,7 @@ import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
 
+from shortcutflow.train.parallel import compile_options
 from tests.backbones_contract.cases import FIRST, IMAGE, OWN, TINY, Case, one_of_each_family, params
 from tests.backbones_contract.compared import assert_equal_training, trained
 
@@ -66,13 +67,13 @@ def test_compiled_variants_give_the_same(case: Case) -> None:
 @pytest.mark.slow
 @one_of_each_family
 def test_compiled_by_inductor_gives_the_same(case: Case) -> None:
-    compiled_whole(case, tolerance=1e-3)
+    compiled_whole(case, tolerance=1e-3, **compile_options(torch.device("cpu")))
 
 
 @pytest.mark.slow
 @params(case for case in FIRST if case.family in ("dit", "lstm"))
 def test_units_compiled_by_inductor_give_the_same(case: Case) -> None:
-    compiled_units(case, checkpoints=False, tolerance=1e-3)
+    compiled_units(case, checkpoints=False, tolerance=1e-3, **compile_options(torch.device("cpu")))
 
 
 def test_a_break_in_the_graph_is_an_error() -> None:
