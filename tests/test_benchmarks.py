@@ -70,3 +70,17 @@ def test_coupling() -> None:
     out = run("benchmarks/coupling.py", "--divide", "32", "--rounds", "1")
     assert len(re.findall(r"pool (?:1792|4096), classes \d+, ms_per_sample [\d.e-]+", out)) == 9, out
     assert len(re.findall("percent_of_step", out)) == 3, "of the digits"
+
+
+@pytest.mark.slow
+def test_quality_of_options_side_by_side(tmp_path: Path) -> None:
+    """At equal compute: flow matching, whose targets cost nothing, gets more steps."""
+    options = ["--options", "base", "flow_matching", "--seeds", "0", "1", "--steps", "12", "--folder", str(tmp_path)]
+    out = run("benchmarks/quality.py", *options)
+    assert [line.split(" |")[0] for line in out.splitlines() if line.startswith("| ")][2:] == [
+        "| base",
+        "| flow_matching",
+    ]
+    assert "base, seed 1, 12 steps" in out
+    assert "flow_matching, seed 0, 14 steps" in out
+    assert json.loads((tmp_path / "base-0" / "config.json").read_text())["data"]["folder"].endswith("digits-half")
