@@ -32,9 +32,9 @@ from shortcutflow.models.model import load
 from shortcutflow.run_dir import WEIGHTS_FILE
 from tests.test_recipes import LARGE, PAPER, ROOT, installed
 
-SMOKE = [*LARGE, *(f"{name}_released" for name in PAPER)]
+SMOKE = [*LARGE, *(f"{name}_{which}" for name in PAPER for which in ("released", "best"))]
 """Recipes of data that nobody has by default."""
-ELSEWHERE = ["digits", "policy_sequences"]
+ELSEWHERE = ["digits", "digits_paper", "policy_sequences"]
 """Those that make their own data; their own tests run them."""
 
 

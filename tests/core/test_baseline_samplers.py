@@ -28,7 +28,7 @@ def test_step_sizes_that_are_told() -> None:
     assert told(3, "consistency") == [1, 1 / 2, 1 / 4]
     assert told(4, "live_reflow") == [1] * 4
     assert told(8, "live_reflow") == [1 / 8] * 8
-    assert told(16, "live_reflow") == [1 / 16] * 16
+    assert told(16, "live_reflow") == [1 / 8] * 16, "the flow, which is 1/M to the network"
     for sampler in ("euler", "consistency", "live_reflow"):
         assert told(4, sampler, flow_only=True) == [0] * 4
 

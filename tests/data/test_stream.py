@@ -228,6 +228,7 @@ def test_a_cached_data_set_is_read_one_batch_ahead(tmp_path: Path, monkeypatch: 
         return make(self, position)
 
     broken: set[int] = set()
+    gc.collect()
     before = len(ahead_threads())
     stream = ShardStream(tmp_path, **options)
     monkeypatch.setattr(RankBatches, "__getitem__", recorded)
@@ -251,7 +252,7 @@ def test_a_cached_data_set_is_read_one_batch_ahead(tmp_path: Path, monkeypatch: 
     deadline = time.monotonic() + 30
     while len(ahead_threads()) > before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert len(ahead_threads()) == before
+    assert len(ahead_threads()) <= before, "those of other tests may have ended meanwhile"
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -96,7 +96,7 @@ def test_a_run_and_its_model_are_drawn_alike(inside: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["trajectory", "runs/first", "--steps", "256"], "steps must be at most 128"),
+        (["trajectory", "runs/first", "--steps", "256"], "steps must be at most 32"),
         (["trajectory", "runs/first", "--steps", "0"], "steps must be at least 1, got 0"),
         (["trajectory", "runs/first", "--labels", "10"], "labels must be from 0 to 9, got 10"),
         (["trajectory", "runs/first", "--labels", "1", "--count", "2"], "either labels or a count"),

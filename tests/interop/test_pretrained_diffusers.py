@@ -301,7 +301,7 @@ def test_a_mistyped_path_is_not_looked_for_on_the_hub(
         with pytest.raises(SystemExit):
             main(["convert", mistyped, "--out", str(tmp_path / "none")])
         assert f"there is no file or folder {mistyped}; a hub id is" in capsys.readouterr().err
-    with pytest.raises(FileNotFoundError, match="there is no folder models/typo"):
+    with pytest.raises(FileNotFoundError, match="there is no run at models/typo"):
         sf.load("models/typo")
 
 

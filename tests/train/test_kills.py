@@ -150,7 +150,7 @@ def test_run_that_is_told_to_stop(tmp_path: Path, shards: Path) -> None:
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     overrides = tiny_overrides(shards, "training.steps=10000")
     process = subprocess.Popen(
-        [sys.executable, "-m", "recipes.digits", "--run-dir", str(stopped), *overrides],
+        [sys.executable, "-m", "shortcutflow", "train", "digits_paper", "--run-dir", str(stopped), *overrides],
         cwd=launched.ROOT, env=launched.environment(), stderr=subprocess.DEVNULL,
     )  # fmt: skip
     until = time.monotonic() + launched.PATIENCE
