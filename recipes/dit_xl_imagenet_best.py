@@ -20,23 +20,14 @@ Command::
 """
 
 from recipes import dit_xl_imagenet
+from recipes.digits import with_best_settings
 from shortcutflow.cli import launch
-from shortcutflow.config import CURRENT, RunConfig
-from shortcutflow.coupling import TransportCoupling
+from shortcutflow.config import RunConfig
 
 
 def recipe() -> RunConfig:
     """The run."""
-    paper = dit_xl_imagenet.recipe()
-    best = {"finest_steps": 32, "time_steps": 128, "bootstrap_weight": 8.0}
-    return paper.model_copy(
-        update={
-            "name": "dit_xl_imagenet_best",
-            "objective": paper.objective.model_copy(update=best),
-            "target_weights": CURRENT,
-            "coupling": TransportCoupling(pool=16_384),
-        }
-    )
+    return with_best_settings(dit_xl_imagenet.recipe(), "dit_xl_imagenet_best", pool=16_384)
 
 
 if __name__ == "__main__":
