@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: digits table1 test test-all lint format clean
+.PHONY: digits table1 test test-all lint format docs clean
 
 # The main job: train a shortcut model on real images, sample it in 1 ... 128 steps, print the table.
 digits: $(STAMP)
@@ -27,6 +27,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The site, in build/site: every link, anchor and documented name must exist, and nothing may come from another host.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	! grep -rnE '<(script|img|link)[^>]+(src|href)="?(https?:)?//' build/site --include '*.html'
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
