@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 import shortcutflow as sf
 from shortcutflow.ema import EMA, AnyEMAConfig, EMAConfig, PowerFunctionEMAConfig, gamma_of
+from tests.processes import run_forked
 
 
 def network(seed: int) -> nn.Sequential:
@@ -249,11 +249,9 @@ def test_a_width_without_a_power_is_refused(sigma_rel: float) -> None:
         gamma_of(sigma_rel)
 
 
-def train_sharded(rank: int, port: int, folder: str) -> None:
+def train_sharded(folder: Path) -> None:
     """Three steps of a sharded network with a sharded average, and the same on one process, compared."""
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     torch.manual_seed(0)
     whole = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3))
     net = copy.deepcopy(whole)
@@ -282,7 +280,7 @@ def train_sharded(rank: int, port: int, folder: str) -> None:
     for (name, p), q in zip(average.network.state_dict().items(), expected.network.state_dict().values(), strict=True):
         if not torch.allclose(p.full_tensor(), q, atol=1e-6):
             problems.append(f"{name} is off by {(p.full_tensor() - q).abs().max():g}")
-    (Path(folder) / f"{rank}.txt").write_text("\n".join(problems))
+    (folder / f"{dist.get_rank()}.txt").write_text("\n".join(problems))
     dist.barrier()
     dist.destroy_process_group()
     os._exit(0)  # the threads of gloo now and then abort an orderly exit, when all is done
@@ -290,10 +288,8 @@ def train_sharded(rank: int, port: int, folder: str) -> None:
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch is built without distributed")
 def test_sharded_average_equals_whole(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(train_sharded, (port, str(tmp_path)), nprocs=2)
+    done = run_forked(train_sharded, tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr[-4000:]
     for rank in (0, 1):
         assert (tmp_path / f"{rank}.txt").read_text() == ""
 

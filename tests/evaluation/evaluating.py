@@ -1,11 +1,9 @@
-"""Small things to evaluate, and evaluations in other processes: ``python -m tests.evaluation.evaluating JSON``."""
+"""Small things to evaluate, and evaluations for other processes."""
 
 from __future__ import annotations
 
-import json
-import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -125,15 +123,7 @@ class Job:
             )  # fmt: skip
 
 
-def command(*jobs: Job, processes: int | None = None) -> list[str]:
-    """The command that does them, one after the other, in so many processes."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    what = json.dumps([asdict(job) for job in jobs])
-    return [sys.executable, *(torchrun if processes else []), "-m", "tests.evaluation.evaluating", what]
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for described in json.loads(sys.argv[1]):
-        settings: dict[str, Any] = described | {name: tuple(described[name]) for name in ("metrics", "steps")}
-        Job(**settings).do()
+def do_all(*jobs: Job) -> None:
+    """One after the other."""
+    for job in jobs:
+        job.do()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +16,8 @@ from shortcutflow.evaluation.feature_set import FeatureSet
 from shortcutflow.evaluation.features.protocols import open_protocol
 from shortcutflow.evaluation.samples import Sampler
 from shortcutflow.train.loop import train
-from tests.evaluation.evaluating import Job, Plain, command, plain_model, small_run
-from tests.train.launched import ROOT, environment, run
+from tests.evaluation.evaluating import Job, Plain, do_all, plain_model, small_run
+from tests.processes import forked, run_forked
 
 
 def values_of(out: Path) -> list[dict[str, float]]:
@@ -45,7 +44,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 
     for job in jobs("one", batch_size=7):
         job.do()
-    done = run(command(*jobs("two", batch_size=64), processes=2))
+    done = run_forked(do_all, *jobs("two", batch_size=64), processes=2)
     assert done.returncode == 0, done.stderr[-4000:]
 
     for steps in ("steps-1", "steps-3"):
@@ -72,16 +71,12 @@ def test_a_killed_evaluation_goes_on(tmp_path: Path) -> None:
     for name in ("killed", "whole"):
         (tmp_path / name).mkdir()
     job = Job(str(tmp_path / "killed" / "report.json"), samples=9000, batch_size=500, metrics=("fid", "kid"))
-    process = subprocess.Popen(command(replace(job, pause=0.15)), cwd=ROOT, env=environment())
-    try:
+    with forked(do_all, replace(job, pause=0.15)) as (process,):
         until = time.monotonic() + 120
         while not (files := list(tmp_path.glob("killed/evaluation-work/steps-1-*.safetensors"))):
-            assert process.poll() is None, process.returncode
+            assert process.is_alive(), process.exitcode
             assert time.monotonic() < until, "no checkpoint is written"
             time.sleep(0.02)
-    finally:
-        process.kill()
-        process.wait()
     done = len(FeatureSet.load(files[0]).index)
     assert 2000 <= done < 9000
     assert not (tmp_path / "killed" / "report.json").exists()

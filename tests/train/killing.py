@@ -1,4 +1,4 @@
-"""Kills a run again and again, and in the end lets it finish: ``python -m tests.train.killing RUN_DIR KILLS``.
+"""Kills a run again and again, and in the end lets it finish.
 
 Each life is a fork of this process, which has loaded everything, so that a life costs a tenth of a second to begin.
 Prints the step that was last logged at each kill.
@@ -13,8 +13,6 @@ import sys
 import time
 import traceback
 from pathlib import Path
-
-import torch
 
 from shortcutflow import checkpoint
 from shortcutflow.config import RunConfig
@@ -57,14 +55,9 @@ def kill_later(child: int, run_dir: Path, moments: random.Random) -> bool:
 
 def main(run_dir: Path, kills: int) -> None:
     """As the module says."""
-    torch.set_num_threads(1)
     moments = random.Random(0)
     for _ in range(kills):
         if kill_later(live(run_dir), run_dir, moments):
             print(last_step(run_dir), flush=True)
     _, status = os.waitpid(live(run_dir), 0)
     sys.exit(os.waitstatus_to_exitcode(status))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))

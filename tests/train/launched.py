@@ -11,9 +11,7 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,10 +31,8 @@ from shortcutflow.data.stream import ShardStream
 from shortcutflow.launch import Options, run_recipe
 from shortcutflow.train.loop import train
 from shortcutflow.types import Batch
+from tests.processes import PATIENCE, run, run_forked
 
-ROOT = Path(__file__).parents[2]
-PATIENCE = 300
-"""Seconds that a launch may take on a machine with better things to do; it takes about 6."""
 TINY = (
     "training.steps=5", "training.global_batch_size=12", "training.log_every=1", "training.checkpoint_every=0",
     "training.grid_steps=[1]", "backbone.options.width=16", "backbone.options.depth=1", "backbone.options.heads=2",
@@ -105,14 +101,16 @@ class Outcome:
     restarts: int = 0
 
 
-def command(jobs: Sequence[Job], folder: Path, *, processes: int | None = None, restarts: int = 0) -> list[str]:
-    """The command that does the jobs in so many processes, or in one without torchrun."""
+def write_jobs(jobs: Sequence[Job], folder: Path) -> None:
+    """Leave the jobs in the folder for the processes that will do them."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
-    torchrun = [
-        "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}",
-    ]  # fmt: skip
-    return [sys.executable, *(torchrun if processes else []), "-m", "tests.train.launched", str(folder)]
+
+
+def torchrun(jobs: Sequence[Job], folder: Path, *options: str) -> list[str]:
+    """The command by which a launcher has its processes do the jobs."""
+    write_jobs(jobs, folder)
+    return [sys.executable, "-m", "torch.distributed.run", *options, "-m", "tests.train.launched", str(folder)]
 
 
 def outcomes_of_two_launchers(job: Job, folder: Path, restarts: int) -> list[Outcome]:
@@ -120,43 +118,38 @@ def outcomes_of_two_launchers(job: Job, folder: Path, restarts: int) -> list[Out
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    alone = command([job], folder, processes=1, restarts=restarts)
-    shared = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-id={folder.name}"]
-    at = alone.index("--standalone")
-    both = [*alone[:at], *shared, *alone[at + 1 :]]
+    both = torchrun(
+        [job], folder, "--nproc-per-node=1", f"--max-restarts={restarts}", "--nnodes=2", "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-id={folder.name}",
+    )  # fmt: skip
     with ThreadPoolExecutor() as threads:
         done = list(threads.map(run, [both, both]))
     assert [one.returncode for one in done] == [0, 0], "\n".join(one.stderr[-3000:] for one in done)
-    return [Outcome(**json.loads((folder / f"rank_{rank}.json").read_text())[0]) for rank in range(2)]
+    return read_outcomes(folder, 2)[0]
 
 
-def run(command: Sequence[str], patience: float = PATIENCE) -> subprocess.CompletedProcess[str]:
-    """Run it to its end, or end it: a launcher that is told to stop stops its workers too."""
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=out, stderr=err, text=True)
-        try:
-            process.wait(patience)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-            out.seek(0), err.seek(0)
-        return subprocess.CompletedProcess(command, process.returncode, out.read(), err.read())
-
-
-def environment() -> dict[str, str]:
-    """Of a process that shares the machine."""
-    return os.environ | {"OMP_NUM_THREADS": "1"}
+def outcomes_of_launcher(job: Job, folder: Path, *, processes: int, restarts: int) -> list[Outcome]:
+    """Do a job under ``torchrun``, which starts its processes again where one fails."""
+    options = "--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"
+    done = run(torchrun([job], folder, *options))
+    assert done.returncode == 0, f"{done.returncode}: {done.stderr[-4000:]}"
+    return read_outcomes(folder, processes)[0]
 
 
 def outcomes(
-    jobs: Sequence[Job], folder: Path, *, processes: int | None = None, restarts: int = 0, patience: float = PATIENCE
+    jobs: Sequence[Job], folder: Path, *, processes: int | None = None, patience: float = PATIENCE
 ) -> list[list[Outcome]]:
-    """Do the jobs; gives for each what each rank did. Their faults are no failure of the launch."""
-    done = run(command(jobs, folder, processes=processes, restarts=restarts), patience)
+    """Do the jobs; gives for each what each rank did. Their faults are no failure of the processes."""
+    write_jobs(jobs, folder)
+    done = run_forked(main, folder, processes=processes, patience=patience)
     assert done.returncode == 0, f"{done.returncode}: {done.stderr[-4000:]}"
-    ranks = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(processes or 1)]
-    return [[Outcome(**rank[i]) for rank in ranks] for i in range(len(jobs))]
+    return read_outcomes(folder, processes or 1)
+
+
+def read_outcomes(folder: Path, processes: int) -> list[list[Outcome]]:
+    """What each rank did with each job of the folder."""
+    ranks = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(processes)]
+    return [[Outcome(**rank) for rank in job] for job in zip(*ranks, strict=True)]
 
 
 def global_batches(ranks: Sequence[Outcome]) -> list[list[str]]:

@@ -1,11 +1,11 @@
-"""Kills processes while they save: ``python -m tests.train.saving FOLDER``, which gets a folder for each point."""
+"""What ends in the middle of saving: processes that are killed, and files that the system lets grow no further."""
 
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shortcutflow.io import atomic
 from shortcutflow.train import checkpoint_writer
-from shortcutflow.train.checkpoint_writer import CheckpointWriter
+from shortcutflow.train.checkpoint_writer import CheckpointWriter, SavingError
 
 POINTS = ("nothing written", "tensors written", "state written", "tensors on disk", "all on disk", "named", "pruning")
 """When the process is killed, in the order of what happens."""
@@ -75,9 +75,8 @@ def save_and_die(folder: Path, point: str) -> None:
         writer.wait()
 
 
-def main(folder: Path) -> None:
-    """A process for each point; complains of those that lived."""
-    torch.set_num_threads(1)
+def kill_at_each_point(folder: Path) -> None:
+    """A process and a folder in this one for each point; complains of those that lived."""
     for point in POINTS:
         child = os.fork()
         if not child:
@@ -89,5 +88,15 @@ def main(folder: Path) -> None:
         assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, f"{point}: {status}"
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def save_too_much(folder: Path) -> None:
+    """Step 1 is saved; then no file may grow beyond 100 kB, as step 2 would."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with CheckpointWriter(folder) as writer:
+        writer.save(1, {"network": {"a": torch.ones(1000)}}, {})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    writer = CheckpointWriter(folder)
+    writer.save(2, {"network": {"a": torch.ones(1_000_000)}}, {})
+    try:
+        writer.wait()
+    except SavingError as error:
+        print(error)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -34,8 +32,8 @@ from shortcutflow.train.checkpoint_writer import (
     tensors_of_rank,
     write_shards,
 )
-from tests.train import launched
-from tests.train.saving import POINTS, filled
+from tests.processes import run_forked
+from tests.train.saving import POINTS, filled, kill_at_each_point, save_too_much
 
 
 def save(folder: Path, step: int, **groups: dict[str, Tensor]) -> Checkpoint:
@@ -132,7 +130,7 @@ def test_what_is_kept(tmp_path: Path, keep: int, keep_every: int, left: list[int
 
 def test_killed_while_saving(tmp_path: Path) -> None:
     """SIGKILL at each point in turn: the newest checkpoint is whole, and the next save succeeds."""
-    done = launched.run([sys.executable, "-m", "tests.train.saving", str(tmp_path)])
+    done = run_forked(kill_at_each_point, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     steps = []
     for name in POINTS:
@@ -195,30 +193,9 @@ def test_failure_does_not_hide_another(tmp_path: Path, monkeypatch: pytest.Monke
         train()
 
 
-LIMITED = """
-import resource, signal, sys
-from pathlib import Path
-import torch
-from shortcutflow.train.checkpoint_writer import CheckpointWriter, SavingError
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-with CheckpointWriter(Path(sys.argv[1])) as writer:
-    writer.save(1, {"network": {"a": torch.ones(1000)}}, {})
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-writer = CheckpointWriter(Path(sys.argv[1]))
-writer.save(2, {"network": {"a": torch.ones(1_000_000)}}, {})
-try:
-    writer.wait()
-except SavingError as error:
-    print(error)
-"""
-
-
 def test_files_that_the_system_refuses(tmp_path: Path) -> None:
     """Not a made-up error: the operating system lets no file grow beyond 100 kB."""
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(tmp_path)],
-        cwd=launched.ROOT, env=launched.environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = run_forked(save_too_much, tmp_path)
     assert f"the last whole checkpoint is {tmp_path / 'step_00000001'}" in done.stdout, done.stderr[-2000:]
     newest = latest_in(tmp_path)
     assert newest is not None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
@@ -13,13 +11,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from shortcutflow import checkpoint
+from shortcutflow import checkpoint, cli
 from shortcutflow.data.digits import write_digits
 from shortcutflow.train.loggers import read_metrics
 from shortcutflow.train.loop import train
 from shortcutflow.train.signals import STOPPED_EXIT_CODE
-from tests.train import launched
-from tests.train.launched import Job, Outcome, furthest_apart, outcomes, repeatable, tensors, tiny, tiny_overrides
+from tests.processes import PATIENCE, forked, run_forked
+from tests.train import killing, launched
+from tests.train.launched import (
+    Job,
+    Outcome,
+    furthest_apart,
+    outcomes,
+    outcomes_of_launcher,
+    repeatable,
+    tensors,
+    tiny,
+    tiny_overrides,
+)
 
 SIX = ("training.steps=6", "training.checkpoint_every=3")
 WORLDS: dict[str, tuple[int | None, tuple[str, ...]]] = {
@@ -74,9 +83,8 @@ def check_cells(cells: Sequence[tuple[str, str, int]], folder: Path, shards: Pat
             name = f"{world} {precision} {parts}"
             overrides = [f"training.precision={precision}", f"training.accumulation={parts}", *WORLDS[world][1]]
             config, patched = tiny(shards, *SIX, *overrides), folder / f"{name} patched"
-            killed = launched.run(
-                launched.command([Job.of(config, patched, fault="kill")], folder / name, processes=processes)
-            )
+            launched.write_jobs([Job.of(config, patched, fault="kill")], folder / name)
+            killed = run_forked(launched.main, folder / name, processes=processes)
             assert killed.returncode == (1 if processes else -signal.SIGKILL), killed.stderr[-2000:]
             assert [c.step for c in checkpoint.all_in(patched / "checkpoints")] == [3]
             rest += [Job.of(config, patched, start_from=patched), Job.of(config, folder / f"{name} whole")]
@@ -111,7 +119,7 @@ def test_kills_at_random_moments(tmp_path: Path, shards: Path, kills: int) -> No
     whole, patched = tmp_path / "whole", tmp_path / "patched"
     patched.mkdir()
     config.save(patched)
-    done = launched.run([sys.executable, "-m", "tests.train.killing", str(patched), str(kills)])
+    done = run_forked(killing.main, patched, kills)
     assert done.returncode == 0, done.stderr[-4000:]
     report = [int(line) for line in done.stdout.splitlines() if line.isdigit()]
     assert len(report) == kills, "each kill hit a run that was still going on"
@@ -125,10 +133,10 @@ def test_worker_killed_under_torchrun_is_replaced(tmp_path: Path, shards: Path) 
     config = tiny(shards, *SIX, "training.parallel=fsdp")
     killed = Job.of(config, tmp_path / "patched", fault="kill_once", by_recipe=True)
     whole = Job.of(config, tmp_path / "whole", by_recipe=True)
-    done = outcomes([killed], tmp_path / "launch 1", processes=2, restarts=2)
-    no_errors([*done, *outcomes([whole], tmp_path / "launch 2", processes=2)])
-    assert [rank.restarts for rank in done[0]] == [1, 1]
-    assert [rank.optimizer_steps for rank in done[0]] == [3, 3], "it went on from the checkpoint"
+    done = outcomes_of_launcher(killed, tmp_path / "launch 1", processes=2, restarts=2)
+    no_errors([done, *outcomes([whole], tmp_path / "launch 2", processes=2)])
+    assert [rank.restarts for rank in done] == [1, 1]
+    assert [rank.optimizer_steps for rank in done] == [3, 3], "it went on from the checkpoint"
     assert_same_run(tmp_path / "patched", tmp_path / "whole", 6)
 
 
@@ -149,15 +157,13 @@ def test_run_that_is_told_to_stop(tmp_path: Path, shards: Path) -> None:
     """SIGTERM: status 75, a checkpoint of the step it was in, and a resume to the numbers of an undisturbed run."""
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     overrides = tiny_overrides(shards, "training.steps=10000")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "shortcutflow", "train", "digits_paper", "--run-dir", str(stopped), *overrides],
-        cwd=launched.ROOT, env=launched.environment(), stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    until = time.monotonic() + launched.PATIENCE
-    while len(read_metrics(stopped / "metrics.jsonl")) < 3 and time.monotonic() < until:
-        time.sleep(0.02)
-    process.terminate()
-    assert process.wait(launched.PATIENCE) == STOPPED_EXIT_CODE
+    with forked(cli.main, ["train", "digits_paper", "--run-dir", str(stopped), *overrides]) as (process,):
+        until = time.monotonic() + PATIENCE
+        while len(read_metrics(stopped / "metrics.jsonl")) < 3 and time.monotonic() < until:
+            time.sleep(0.02)
+        process.terminate()
+        process.join(PATIENCE)
+    assert process.exitcode == STOPPED_EXIT_CODE
     saved = checkpoint.latest_in(stopped / "checkpoints")
     assert saved is not None
     assert saved.step == len(read_metrics(stopped / "metrics.jsonl")) < 10000
