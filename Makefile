@@ -1,15 +1,20 @@
-# Two commands do everything, set-up included: `make digits` and `make test`.
+# Two commands do everything, set-up included: `make digits` and `make test`; `make demo` shows what they made.
 
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: digits table1 test test-all lint format docs clean
+.PHONY: digits demo table1 test test-all lint format docs clean
 
 # The main job: train a shortcut model on real images, sample it in 1 ... 128 steps, print the table.
 digits: $(STAMP)
 	$(BIN)/python recipes/digits.py $(ARGS)
+
+# A page to play with the digits in the browser; trains them first if no run has finished.
+demo: $(STAMP)
+	ls runs/digits/*/weights.safetensors > /dev/null 2>&1 || $(MAKE) digits ARGS=
+	$(BIN)/shortcutflow demo runs/digits --open $(ARGS)
 
 # The paper's table 1 on digits: seven objectives, equal compute, three seeds; about half an hour on two cores.
 table1: $(STAMP)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from shortcutflow.commands.data import prepare_command
+from shortcutflow.commands.demo import demo_command
 from shortcutflow.commands.evaluate import evaluate_command
 from shortcutflow.commands.models import convert_command, export_command
 from shortcutflow.commands.plot import plot_app
@@ -48,6 +49,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train_command,
     "sample": sample_command,
     "evaluate": evaluate_command,
+    "demo": demo_command,
     "average": average_command,
     "convert": convert_command,
     "export": export_command,

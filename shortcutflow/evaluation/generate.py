@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from shortcutflow.data.source import DataInfo
 from shortcutflow.models.model import Model
 from shortcutflow.sampling import FreshNoise, sample
 from shortcutflow.seeds import seed_for
@@ -79,9 +80,7 @@ def initial_noise(
             count together, or a count below 1.
     """
     info, device = model.info, model.device
-    if not info.is_picture:
-        condition = f", conditioned on tensors of shape {info.condition_shape}" if info.condition_shape else ""
-        raise ValueError(f"only images can be drawn: these samples have shape {info.shape}{condition}")
+    require_pictures(info)
     if labels is not None and count is not None:
         raise ValueError("give either labels or a count: each label is one sample")
     if count is not None and count < 1:
@@ -93,6 +92,13 @@ def initial_noise(
         check_labels(labels, info.num_classes)
         y, n = torch.tensor(labels, device=device), len(labels)
     return noise_of(seed, noises_per_label * n, info.shape, device), y
+
+
+def require_pictures(info: DataInfo) -> None:
+    """Raise ValueError unless samples are images that take no more than labels."""
+    if not info.is_picture:
+        condition = f", conditioned on tensors of shape {info.condition_shape}" if info.condition_shape else ""
+        raise ValueError(f"only images can be drawn: these samples have shape {info.shape}{condition}")
 
 
 def check_labels(labels: Sequence[int], num_classes: int | None) -> None:

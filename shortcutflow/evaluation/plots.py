@@ -127,12 +127,30 @@ def trajectory_rows(
             f"steps must be at most {model.finest_steps}, the finest of the training, got {steps}: from the states "
             "between, the network knows no step"
         )
+    states = path_states(model, noise, y, steps=steps, columns=columns, guidance_scale=guidance_scale, seed=seed)
+    return states.t, _rows(model, states.x_t, states.t, y, guidance_scale)
+
+
+def path_states(
+    model: Model,
+    noise: Tensor,
+    y: Tensor | None,
+    *,
+    steps: int,
+    columns: int,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+) -> sampling.Trajectory:
+    """The states that the sampler goes through, at most so many, evenly spaced, the first and the last among them.
+
+    For the arguments see :func:`trajectory_rows`; any number of steps goes.
+    """
     states = sampling.trajectory(
         model.network, noise, y, steps=steps, guidance_scale=guidance_scale,
         fresh_noise=fresh_noise_of(seed, range(len(noise)), noise), **model.sampler_options(),
     )  # fmt: skip
     kept = np.linspace(0, steps, min(columns, steps + 1)).round().astype(int).tolist()
-    return states.t[kept], _rows(model, states.x_t[kept], states.t[kept], y, guidance_scale)
+    return sampling.Trajectory(states.t[kept], states.x_t[kept])
 
 
 def reconstruction_rows(
@@ -200,18 +218,25 @@ def x1_image(
     return image_grid(images, titles, column_titles=columns, title=title, group=len(rows), cell=64)
 
 
-def interpolate_noise(a: Tensor, b: Tensor, columns: int) -> Tensor:
-    """Noises cos(u pi/2) a + sin(u pi/2) b for evenly spaced u in [0, 1], (columns, *a.shape).
+def mixed_noise(a: Tensor, b: Tensor, u: float) -> Tensor:
+    """The noise cos(u pi/2) a + sin(u pi/2) b, for u in [0, 1].
 
-    If a and b are independent standard normal, so is each of them. The first is a and the last b, to the bit.
+    If a and b are independent standard normal, so is it. u = 0 is a and u = 1 is b, to the bit.
+    """
+    if u in (0, 1):
+        return a if u == 0 else b
+    return math.cos(math.pi / 2 * u) * a + math.sin(math.pi / 2 * u) * b
+
+
+def interpolate_noise(a: Tensor, b: Tensor, columns: int) -> Tensor:
+    """:func:`mixed_noise` for evenly spaced u in [0, 1], (columns, *a.shape).
 
     Raises:
         ValueError: for fewer than two columns.
     """
     if columns < 2:
         raise ValueError(f"columns must be at least 2, the two ends, got {columns}")
-    angles = [math.pi / 2 * i / (columns - 1) for i in range(1, columns - 1)]
-    return torch.stack([a, *(math.cos(angle) * a + math.sin(angle) * b for angle in angles), b])
+    return torch.stack([mixed_noise(a, b, i / (columns - 1)) for i in range(columns)])
 
 
 def interpolated_samples(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from torch import Tensor
@@ -78,13 +79,13 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels
 
 
-def save_image(pixels: np.ndarray, path: str | Path) -> None:
+def save_image(pixels: np.ndarray, out: str | Path | IO[bytes]) -> None:
     """Write (h, w, 3) uint8 as a PNG whose metadata name this library."""
     from PIL import Image, PngImagePlugin
 
     metadata = PngImagePlugin.PngInfo()
     metadata.add_text("Software", "shortcutflow")
-    Image.fromarray(pixels).save(path, pnginfo=metadata)
+    Image.fromarray(pixels).save(out, format="PNG", pnginfo=metadata)
 
 
 def n_steps(steps: int) -> str:
