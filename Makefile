@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: digits demo table1 test test-all lint format docs clean
+.PHONY: digits demo table1 test test-all lint format docs dist clean
 
 # The main job: train a shortcut model on real images, sample it in 1 ... 128 steps, print the table.
 digits: $(STAMP)
@@ -41,6 +41,12 @@ docs: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The package, sdist and wheel, as it is uploaded.
+dist: $(STAMP)
+	rm -f dist/shortcutflow-*
+	$(BIN)/python -m hatchling build
+	$(BIN)/python -m twine check --strict dist/*
 
 # constraints.txt pins what was tested; pyproject.toml says what works.
 $(STAMP): pyproject.toml constraints.txt

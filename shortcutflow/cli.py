@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import typer
+from pydantic import ValidationError
 
 from shortcutflow.commands.data import prepare_command
 from shortcutflow.commands.demo import demo_command
@@ -19,6 +20,7 @@ from shortcutflow.commands.plot import plot_app
 from shortcutflow.commands.recipes import DryRun, ObjectiveName, Overrides, Resume, RunDir, Smoke
 from shortcutflow.commands.training import average_command, sample_command, show_config_command, train_command
 from shortcutflow.config import RunConfig
+from shortcutflow.extras import remedy
 from shortcutflow.launch import Options, run_recipe
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ the list ends at a word that cannot be one, such as a run's folder."""
 SPEAK_PLAINLY = ("shortcutflow", "backbones", "recipes", "pydantic", "huggingface_hub")
 """Packages whose errors tell the user what to change; an error of any other keeps its traceback."""
 TRACEBACK = "--traceback"
+NEEDS = {"int_parsing": "it must be a whole number", "float_parsing": "it must be a number"}
+"""What an option must be, in place of pydantic's words for it."""
 
 app = typer.Typer(
     epilog="--traceback with any command shows where an error came from.",
@@ -83,26 +87,48 @@ def launch(config: RunConfig, argv: Sequence[str] | None = None, loggers: Sequen
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The ``shortcutflow`` command."""
-    _call(app, sys.argv[1:] if argv is None else argv)
+    _call(app, sys.argv[1:] if argv is None else argv, prog_name="shortcutflow")
 
 
-def _call(typer_app: typer.Typer, argv: Sequence[str]) -> None:
+def _call(typer_app: typer.Typer, argv: Sequence[str], prog_name: str | None = None) -> None:
     """Run a command; an error that tells the user what to change is one line on standard error.
 
     The exit status is then 2, or 1 for what went wrong during a run. Any other error keeps its traceback, and with
     ``--traceback`` each does.
     """
+    words = spread_lists([word for word in argv if word != TRACEBACK])
     try:
-        typer_app(args=spread_lists([word for word in argv if word != TRACEBACK]), standalone_mode=True)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if TRACEBACK in argv or not says_what_to_change(error):
+        status = typer_app(args=words, prog_name=prog_name, standalone_mode=False)
+    except typer.Abort:
+        raise SystemExit(1) from None
+    except Exception as error:
+        message = _usage(error) or remedy(error) or (str(error) if says_what_to_change(error) else None)
+        if TRACEBACK in argv or message is None:
             raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print(message if message.startswith("Usage: ") else f"error: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, RuntimeError) else 2) from error
+    raise SystemExit(status or 0)
+
+
+def _usage(error: Exception) -> str | None:
+    """What is wrong with the words of a command, or the whole help where there are none; None for other errors."""
+    if not hasattr(error, "format_message"):  # the parser's errors, whose class is not public in every typer
+        return None
+    text: str = error.format_message()
+    if text.startswith("Usage: "):
+        return text
+    if isinstance(error.__cause__, ValidationError):
+        wrong = error.__cause__.errors()[0]
+        text = f"{text.partition(': ')[0]}: {NEEDS.get(wrong['type'], wrong['msg'])}, got {wrong['input']!r}"
+    text = text.partition(" (Possible")[0].rstrip(".")
+    context = getattr(error, "ctx", None)
+    return text if text.endswith("?") or context is None else f"{text}; see {context.command_path} --help"
 
 
 def says_what_to_change(error: Exception) -> bool:
     """Whether an error is a full disk, or this library raised it, itself or through the standard library."""
+    if not isinstance(error, (ValueError, OSError, ImportError, RuntimeError)):
+        return False
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     if isinstance(error, RuntimeError):  # the base class is for defects, the library's own classes for the user

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from shortcutflow import checkpoint
 from shortcutflow.config import RunConfig, check_rows, with_overrides
 from shortcutflow.distributed import Rank
-from shortcutflow.run_dir import CHECKPOINTS, find_run
+from shortcutflow.run_dir import CHECKPOINTS, RUNS, find_run
 
 if TYPE_CHECKING:
     from shortcutflow.train.loggers import Logger
@@ -68,7 +68,7 @@ def run_recipe(
 
 
 def _runs_of(config: RunConfig) -> Path:
-    return Path("runs") / config.name
+    return Path(RUNS) / config.name
 
 
 def _new_folder(config: RunConfig) -> Path:

@@ -23,6 +23,8 @@ from shortcutflow.data.source import INFO_FILE, DataInfo
 from shortcutflow.io.atomic import atomic_file
 from shortcutflow.io.safetensors import read_tensors
 
+RUNS = "runs"
+"""The folder of runs, where training is given no other."""
 CHECKPOINTS = "checkpoints"
 WEIGHTS_FILE = "weights.safetensors"
 

@@ -77,7 +77,9 @@ def evaluate_command(
     if with_features or size is not None:
         raise ValueError("--with-features and --size go with --make-stats")
     if out is None and is_hub_id(model):
-        raise ValueError(f"{model} is no folder here: name the report with --out")
+        raise ValueError(
+            f"there is no folder {model}; for a model of that name on the hub, name the report with --out FILE.json"
+        )
     names = tuple(name for words in metrics or METRICS for name in words.split(",") if name)
     request: dict[str, Any] = {"steps": tuple(steps or STEPS), "metrics": names, "samples": samples}
     check_request(**request)

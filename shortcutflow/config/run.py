@@ -175,5 +175,6 @@ def validated(values: dict[str, Any], *, where: str) -> RunConfig:
         lines = []
         for problem in error.errors():
             place = ".".join(str(part) for part in problem["loc"]) or "the run"
-            lines.append(f"{place}: {problem['msg'].removeprefix('Value error, ')}")
+            given = f", got {problem['input']!r}" if problem["type"].endswith("_parsing") else ""
+            lines.append(f"{place}: {problem['msg'].removeprefix('Value error, ')}{given}")
         raise ValueError(f"{where}: " + "; ".join(lines)) from error

@@ -21,7 +21,7 @@ from shortcutflow.data.source import DataInfo, DataSource
 from shortcutflow.io.atomic import require_absent
 from shortcutflow.models.config import COMPANIONS, ModelConfig, config_of_run, read_config, weights_file
 from shortcutflow.objectives.objective import HEAD
-from shortcutflow.run_dir import Weights, find_run, info_of_run, read_weights, read_weights_file
+from shortcutflow.run_dir import RUNS, Weights, find_run, info_of_run, read_weights, read_weights_file
 from shortcutflow.sampling import draw_noise, sample
 
 HUB_FILES = [CONFIG_FILE, "weights*.safetensors", *COMPANIONS]
@@ -34,7 +34,8 @@ def is_hub_id(place: str | Path) -> bool:
     """Whether this is an "owner/name" of the hub, and not a mistyped path: no such file, file ending or parent."""
     path = Path(place)
     shaped = re.fullmatch(r"[\w.-]+/[\w.-]+", str(place)) is not None
-    return shaped and not (path.exists() or path.parent.exists() or path.suffix in _FILE_ENDINGS)
+    is_path = path.exists() or path.parent.exists() or path.suffix in _FILE_ENDINGS or path.parts[:1] == (RUNS,)
+    return shaped and not is_path
 
 
 @dataclass(frozen=True)

@@ -95,11 +95,14 @@ def builders(names: Sequence[str]) -> list[Callable[[RunConfig, Path, int], Logg
 
     Raises:
         ValueError: for an unknown name, listing the installed ones.
+        ImportError: if a logger's package is not installed.
     """
     foreign = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
     if unknown := [name for name in names if name not in BUILDERS and name not in foreign]:
         known = ", ".join(sorted({*BUILDERS, *foreign}))
         raise ValueError(f"training.loggers names {unknown[0]!r}, which is not installed; known: {known}")
+    if "tensorboard" in names:
+        import torch.utils.tensorboard  # noqa: F401  # now, when there is no run's folder yet
     return [BUILDERS[name] if name in BUILDERS else foreign[name].load() for name in names]
 
 

@@ -91,7 +91,7 @@ def open_protocol(
         ImportError: if clean-fid or scikit-learn is needed and not installed.
     """
     # Loaded here, so that the names cost nothing.
-    from shortcutflow.evaluation.features.digits import DigitExtractor
+    from shortcutflow.evaluation.features.digits import DigitExtractor, digit_classifier
     from shortcutflow.evaluation.features.dinov2 import dinov2_extractor
     from shortcutflow.evaluation.features.inception import inception_extractor
 
@@ -104,6 +104,7 @@ def open_protocol(
         extractor: Extractor = extractor_of_file(path, device=device, batch_size=batch_size)
         return EvaluationProtocol(f"{FILE_PREFIX}{path.name}", description, extractor)
     if name == "digits":
+        digit_classifier()  # made now, so that what is missing is missed before there are samples
         digits = DigitExtractor()
         return EvaluationProtocol(name, DESCRIPTIONS[name], digits, eight_bit=False, classifier=digits.read)
     if name == "pixels":
