@@ -141,7 +141,9 @@ def run_python(file: str, argv: Sequence[str], *, run: bool) -> None:
     if run:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [file, *argv])
-            runpy.run_path(file, run_name="__main__")
+            with pytest.raises(SystemExit) as stop:
+                runpy.run_path(file, run_name="__main__")
+            assert stop.value.code == 0, argv
     elif file.startswith("recipes/") or Path(file).exists():
         parse(["train", file if Path(file).exists() else str(ROOT / file), *argv])
     else:
