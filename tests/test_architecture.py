@@ -1,4 +1,4 @@
-"""docs/architecture.md names what there is: files, functions, and the layers that the import contract has."""
+"""docs/architecture.md has the layers of the import contract, and a way that is not too long."""
 
 import re
 import tomllib
@@ -6,12 +6,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/architecture.md").read_text()
-
-
-def test_the_files_of_the_page_exist() -> None:
-    named = re.findall(r"`((?:shortcutflow|backbones|recipes|tests)/[\w/.]*)`", PAGE)
-    assert len(named) > 40
-    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_the_way_of_an_image_has_at_most_40_files() -> None:
@@ -28,7 +22,7 @@ def test_the_picture_has_the_layers_of_the_contract() -> None:
     drawn = re.findall(r"\b(\w+)(?:\.py|/)", picture)
     known = set(re.findall(r"shortcutflow\.(\w+)", layers))
     assert [name for name in drawn if name not in known] == []
-    assert known - set(drawn) == {"plugins", "inputs", "old_names"}, "small ones that the picture leaves out"
+    assert known - set(drawn) == {"extras", "inputs", "old_names", "plugins"}, "small ones that the picture leaves out"
     # The order of lines is the order of layers.
     rank = {name: i for i, layer in enumerate(contracts[0]["layers"]) for name in re.findall(r"\.(\w+)", layer)}
     ranks = [rank[name] for name in drawn]
