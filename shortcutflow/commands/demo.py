@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+import webbrowser
 from contextlib import suppress
 from typing import Annotated
 
@@ -20,23 +23,20 @@ def demo_command(
     device: Device = None,
 ) -> None:
     """Open a page to sample a run: any number of steps, seed and class, the path from noise, a second run beside it."""
-    try:
-        import gradio  # noqa: F401
-    except ImportError as error:
-        raise ImportError("the demo's page is made with Gradio: pip install 'shortcutflow[demo]'") from error
-    from shortcutflow.demo.answer import Demo
-    from shortcutflow.demo.server import listen, server_of
-    from shortcutflow.distributed import Rank
+    with tempfile.TemporaryDirectory(prefix="shortcutflow-demo-") as folder:
+        # Gradio makes a folder when it is loaded, by default one that all users of the machine share.
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        from shortcutflow.demo.answer import Demo
+        from shortcutflow.demo.server import listen, server_of
+        from shortcutflow.distributed import Rank
 
-    with listen(host, port) as listening:
-        places = [run] if beside is None else [run, beside]
-        demo = Demo.open(*places, weights=weights, device=Rank().device(device))
-        shown = "localhost" if host in ("0.0.0.0", "::") else host
-        url = f"http://{f'[{shown}]' if ':' in shown else shown}:{listening.getsockname()[1]}"
-        print(f"{url}  {' beside '.join(map(str, demo.models))}  (Ctrl-C stops it)", flush=True)
-        if open_browser:
-            import webbrowser
-
-            webbrowser.open(url)
-        with suppress(KeyboardInterrupt):
-            server_of(demo).run(sockets=[listening])
+        with listen(host, port) as listening:
+            places = [run] if beside is None else [run, beside]
+            demo = Demo.open(*places, weights=weights, device=Rank().device(device))
+            shown = "localhost" if host in ("0.0.0.0", "::") else host
+            url = f"http://{f'[{shown}]' if ':' in shown else shown}:{listening.getsockname()[1]}"
+            print(f"{url}  {' beside '.join(map(str, demo.models))}  (Ctrl-C stops it)", flush=True)
+            if open_browser:
+                webbrowser.open(url)
+            with suppress(KeyboardInterrupt):
+                server_of(demo).run(sockets=[listening])

@@ -14,6 +14,7 @@ from shortcutflow.data.digits import DigitsData
 from shortcutflow.data.manifest import Manifest, ShardEntry
 from shortcutflow.data.source import DataInfo
 from shortcutflow.demo.answer import Demo, Settings, listed
+from shortcutflow.evaluation import decode
 from shortcutflow.evaluation.generate import generate, labels_of, noise_of
 from tests.evaluation.evaluating import Plain, model_of, plain_model
 
@@ -114,6 +115,25 @@ def test_without_classes() -> None:
         demo.settings(guidance_scale=3)
     with pytest.raises(ValueError, match=r"no classes to choose from, got '2'"):
         demo.settings(label="2")
+
+
+class Doubling:
+    """Stands for an autoencoder whose images have twice the side of its latents."""
+
+    def decode(self, latents: Tensor, *, batch_size: int) -> Tensor:
+        return latents[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+def test_latents_are_decoded_images_and_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr(decode, "load_autoencoder", lambda vae, **_: loaded.append(vae) or Doubling())
+    demo = Demo(plain_model(info=DataInfo((4, 8, 8), 10, vae="any")))
+    for _ in range(2):
+        (answer,) = demo.answers(Settings(steps=2, count=5))
+        assert answer.images.shape == (5, 3, 16, 16)
+        assert answer.path.shape == (3, 1, 3, 16, 16)
+        assert torch.allclose(answer.path[-1, 0], answer.images[0], atol=1e-6)
+    assert loaded == ["any"], "once for all answers"
 
 
 def test_classes_have_the_names_of_the_data(tmp_path: Path) -> None:

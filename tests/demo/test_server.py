@@ -14,9 +14,19 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from shortcutflow.cli import main
-from shortcutflow.demo.answer import Demo
-from shortcutflow.demo.page import name_of, show_with
+from shortcutflow.demo.answer import Demo, Settings
+from shortcutflow.demo.page import grid_of, name_of, show_with
 from shortcutflow.demo.server import MOST_BYTES, application, listen
+from tests.demo.browsing import (
+    choose,
+    downloaded,
+    needs_chromium,
+    opened,
+    served,
+    set_number,
+    started_browser,
+    wait_for,
+)
 from tests.evaluation.evaluating import Plain, plain_model
 
 
@@ -134,3 +144,16 @@ def test_a_taken_port_is_named(capsys: pytest.CaptureFixture[str]) -> None:
             error = capsys.readouterr().err
             assert reason in error
             assert len(error.strip().splitlines()) == 1
+
+
+@needs_chromium
+def test_a_browser_shows_answers_and_refusals(demo: Demo) -> None:
+    """tests/demo/test_browser.py has all that a person does, on trained digits; this one needs no training."""
+    with served(demo) as url, started_browser() as browser, opened(browser, url) as page:
+        set_number(page, "steps", 3)
+        wait_for(page, 3)
+        settings = Settings(steps=3)
+        for run, answer in enumerate(demo.answers(settings)):
+            assert np.array_equal(downloaded(page, run), grid_of(demo, settings, answer))
+        choose(page, "77")
+        page.get_by_text("There is no class '77'").wait_for()
