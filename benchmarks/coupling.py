@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: a plain install has no benchmarks
 
-from benchmarks.record import device_name, print_rows, put_into_readme, seconds_in_turn, write_result
+from benchmarks.record import device_name, print_rows, put_into_page, seconds_in_turn, write_result
 from benchmarks.train_step import digits_step
 from shortcutflow.coupling import couple
 
@@ -41,7 +41,7 @@ def main() -> None:
     print_rows(rows)
     if args.write:
         print(write_result("coupling", CPU, {"rounds": args.rounds, "divide": args.divide}, rows))
-        put_into_readme(
+        put_into_page(
             "<!-- coupling table: benchmarks/coupling.py writes it -->", table_of(rows),
             "<!-- end of coupling table -->", page=PAGE,
         )  # fmt: skip

@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: a plain install has no benchmarks
 
-from benchmarks.record import print_rows, put_into_readme, seconds_in_turn, write_result
+from benchmarks.record import print_rows, put_into_page, seconds_in_turn, write_result
 from shortcutflow.data.images import encode_image, to_square
 from shortcutflow.data.manifest import LatentsInfo
 from shortcutflow.data.prepare import prepare
@@ -67,7 +67,7 @@ def main() -> None:
     if options.write:
         config = {"rounds": options.rounds, "scale": options.scale, "images": str(bool(options.images))}
         print(write_result("data", torch.device("cpu"), config, rows))
-        put_into_readme(START, _table(rows), END, page="docs/data.md")
+        put_into_page(START, _table(rows), END, page="docs/data.md")
 
 
 def decode(folder: Path, photographs: Path, options: argparse.Namespace) -> list[Row]:

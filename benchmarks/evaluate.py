@@ -22,7 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: a plain install has no benchmarks
 
-from benchmarks.record import device_name, print_rows, put_into_readme, write_result
+from benchmarks.record import device_name, print_rows, put_into_page, write_result
 from recipes.digits import recipe
 from shortcutflow.config import CURRENT
 from shortcutflow.evaluation.distances.statistics import Statistics, save_statistics
@@ -60,7 +60,7 @@ def main() -> None:
         config = {key: value for key, value in vars(args).items() if key != "write"}
         print(write_result("evaluate", device, config, rows))
         start = f"<!-- evaluation table, {device.type}: benchmarks/evaluate.py writes it -->"
-        put_into_readme(start, table_of(rows), "<!-- end of evaluation table -->", page=PAGE)
+        put_into_page(start, table_of(rows), "<!-- end of evaluation table -->", page=PAGE)
 
 
 def measured(name: str, protocol: EvaluationProtocol, samples: int, batch: int, device: torch.device) -> Row:

@@ -1,8 +1,8 @@
 """Every family of backbones on one task, at equal training FLOPs.
 
-    python benchmarks/families.py                  # times, then three runs of each family; prints the README's table
+    python benchmarks/families.py                  # times, then three runs of each family; prints the table
     python benchmarks/families.py --jobs 2         # two runs side by side; the times are taken before
-    python benchmarks/families.py --write          # and writes README.md and benchmarks/results/
+    python benchmarks/families.py --write          # and writes docs/measured.md and benchmarks/results/
 
 (Not called backbones.py: beside the other benchmarks it would hide the package of that name from them.)
 
@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: a 
 import backbones
 import shortcutflow as sf
 from benchmarks.recipe_run import run_recipe
-from benchmarks.record import put_into_readme, write_result
+from benchmarks.record import MEASURED, put_into_page, write_result
 from benchmarks.train_step import Step, seconds_of
 from recipes.digits import paper_recipe as recipe
 from shortcutflow.optim import OptimizerConfig
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=5, help="of timing")
     parser.add_argument("--jobs", type=int, default=1, help="training runs side by side")
-    parser.add_argument("--write", action="store_true", help="write README.md and benchmarks/results/")
+    parser.add_argument("--write", action="store_true", help="write docs/measured.md and benchmarks/results/")
     args = parser.parse_args()
     times = time_families(args.families, args.rounds)
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
@@ -145,7 +145,7 @@ def main() -> None:
     print(table)
     if args.write:
         print(write_result("families", torch.device("cpu"), recipe().model_dump(mode="json"), rows))
-        put_into_readme(START, table, END)
+        put_into_page(START, table, END, MEASURED)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: a 
 
 from benchmarks.compute import evaluations_a_step
 from benchmarks.recipe_run import run_recipe
-from benchmarks.record import put_into_readme, write_result
+from benchmarks.record import put_into_page, write_result
 from recipes.digits import paper_recipe as recipe
 from shortcutflow.config import with_overrides
 
@@ -106,7 +106,7 @@ def main() -> None:
     if args.write:
         config = {"jobs": args.jobs, "ways": WAYS} | recipe().model_dump(mode="json")
         print(write_result("finetune", torch.device("cpu"), config, rows))
-        put_into_readme(START, table, END, PAGE)
+        put_into_page(START, table, END, PAGE)
 
 
 if __name__ == "__main__":

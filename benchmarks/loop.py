@@ -29,7 +29,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: a plain install has no benchmarks
 
-from benchmarks.record import device_name, print_rows, put_into_readme, write_result
+from benchmarks.record import device_name, print_rows, put_into_page, write_result
 from shortcutflow.config import RunConfig, TrainingConfig
 from shortcutflow.data.shards import Sample, write_shards
 from shortcutflow.data.source import ShardsData
@@ -74,7 +74,7 @@ def main() -> None:
         config = {key: value for key, value in vars(args).items() if key != "write"}
         print(write_result("loop", device, config, rows))
         start, end = f"<!-- loop table, {device.type}: benchmarks/loop.py writes it -->", "<!-- end of loop table -->"
-        put_into_readme(start, table_of(rows), end, page=PAGE)
+        put_into_page(start, table_of(rows), end, page=PAGE)
 
 
 def measure(args: argparse.Namespace, folder: Path) -> list[Row]:

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: a 
 
 import backbones
 from benchmarks.loop import CLASSES, LATENT, PAGE, Row, made_run
-from benchmarks.record import print_rows, put_into_readme, write_result
+from benchmarks.record import print_rows, put_into_page, write_result
 from shortcutflow.config import RunConfig
 from shortcutflow.distributed import joined
 from shortcutflow.dtensor import to_local
@@ -60,7 +60,7 @@ def main() -> None:
     if args.write:
         config = {"processes": args.processes, "options": args.options}
         print(write_result("memory", torch.device("cpu"), config, rows))
-        put_into_readme(START, table_of(rows), END, page=PAGE)
+        put_into_page(START, table_of(rows), END, page=PAGE)
 
 
 def memory(processes: Iterable[int], options: dict[str, Any], folder: Path) -> list[Row]:

@@ -1,7 +1,7 @@
 """Push-T by sampling budget: the policy recipe in the real environment.
 
-    python benchmarks/policy.py                                # runs the recipe; prints the README's table
-    python benchmarks/policy.py --seeds 0 1 2 --write          # writes README.md and benchmarks/results/
+    python benchmarks/policy.py                                # runs the recipe; prints the table
+    python benchmarks/policy.py --seeds 0 1 2 --write          # writes docs/measured.md and benchmarks/results/
     python benchmarks/policy.py --runs runs/policy_sequences/... --write      # of runs that are finished
 
 Runs are told apart by objective and seed, both of which are in a run's folder.
@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: a plain install has no benchmarks
 
-from benchmarks.record import put_into_readme, write_result
+from benchmarks.record import MEASURED, put_into_page, write_result
 from shortcutflow.config import RunConfig
 
 ROOT = Path(__file__).parent.parent
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", default=["shortcut"], choices=["shortcut", "flow_matching"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--runs", type=Path, nargs="+", help="folders of finished runs, instead of training")
-    parser.add_argument("--write", action="store_true", help="write README.md and benchmarks/results/")
+    parser.add_argument("--write", action="store_true", help="write docs/measured.md and benchmarks/results/")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         runs = args.runs or [train(kind, seed, Path(folder)) for kind in args.objectives for seed in args.seeds]
@@ -80,7 +80,7 @@ def main() -> None:
     print(table)
     if args.write:
         print(write_result("policy", torch.device("cpu"), {"recipe": "policy_sequences"}, rows))
-        put_into_readme(START, table, END)
+        put_into_page(START, table, END, MEASURED)
 
 
 if __name__ == "__main__":

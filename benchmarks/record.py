@@ -16,6 +16,8 @@ import torch
 import shortcutflow
 
 RESULTS = Path(__file__).parent / "results"
+MEASURED = "docs/measured.md"
+"""The page of the tables that belong to no other page."""
 
 
 def device_name(device: torch.device) -> str:
@@ -52,8 +54,8 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         print(f"  {row['name']}: {numbers}")
 
 
-def put_into_readme(start: str, table: str, end: str, page: str = "README.md") -> None:
-    """Replace what stands between two markers of the README, or of another page."""
+def put_into_page(start: str, table: str, end: str, page: str) -> None:
+    """Replace what stands between two markers of a page, by its path in the checkout."""
     path = RESULTS.parent.parent / page
     text, count = re.subn(
         f"{re.escape(start)}.*?{re.escape(end)}",

@@ -1,7 +1,7 @@
 """The paper's table 1 at a size that runs anywhere: seven objectives, one network, equal training compute, three seeds.
 
     make table1                                            # on handwritten digits, on two CPU cores
-    python benchmarks/table1.py --jobs 2 --write           # and writes README.md, a plot and benchmarks/results/
+    python benchmarks/table1.py --jobs 2 --write           # and writes docs/measured.md, a plot and benchmarks/results/
     python benchmarks/table1.py --dataset cifar10 --jobs 1 --folder runs/table1 --write       # on a GPU
 
 Compute is counted in forward passes of a sample: a training step costs 3 a sample (forward, and backward as two) and
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: a 
 
 from benchmarks.compute import evaluations_a_step
 from benchmarks.recipe_run import ROOT, Trained, run_recipe
-from benchmarks.record import put_into_readme, write_result
+from benchmarks.record import MEASURED, put_into_page, write_result
 from benchmarks.table1_datasets import BUDGETS, DATASETS, Dataset
 from benchmarks.table1_paper import PAPER
 from shortcutflow.config import with_overrides
@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     parser.add_argument("--folder", type=Path, help="where runs are kept. [default: a temporary one]")
-    parser.add_argument("--write", action="store_true", help="write README.md, docs/table1.png and benchmarks/results/")
+    parser.add_argument("--write", action="store_true", help="write docs/measured.md, its plot and benchmarks/results/")
     args = parser.parse_args()
     dataset = DATASETS[args.dataset]()
     methods = [method for method in METHODS if method.kind in args.methods]
@@ -204,7 +204,7 @@ def main() -> None:
         )
         plot(rows, dataset, ROOT / "docs" / f"table1_{args.dataset}.png")
         if args.dataset == "digits":
-            put_into_readme(START, table, END)
+            put_into_page(START, table, END, MEASURED)
 
 
 if __name__ == "__main__":

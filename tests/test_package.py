@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import shortcutflow
 from shortcutflow.extras import EXTRA_OF
 
 ROOT = Path(__file__).parent.parent
@@ -91,6 +92,10 @@ def test_sdist_holds_what_the_wheel_is_built_from(built: Path) -> None:
 
 def test_index_takes_them(built: Path) -> None:
     assert run("-m", "twine", "--no-color", "check", "--strict", *map(str, built.iterdir())).count("PASSED") == 2
+
+
+def test_the_citation_is_of_this_version() -> None:
+    assert f"\nversion: {shortcutflow.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_every_extra_names_packages_it_holds() -> None:

@@ -172,7 +172,7 @@ def parse(argv: Sequence[str]) -> None:
     params = context.params
     recipe = params.get("recipe", params.get("run_or_recipe"))
     if recipe is not None and not Path(recipe).is_dir() and not recipe.startswith("runs/"):
-        kind = [f"objective.kind={params['objective']}"] * (params.get("objective") is not None)
+        kind = [f"objective.kind={name}" for name in [params.get("objective")] if name is not None]
         with_overrides(load_recipe(recipe), [*kind, *(params["overrides"] or [])])
     if "protocol" in params and "metrics" in params:
         if not params["protocol"].startswith("file:"):

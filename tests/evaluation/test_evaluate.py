@@ -237,7 +237,7 @@ def test_a_reference_is_reused_unless_it_is_damaged_or_its_images_change(
 
 
 def test_the_digits_distance_and_accuracy_are_those_of_raw_pixels(tmp_path: Path, digits: EvaluationProtocol) -> None:
-    """As README's tables define them: pixels as sampled against scikit-learn's own, and the SVM's reading of them."""
+    """As in docs/measured.md: pixels as sampled against scikit-learn's own, and the SVM's reading of them."""
     real, labels = load_digits()
     real = real.reshape(1797, 64)
     held_out = np.arange(1797) % 5 == 0
