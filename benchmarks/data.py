@@ -58,7 +58,7 @@ def main() -> None:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
         options.folder = Path(name)
-        photographs = options.images or _made_photographs(Path(name) / "raw", max(4, int(64 * options.scale)))
+        photographs = options.images or made_photographs(Path(name) / "raw", max(4, int(64 * options.scale)))
         for group in options.only or groups:
             found = groups[group](Path(name), photographs, options)
             print(group, flush=True)
@@ -240,7 +240,7 @@ def _as_image_folder(contents: list[bytes], extension: str, folder: Path) -> Pat
     return folder
 
 
-def _made_photographs(folder: Path, count: int) -> Path:
+def made_photographs(folder: Path, count: int) -> Path:
     from PIL import Image
 
     rng = np.random.default_rng(0)

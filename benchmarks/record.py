@@ -27,20 +27,18 @@ def device_name(device: torch.device) -> str:
     return f"CPU {platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
 
 
+def described(device: torch.device) -> dict[str, Any]:
+    """The device and the versions that a result was made by."""
+    versions = {
+        "shortcutflow": shortcutflow.__version__, "torch": torch.__version__, "python": platform.python_version()
+    }  # fmt: skip
+    return {"device": device_name(device), "versions": versions}
+
+
 def write_result(name: str, device: torch.device, config: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
     """Write one benchmark's rows with everything needed to repeat it."""
-    result = {
-        "benchmark": name,
-        "date": time.strftime("%Y-%m-%d"),
-        "device": device_name(device),
-        "versions": {
-            "shortcutflow": shortcutflow.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "config": config,
-        "rows": rows,
-    }  # fmt: skip
+    head = {"benchmark": name, "date": time.strftime("%Y-%m-%d"), **described(device)}
+    result = head | {"config": config, "rows": rows}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}_{device.type}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")

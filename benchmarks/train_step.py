@@ -22,16 +22,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: a plain install has no benchmarks
 
 import backbones
 import shortcutflow as sf
+from benchmarks.compute import FORWARD_AND_BACKWARD
 from benchmarks.record import device_name, print_rows, write_result
 from shortcutflow.optim import OptimizerConfig, build_optimizer
 from shortcutflow.seeds import generator_for
 from shortcutflow.train.metrics import peak_flops
+from shortcutflow.train.parallel import compile_options
 from shortcutflow.train.step import clip_gradients
 
 RECORDED_MS = 84.0
@@ -48,9 +49,10 @@ class Step:
         self.net, self.objective, self.data, self.y, self.null_y = net, objective, data, y, null_y
         self.average = sf.EMA(net, average)
         self.optimizer = build_optimizer(net.parameters(), optimizer)
-        self.call = torch.compile(net, dynamic=False) if compiled else net
-        target = self.average.network
-        self.target_call = torch.compile(target, dynamic=False) if compiled else target
+        self.call, self.target_call = (
+            torch.compile(each, dynamic=False, **compile_options(data.device)) if compiled else each
+            for each in (net, self.average.network)
+        )
         self.bfloat16 = bfloat16
         self.done = 0
 
@@ -134,37 +136,35 @@ def dit(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]
         "shortcut, k = 1/4, guided targets": sf.ShortcutObjective(condition_dropout=0.1, guidance_scale=1.5),
         "shortcut, k = 1/8": sf.ShortcutObjective(condition_dropout=0.1, bootstrap_fraction=1 / 8),
     }
-    rows = []
+    net: Any = backbones.create(args.backbone, shape=(4, 32, 32), num_classes=1000, **args.options).to(device)
+    flops = net.flops(y=torch.zeros(1, dtype=torch.int64)) * args.batch
+    # One step for all objectives: what is compiled for one of them serves the next.
+    step = Step(
+        net, objectives["flow_matching"], data, y, null_y=1000, average=sf.EMAConfig(), optimizer=OptimizerConfig(),
+        compiled=args.compile, bfloat16=True,
+    )  # fmt: skip
+    rows: list[dict[str, Any]] = []
     for name, objective in objectives.items():
-        rows.append({"name": name} | _time_dit(objective, data, y, args))
+        step.objective = objective
+        evaluations = FORWARD_AND_BACKWARD + objective.target_evaluations(args.batch)
+        rows.append({"name": name} | _timed(step, flops * evaluations, args.steps))
     for r in rows[1:]:
         r["times_flow_matching"] = r["ms_median"] / rows[0]["ms_median"]
-    return {
-        "backbone": args.backbone,
-        "batch": args.batch,
-        "steps": args.steps,
-        "bfloat16": True,
-        "compile": args.compile,
-    }, rows
+    config = {name: getattr(args, name) for name in ("backbone", "options", "batch", "steps", "compile")}
+    return config | {"bfloat16": True}, rows
 
 
-def _time_dit(objective: sf.Objective, data: torch.Tensor, y: torch.Tensor, args: argparse.Namespace) -> dict[str, Any]:
-    device = data.device
-    net = backbones.create(args.backbone, shape=(4, 32, 32), num_classes=1000).to(device)
-    options: dict[str, Any] = {
-        "null_y": 1000, "average": sf.EMAConfig(), "optimizer": OptimizerConfig(), "bfloat16": True
-    }  # fmt: skip
-    with FlopCounterMode(display=False) as counter:
-        Step(net, objective, data, y, compiled=False, **options)()
-    flops = counter.get_total_flops()
-    step = Step(net, objective, data, y, compiled=args.compile, **options)
+def _timed(step: Step, flops: float, count: int) -> dict[str, Any]:
+    """A row of a step that takes so many floating-point operations; memory is the most of the timed steps."""
+    device = step.data.device
+    seconds_of(step, 0, warm_up=5)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = statistics.median(seconds_of(step, args.steps, warm_up=5))
+    seconds = statistics.median(seconds_of(step, count, warm_up=0))
     peak = peak_flops(device)
     return {
         "ms_median": seconds * 1000,
-        "images_per_second": len(data) / seconds,
+        "images_per_second": len(step.data) / seconds,
         "tflop_per_step": flops / 1e12,
         "share_of_peak": flops / seconds / peak if peak else None,
         "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="digits: rounds, ours and theirs in turn")
     parser.add_argument("--batch", type=int, default=256, help="dit: batch size")
     parser.add_argument("--backbone", default="dit_b_2", help="dit: name of the network")
+    parser.add_argument("--options", type=json.loads, default={}, help="dit: the network's options, as JSON")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="dit: device")
     parser.add_argument("--reference-command", help="digits: times another implementation, see above")
