@@ -1,5 +1,7 @@
 """The pages of the documentation: their Python runs, their commands parse, what they name exists.
 
+The README too, but for its Python, which test_readme.py trains to the end.
+
 A page is followed from top to bottom in an empty folder. Python blocks share one namespace; a block with a title is
 written to a file of this name, and a ``pyproject.toml`` is installed as pip would. Three comments change this:
 ``<!-- not run: REASON -->`` before a block leaves it out, ``<!-- run -->`` before a bash block runs its commands rather
@@ -32,7 +34,7 @@ from shortcutflow.evaluation.features.protocols import check_protocol
 from shortcutflow.evaluation.metrics import check_request
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 BLOCK = re.compile(
     r"<!-- before:\n(?P<before>.*?)-->"
@@ -74,7 +76,7 @@ def test_a_page_can_be_followed(page: Path, tmp_path: Path, monkeypatch: pytest.
         for block in blocks_of(page):
             if block.title is not None:
                 write(Path(block.title), block.code)
-            elif block.language == "python" and block.note is None:
+            elif block.language == "python" and block.note is None and page.name != "README.md":
                 # Lines of an error are those of the page.
                 exec(compile("\n" * block.line + block.code, page, "exec"), vars(namespace))
             elif block.language == "bash":
