@@ -223,7 +223,7 @@ def _channels_of(part: nn.Module, name: str) -> int:
                 return channels
         if isinstance(module, nn.LayerNorm):
             return module.normalized_shape[-1]
-    raise ValueError(f"the channels of the output of part {name!r} cannot be told from its layers: give features=")
+    raise ValueError(f"the channels of the output of part {name!r} cannot be found from its layers: give features=")
 
 
 def _elements(module: nn.Module) -> Iterator[nn.Module]:

@@ -16,7 +16,7 @@ from backbones.diffusion import Diffusion
 from backbones.embeddings import Condition, require_positive
 
 PARTS = ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_act", "conv_out")
-"""Of theirs, what remains; its embeddings are replaced by ours."""
+"""The modules kept from diffusers' network; its embeddings are replaced by :class:`Condition`."""
 DOWN = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 UP = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 OPTIONS = (
@@ -66,20 +66,20 @@ class DiffusersUNet(Backbone):
         super().__init__(shape)
         if not self.is_image:
             raise ValueError(f"diffusers' U-Net is for images (channels, height, width), got {self.shape}")
-        theirs = _built(self.channels, dict(unet or {}))
+        unet_2d = _built(self.channels, dict(unet or {}))
         for part in PARTS:
-            setattr(self, part, getattr(theirs, part))
-        self.center_input_sample = bool(theirs.config.center_input_sample)
-        widths = theirs.config.block_out_channels
+            setattr(self, part, getattr(unet_2d, part))
+        self.center_input_sample = bool(unet_2d.config.center_input_sample)
+        widths = unet_2d.config.block_out_channels
         halvings = 2 ** (len(widths) - 1)
         if any(size % halvings for size in self.shape[1:]):
             raise ValueError(f"height and width must be multiples of {halvings}, got {self.shape[1:]}")
         self.diffusion = None if diffusion is None else Diffusion.of(diffusion)
         self.condition = Condition(
-            theirs.config.time_embedding_dim or 4 * widths[0],
+            unet_2d.config.time_embedding_dim or 4 * widths[0],
             num_classes=num_classes, condition_shape=condition_shape, finest_steps=finest_steps,
             time_scale=1000.0 if diffusion is None else 1.0,
-            time_features=widths[0], time_frequency_shift=theirs.config.freq_shift,
+            time_features=widths[0], time_frequency_shift=unet_2d.config.freq_shift,
         )  # fmt: skip
 
     def reset_parameters(self) -> None:

@@ -1,4 +1,4 @@
-"""Networks of diffusion asked as velocities of the straight path from noise to data.
+"""Diffusion networks as velocities of the straight path from noise to data.
 
 A diffusion network was trained on z = alpha x_1 + sigma eps with alpha^2 + sigma^2 = 1 ("variance preserving": DDPM, Ho
 et al., arXiv 2006.11239, eq. 4) at times i = 0 (data) ... n - 1 (noise), alpha_i^2 = prod_{j <= i} (1 - beta_j). The
@@ -15,7 +15,7 @@ so the network is given x_t / r at the time i where sigma_i / alpha_i = (1 - t) 
 
 makes the velocity x_1 - eps = (x_1 - x_t) / (1 - t) = (x_t - eps) / t.
 
-Between two of its times, i is found by interpolation of log(sigma / alpha). Outside of them the network is asked at its
+Between two of its times, i is found by interpolation of log(sigma / alpha). Outside of them the network gets its
 first or last time, z = x_t / r stays what it is, and of the two forms of the velocity that one is taken which is finite
 there: close to noise (x_1 - x_t) / (1 - t), with x_1 made of alpha and sigma of the last time, and close to data
 (x_t - eps) / t, with eps made of those of the first. At both borders the forms agree, so the velocity is continuous.

@@ -26,13 +26,13 @@ class DiT(TokenNetwork):
         finest_steps: M; step sizes at or below 1/M are one and the same to the network.
         width, depth, heads: size of the transformer.
         patch: side of a patch; must divide height and width, or the length. None is 2 for images, 1 for sequences.
-        mlp_ratio: hidden size of a block's perceptron over its width.
+        mlp_ratio: hidden size of a block's MLP over its width.
         ignore_step_size: embed d = 1 whatever d is, as the released code does for its baselines.
         released: the released code's conventions: attention scaled by 1/head size instead of its square root, t
             not multiplied by 1000, blocks' modulation not started at zero, and its unused table of log-variances.
         time_scale: factor on the time that is embedded; None is 1000, or 1 with ``released``.
         time_frequency_shift: see :class:`backbones.embeddings.SinusoidalEmbedding`.
-        mlp_norm_eps: of the norm before a block's perceptron.
+        mlp_norm_eps: of the norm before a block's MLP.
         diffusion: options of :class:`backbones.diffusion.Diffusion`, for weights that were trained to undo diffusion:
             the time that is embedded is the diffusion's, and the prediction is turned into the velocity.
 

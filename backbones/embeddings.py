@@ -25,9 +25,9 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 class SinusoidalEmbedding(nn.Module):
-    """A scalar a sample as a vector: cosines and sines of many frequencies, then a two-layer perceptron.
+    """A scalar a sample as a vector: cosines and sines of many frequencies, then a two-layer MLP.
 
-    Features (cos, sin)(scale value 10000^(-i/128)), i < 128 (as DiT and the released code). Features and perceptron
+    Features (cos, sin)(scale value 10000^(-i/128)), i < 128 (as DiT and the released code). Features and MLP
     stay float32 under autocast: bfloat16 cannot tell 511/512 from 1.
 
     Args:
@@ -48,7 +48,7 @@ class SinusoidalEmbedding(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the perceptron (standard deviation 0.02) and compute the frequencies."""
+        """Draw the MLP (standard deviation 0.02) and compute the frequencies."""
         half = len(self.frequencies)
         steps = torch.arange(half, device=self.frequencies.device)
         self.frequencies.copy_(self.scale * torch.exp(-math.log(10000) * steps / (half - self.frequency_shift)))
@@ -107,7 +107,7 @@ class Condition(nn.Module):
         time_features, time_frequency_shift: of the embedding of t, see :class:`SinusoidalEmbedding`.
 
     Raises:
-        ValueError: if both kinds of condition are asked for, or at a call if y does not fit or t or d leave [0, 1].
+        ValueError: if both kinds of condition are given, or at a call if y does not fit or t or d leave [0, 1].
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Condition(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Labels from a normal distribution of standard deviation 0.02, as the perceptrons of t and d."""
+        """Labels from a normal distribution of standard deviation 0.02, as the MLPs of t and d."""
         if self.time is not None:
             self.time.reset_parameters()
         self.step.reset_parameters()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class Recurrent(nn.Module):
 class LSTM(TokenNetwork):
     """A recurrent shortcut model s(x_t, t, d, y) for images (channels, height, width) or sequences (length, channels).
 
-    Each block is a recurrent layer over the tokens (an image's in rows) and a perceptron, conditioned like DiT's.
+    Each block is a recurrent layer over the tokens (an image's in rows) and an MLP, conditioned like DiT's.
 
     Args:
         shape: shape of one sample.
@@ -69,7 +69,7 @@ class LSTM(TokenNetwork):
         finest_steps: M; step sizes at or below 1/M are one and the same to the network.
         width, depth: size of the stack.
         patch: side of a patch; must divide height and width, or the length. None is 2 for images, 1 for sequences.
-        mlp_ratio: hidden size of a block's perceptron over its width.
+        mlp_ratio: hidden size of a block's MLP over its width.
         cell: "lstm" or "gru".
         causal: no token sees a later one; the default sees both ways.
 
@@ -98,8 +98,7 @@ class LSTM(TokenNetwork):
         )  # fmt: skip
 
 
-_SIZES: Mapping[str, Mapping[str, Any]] = {
-    size: {"width": SIZES[size]["width"], "depth": SIZES[size]["depth"]} for size in ("s", "b")
-}
-PRESETS = presets("lstm", LSTM, _SIZES)
+PRESETS = presets(
+    "lstm", LSTM, {size: {"width": SIZES[size]["width"], "depth": SIZES[size]["depth"]} for size in ("s", "b")}
+)
 """``lstm`` with every size free; ``lstm_{s,b}`` as wide and deep as DiT's, ``lstm_{s,b}_{2,4,8}`` with a patch."""

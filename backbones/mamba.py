@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 from backbones.mamba_mixer import MambaMixer
 from backbones.tokens import SIZES, Block, TokenNetwork, presets
@@ -12,7 +12,7 @@ from backbones.tokens import SIZES, Block, TokenNetwork, presets
 class Mamba(TokenNetwork):
     """A state space model s(x_t, t, d, y) for images (channels, height, width) or sequences (length, channels).
 
-    Each block is Mamba's mixer over the tokens (an image's in rows) and a perceptron, conditioned like DiT's. Its time
+    Each block is Mamba's mixer over the tokens (an image's in rows) and an MLP, conditioned like DiT's. Its time
     grows with the number of tokens, attention's with the square.
 
     Args:
@@ -22,7 +22,7 @@ class Mamba(TokenNetwork):
         finest_steps: M; step sizes at or below 1/M are one and the same to the network.
         width, depth: size of the stack.
         patch: side of a patch; must divide height and width, or the length. None is 2 for images, 1 for sequences.
-        mlp_ratio: hidden size of a block's perceptron over its width.
+        mlp_ratio: hidden size of a block's MLP over its width.
         state, conv, expand: of the mixer, see :class:`MambaMixer`.
         bidirectional: scan the tokens both ways; False is causal.
         kernels: "auto" for mamba-ssm's on a GPU where that package is installed, else PyTorch; or one of "mamba-ssm"
@@ -61,8 +61,7 @@ class Mamba(TokenNetwork):
         )  # fmt: skip
 
 
-_SIZES: Mapping[str, Mapping[str, Any]] = {
-    size: {"width": SIZES[size]["width"], "depth": SIZES[size]["depth"]} for size in ("s", "b")
-}
-PRESETS = presets("mamba", Mamba, _SIZES)
+PRESETS = presets(
+    "mamba", Mamba, {size: {"width": SIZES[size]["width"], "depth": SIZES[size]["depth"]} for size in ("s", "b")}
+)
 """``mamba`` with every size free; ``mamba_{s,b}`` as wide and deep as DiT's, ``mamba_{s,b}_{2,4,8}`` with a patch."""

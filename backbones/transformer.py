@@ -17,7 +17,7 @@ from backbones.tokens import SIZES, TokenNetwork, presets, xavier
 
 
 class XBlock(nn.Module):
-    """One layer of x-transformers' encoder: attention and perceptron with adaptive RMSNorm and layer scale.
+    """One layer of x-transformers' encoder: attention and MLP with adaptive RMSNorm and layer scale.
 
     Raises:
         ImportError: if x-transformers is not installed.
@@ -69,7 +69,7 @@ class Transformer(TokenNetwork):
         finest_steps: M; step sizes at or below 1/M are one and the same to the network.
         width, depth, heads: size of the transformer.
         patch: side of a patch; must divide height and width, or the length. None is 2 for images, 1 for sequences.
-        mlp_ratio: hidden size of a block's perceptron over its width.
+        mlp_ratio: hidden size of a block's MLP over its width.
 
     Raises:
         ImportError: if x-transformers is not installed.

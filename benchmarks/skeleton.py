@@ -3,7 +3,7 @@
     python benchmarks/skeleton.py            # DiT-S/2 at 32x32x4 (256 tokens), forward and backward
     python benchmarks/skeleton.py --write
 
-The bare stack has no condition: projection, blocks of norm, scaled_dot_product_attention, norm, perceptron (plain
+The bare stack has no condition: projection, blocks of norm, scaled_dot_product_attention, norm, MLP (plain
 LayerNorm, plain residuals), projection. Both run in turn; compared are the fastest and the median of all rounds.
 """
 

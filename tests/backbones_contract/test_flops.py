@@ -91,7 +91,7 @@ def dense(net: nn.Module, prefix: str) -> int:
 @pytest.mark.parametrize("options", [{}, {"cell": "gru"}, {"causal": True}, {"cell": "gru", "causal": True}], ids=str)
 @pytest.mark.parametrize("shape", [IMAGE, SEQUENCE], ids=str)
 def test_flops_of_an_lstm(shape: tuple[int, ...], options: dict[str, Any]) -> None:
-    """Two a weight: of recurrent layers and perceptrons for each token, of what embeds the condition once."""
+    """Two a weight: of recurrent layers and MLPs for each token, of what embeds the condition once."""
     net = Case("lstm", shape, TINY["lstm"].options | options).build()
     tokens = 16 if len(shape) == 3 else 4
     of_tokens, of_condition = dense(net, "patch_embedding") + dense(net, "head.out"), dense(net, "head.modulation")
