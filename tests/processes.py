@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -120,6 +122,13 @@ def run_forked(
         returncode = int(any(codes)) if processes else codes[0]
         assert returncode is not None
         return Ended(returncode, (output / "stdout").read_text(), (output / "stderr").read_text())
+
+
+def script(folder: Path, file: Path, *argv: str) -> None:
+    """What ``python FILE ...`` does in a folder: for :func:`run_forked`."""
+    os.chdir(folder)
+    sys.argv = [str(file), *argv]
+    runpy.run_path(str(file), run_name="__main__")
 
 
 def _call(

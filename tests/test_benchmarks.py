@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.processes import ROOT, run_forked, script
 
 
 def run(*argv: str) -> str:
-    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    done = run_forked(script, ROOT, ROOT / argv[0], *argv[1:])
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
 
 
 def test_train_step_of_digits_beside_another_command() -> None:

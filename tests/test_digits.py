@@ -52,7 +52,7 @@ def farthest(curve: np.ndarray, others: list[np.ndarray]) -> float:
     return float(np.mean(np.abs(curve - mean) / mean))
 
 
-@pytest.mark.parametrize("steps", [600, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [300, pytest.param(2000, marks=pytest.mark.slow)])
 def test_released_training_curves(steps: int) -> None:
     """Losses and bootstrap velocities, in means of 100 steps, beside three recorded runs.
 

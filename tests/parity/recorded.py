@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,9 @@ class Recording:
     prefix: str = ""
 
     @classmethod
+    @lru_cache(maxsize=4)
     def open(cls, path: Path) -> Recording:
+        """The arrays are shared by all who open the file: they are for reading."""
         with np.load(path, allow_pickle=False) as z:
             return cls({name: z[name] for name in z})
 
