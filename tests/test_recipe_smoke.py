@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +27,7 @@ from shortcutflow.evaluation.generate import generate, labels_of, noise_of
 from shortcutflow.launch import Options, run_recipe, smoke
 from shortcutflow.models.model import load
 from shortcutflow.run_dir import WEIGHTS_FILE
+from tests.processes import run_forked, script
 from tests.test_recipes import LARGE, PAPER, ROOT, installed
 
 SMOKE = [*LARGE, *(f"{name}_{which}" for name in PAPER for which in ("released", "best"))]
@@ -138,12 +136,8 @@ def test_smoke_batch_fits_the_processes(name: str, world: int, monkeypatch: pyte
 
 def test_two_processes(tmp_path: Path) -> None:
     """The sharded recipe, with both processes in need of stand-in data at once."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        str(ROOT / "recipes" / "dit_xl_imagenet.py"), "--smoke", "--run-dir", "run",
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    recipe = ROOT / "recipes" / "dit_xl_imagenet.py"
+    done = run_forked(script, tmp_path, recipe, "--smoke", "--run-dir", "run", processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("stand-in data") == 1
     config = RunConfig.load(tmp_path / "run")

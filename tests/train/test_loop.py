@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 from recipes.digits import paper_recipe as recipe
 from shortcutflow.config import RunConfig, with_overrides
@@ -19,7 +20,7 @@ from shortcutflow.data.digits import DigitsData
 from shortcutflow.data.source import DataInfo
 from shortcutflow.models.model import load
 from shortcutflow.run_dir import WEIGHTS_FILE
-from shortcutflow.train import loop
+from shortcutflow.train import loop, state
 from shortcutflow.train.loggers import METRICS_FILE, JSONLines, read_metrics
 from shortcutflow.train.loop import train
 from tests.train.launched import tensors
@@ -87,9 +88,16 @@ def test_configs_that_must_run(tmp_path: Path, shards: Path, overrides: list[str
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
 
 
-def test_compiled_equals_eager(tmp_path: Path, shards: Path) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_equals_eager(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """The graphs of all networks and passes of a run; as its default, inductor, only in the slow case."""
     train(tiny(shards, "training.steps=3"), tmp_path / "eager")
+    if backend != "inductor":
+        monkeypatch.setattr(state, "compile_options", lambda device: {"backend": backend})
+    torch._dynamo.reset()
+    counters.clear()
     train(tiny(shards, "training.steps=3", "training.compile=true"), tmp_path / "compiled")
+    assert counters["stats"]["unique_graphs"] > 1
     eager, compiled = tensors(tmp_path / "eager", 3), tensors(tmp_path / "compiled", 3)
     assert eager.keys() == compiled.keys()
     for name in eager:
@@ -143,27 +151,27 @@ def test_steps_do_not_ask_the_data_what_it_is(tmp_path: Path, shards: Path, monk
 def test_switches_are_put_back(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
     """A run sets how PyTorch computes, and leaves the process as it found it, also after an error."""
 
-    def state() -> tuple[object, ...]:
+    def switches() -> tuple[object, ...]:
         conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
         matmul = torch.backends.cuda.matmul
         return matmul.fp32_precision, conv.fp32_precision, torch.are_deterministic_algorithms_enabled()
 
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    before, during = state(), []
+    before, during = switches(), []
     built = loop.build_train_state
 
     def watched(*args: Any) -> Any:
-        during.append(state())
+        during.append(switches())
         if fails:
             raise ZeroDivisionError
         return built(*args)
 
     monkeypatch.setattr(loop, "build_train_state", watched)
     for tf32, deterministic in ((True, False), (False, True)):
-        switches = (f"training.tf32={json.dumps(tf32)}", f"training.deterministic={json.dumps(deterministic)}")
-        config = tiny(shards, "training.steps=1", "training.grid_steps=[1]", *switches)
+        chosen = (f"training.tf32={json.dumps(tf32)}", f"training.deterministic={json.dumps(deterministic)}")
+        config = tiny(shards, "training.steps=1", "training.grid_steps=[1]", *chosen)
         with pytest.raises(ZeroDivisionError) if fails else nullcontext():
             train(config, tmp_path / str(tf32))
-        assert state() == before
+        assert switches() == before
     assert during == [("tf32", "tf32", False), ("ieee", "ieee", True)]
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
