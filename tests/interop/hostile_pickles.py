@@ -8,7 +8,6 @@ import json
 import os
 import pickle
 import struct
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -231,11 +230,7 @@ def main(folder: Path) -> None:
             said[name] = f"{type(error).__name__}: {error}"
         file.unlink()
         assert not os.listdir(folder), f"{name} left {os.listdir(folder)}"
-    # Of this program alone: what getrusage says begins with the size of the process that started it.
+    # Of this process alone: what getrusage says begins with the size of the process that started it.
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     memory = int(peak.split()[1]) * 1024
     print(json.dumps({"said": said, "memory": memory}))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +13,16 @@ import pytest
 from shortcutflow.cli import main
 from shortcutflow.interop.jax_pickle import load_pickle
 from tests.interop.hostile_pickles import SIZES, Calls, by_hand, code
+from tests.interop.hostile_pickles import main as convert_each
 from tests.interop.released_files import checkpoint, dumped, parameters
+from tests.processes import run_forked
 
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What a process of its own said to each file; it checks after each that its folder is empty."""
     folder = tmp_path_factory.mktemp("hostile")
-    command = [sys.executable, "-m", "tests.interop.hostile_pickles", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run_forked(convert_each, folder)
     assert done.returncode == 0, done.stderr[-2000:]
     assert list(folder.iterdir()) == [], "neither a canary nor a result"
     return json.loads(done.stdout)
@@ -58,8 +58,7 @@ def test_control(tmp_path: Path) -> None:
         main(["convert", str(good), "--out", str(tmp_path / "out"), "--heads", "2"])
     assert stop.value.code == 0
     (tmp_path / "harmful.pkl").write_bytes(dumped(Calls(os.system, f"touch {tmp_path / 'canary'}")))
-    unpickle = "import pickle, sys; pickle.load(open(sys.argv[1], 'rb'))"
-    subprocess.run([sys.executable, "-c", unpickle, str(tmp_path / "harmful.pkl")], check=True)
+    pickle.loads((tmp_path / "harmful.pkl").read_bytes())
     assert (tmp_path / "canary").exists(), "the files do what they claim to do"
 
 
