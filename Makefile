@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: digits demo table1 gpu test test-all lint format docs dist clean
+.PHONY: digits demo table1 gpu test test-all lint format docs notebook dist clean
 
 # The main job: train a shortcut model on real images, sample it in 1 ... 128 steps, print the table.
 digits: $(STAMP)
@@ -39,9 +39,14 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 # The site, in build/site: every link, anchor and documented name must exist, and nothing may come from another host.
+# Not --quiet, under which mkdocs counts no warnings and --strict passes whatever is wrong.
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	! grep -rnE '<(script|img|link)[^>]+(src|href)="?(https?:)?//' build/site --include '*.html'
+
+# Runs the notebook, writes its outputs into it, and the page docs/two_dimensions.md from both.
+notebook: $(STAMP)
+	$(BIN)/python notebooks/build.py $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
