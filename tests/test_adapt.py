@@ -214,7 +214,7 @@ def test_time_and_step_size_stay_float32_under_autocast() -> None:
         (
             lambda: nn.Sequential(nn.SiLU()),
             {"at": "0", "embed": ("t", "d")},
-            r"of part '0' cannot be told .* features=",
+            r"of part '0' cannot be found .* features=",
         ),
         (lambda: adapt(Small(), shape=(3, 8, 8), at="time").network, {"at": "blocks.0"}, "adapted before, at 'time'"),
         (lambda: adapt(Small(), shape=(3, 8, 8)), {"at": "network.time"}, r"adapted before: use what that adapt\(\)"),
