@@ -105,7 +105,7 @@ def row(peer: str, work: str, rounds: list[Round]) -> dict[str, Any]:
     ours, theirs = ([each[i] for each in rounds] for i in (0, 1))
     return {
         "name": f"{peer}, {work}", "ours_ms": 1000 * statistics.median(ours),
-        "theirs_ms": 1000 * statistics.median(theirs),
+        "peer_ms": 1000 * statistics.median(theirs),
         "times_faster": statistics.median(theirs / ours for ours, theirs in rounds),
         "times_faster_at_best": min(theirs) / min(ours),
     }  # fmt: skip

@@ -62,7 +62,7 @@ def test_a_checkout_that_waits_is_that_much_slower(tmp_path: Path) -> None:
     options = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
     command = [sys.executable, "benchmarks/peers.py", "--sit", str(tmp_path), "--rounds", "2", "--device", "cpu"]
     out = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    pattern = r"sit, ([a-z]+(?: \d)?): ours_ms ([\d.e+]+), theirs_ms ([\d.e+]+), times_faster ([\d.e+]+)"
+    pattern = r"sit, ([a-z]+(?: \d)?): ours_ms ([\d.e+]+), peer_ms ([\d.e+]+), times_faster ([\d.e+]+)"
     found = {work: tuple(map(float, rest)) for work, *rest in re.findall(pattern, out)}
     assert found.keys() == {"training", "sampling 1", "sampling 4"}, out
     assert found["training"][1] >= 300
@@ -74,6 +74,6 @@ def test_ratios_are_taken_round_by_round() -> None:
     """A disturbance that slows both down by half, and one that slows one of them."""
     rounds = [Round(1.0, 2.0), Round(2.0, 4.0), Round(1.0, 3.0)]
     found = row("sit", "training", rounds)
-    assert (found["ours_ms"], found["theirs_ms"]) == (1000, 3000)
+    assert (found["ours_ms"], found["peer_ms"]) == (1000, 3000)
     assert found["times_faster"] == 2.0
     assert found["times_faster_at_best"] == 2.0
