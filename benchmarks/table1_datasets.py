@@ -1,4 +1,4 @@
-"""What the seven objectives of table 1 are compared on, and how their samples are measured."""
+"""What the objectives of table 1 are compared on, and how their samples are measured."""
 
 from __future__ import annotations
 

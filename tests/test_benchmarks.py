@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT, run_forked, script
+from tests.processes import PATIENCE, ROOT, run_forked, script
 
 
-def run(*argv: str) -> str:
-    done = run_forked(script, ROOT, ROOT / argv[0], *argv[1:])
+def run(*argv: str, patience: float = PATIENCE) -> str:
+    done = run_forked(script, ROOT, ROOT / argv[0], *argv[1:], patience=patience)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
@@ -77,7 +77,7 @@ def test_coupling() -> None:
 def test_quality_of_options_side_by_side(tmp_path: Path) -> None:
     """At equal compute: flow matching, whose targets cost nothing, gets more steps."""
     options = ["--options", "base", "flow_matching", "--seeds", "0", "1", "--steps", "12", "--folder", str(tmp_path)]
-    out = run("benchmarks/quality.py", *options)
+    out = run("benchmarks/quality.py", *options, patience=6 * PATIENCE)  # 32,000 samples
     assert [line.split(" |")[0] for line in out.splitlines() if line.startswith("| ")][2:] == [
         "| base",
         "| flow_matching",
