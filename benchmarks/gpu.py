@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: a 
 from benchmarks.gpu_parts import PARTS, Call, Part
 from benchmarks.recipe_run import ROOT
 from benchmarks.record import RESULTS, described, print_rows
+from shortcutflow.io.atomic import write_whole
 
 CODE = ("shortcutflow", "backbones", "recipes", "benchmarks", "tests/parity", "tests/backbones_contract")
 """Folders on which the numbers depend."""
@@ -173,9 +174,7 @@ class Result:
         self._parts[part] = {"date": time.strftime("%Y-%m-%d"), **found}
         ordered = {name: self._parts[name] for name in PARTS if name in self._parts}
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        replacement = self._path.with_suffix(".tmp")
-        replacement.write_text(json.dumps(self._head | {"parts": ordered}, indent=2) + "\n")
-        replacement.replace(self._path)
+        write_whole(self._path, json.dumps(self._head | {"parts": ordered}, indent=2) + "\n")
 
 
 def code_digest() -> str:
