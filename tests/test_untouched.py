@@ -12,7 +12,7 @@ from PIL import Image
 import shortcutflow as sf
 from shortcutflow.cli import main
 from shortcutflow.data.images import encode_image
-from shortcutflow.io.atomic import claim, locked, remove_leftovers, unfinished_name, write_whole
+from shortcutflow.io.atomic import claim, remove_leftovers, unfinished_name, write_whole
 
 SMALL = ["--smoke", "backbone.options.width=16", "backbone.options.depth=1", "training.grid_steps=[1]"]
 FOREIGN = ("photo.png", "notes.txt", ".hidden", "album/2019/photo.png", "model.safetensors", "model.json")
@@ -134,14 +134,6 @@ def test_unfinished_files_of_dead_processes_alone_are_removed(tmp_path: Path, mo
 
 def _pid(path: Path) -> str:
     return path.name.rsplit("-", 2)[1]
-
-
-def test_a_lock_is_exclusive_and_says_so(tmp_path: Path) -> None:
-    held = locked(tmp_path / "lock", wait=False)
-    with locked(tmp_path / "lock"), pytest.raises(BlockingIOError, match="another process holds"):
-        held.__enter__()
-    with locked(tmp_path / "lock", wait=False):
-        pass
 
 
 @pytest.mark.parametrize(

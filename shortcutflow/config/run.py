@@ -17,7 +17,7 @@ from shortcutflow.data import DataConfig
 from shortcutflow.data.source import DataInfo
 from shortcutflow.ema import AnyEMAConfig, EMAConfig
 from shortcutflow.io.atomic import write_whole
-from shortcutflow.io.json import read_object
+from shortcutflow.io.json import read_object, wrong_fields
 from shortcutflow.network import BackboneConfig, build_network
 from shortcutflow.objectives import Context, ObjectiveConfig
 from shortcutflow.old_names import renamed
@@ -172,9 +172,4 @@ def validated(values: dict[str, Any], *, where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            place = ".".join(str(part) for part in problem["loc"]) or "the run"
-            given = f", got {problem['input']!r}" if problem["type"].endswith("_parsing") else ""
-            lines.append(f"{place}: {problem['msg'].removeprefix('Value error, ')}{given}")
-        raise ValueError(f"{where}: " + "; ".join(lines)) from error
+        raise ValueError(f"{where}: {wrong_fields(error)}") from error

@@ -29,9 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Autoencoder:
-    """An autoencoder of images, float32 and without gradients.
-
-    On a GPU its convolutions follow torch's own switches; ``torch.backends.cudnn.allow_tf32`` is True unless set.
+    """An autoencoder of images, float32 and without gradients; a GPU's convolutions follow torch's own TF32 switch.
 
     Args:
         network: diffusers' AutoencoderKL.
@@ -168,7 +166,9 @@ def load_autoencoder(
     except ImportError as error:
         raise ImportError("the autoencoder needs diffusers: pip install 'shortcutflow[latents]'") from error
     folder = _local_folder(name_or_folder)
-    _check_kind(folder / CONFIG_FILE)
+    # Of another network diffusers would load as much as has the same names.
+    if (kind := read_object(folder / CONFIG_FILE, "an autoencoder").get("_class_name")) != "AutoencoderKL":
+        raise ValueError(f"{folder / CONFIG_FILE} describes {kind!r}; the autoencoder must be an 'AutoencoderKL'")
     try:
         network, info = AutoencoderKL.from_pretrained(
             str(folder), use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False,
@@ -183,22 +183,15 @@ def load_autoencoder(
         )
     name = str(Path(name_or_folder).absolute() if Path(name_or_folder).is_dir() else name_or_folder)
     autoencoder = Autoencoder(network, name, device=device)
-    if expect is not None:
-        _check_made(expect, autoencoder, other_decoder=other_decoder)
+    if expect is not None and (differing := expect.differing(autoencoder)):
+        values = ", ".join(
+            f"{field} {getattr(expect, field)}, here {getattr(autoencoder, field)}" for field in differing
+        )
+        message = f"these latents were made with the autoencoder {expect.vae}, not with {name} ({values})"
+        if not other_decoder or differing != ["sha256"]:
+            raise ValueError(f"{message}: give the folder of the one that made them")
+        logger.warning("%s; it decodes them all the same", message)
     return autoencoder
-
-
-def _check_made(latents: LatentsInfo, autoencoder: Autoencoder, *, other_decoder: bool) -> None:
-    """Compare an autoencoder with the one that latents were made with."""
-    names = ("scaling_factor", "shift_factor", "sha256")
-    differing = [name for name in names if getattr(latents, name) != getattr(autoencoder, name)]
-    if not differing:
-        return
-    values = ", ".join(f"{name} {getattr(latents, name)}, here {getattr(autoencoder, name)}" for name in differing)
-    message = f"these latents were made with the autoencoder {latents.vae}, not with {autoencoder.name} ({values})"
-    if not other_decoder or differing != ["sha256"]:
-        raise ValueError(f"{message}: give the folder of the one that made them")
-    logger.warning("%s; it decodes them all the same", message)
 
 
 def _local_folder(name_or_folder: str | Path) -> Path:
@@ -231,10 +224,3 @@ def _local_folder(name_or_folder: str | Path) -> Path:
             f"({type(error).__name__}); give a local folder with {CONFIG_FILE} and {WEIGHTS_FILE} instead"
         ) from error
     return Path(path).parent
-
-
-def _check_kind(config: Path) -> None:
-    """Refuse the config of another network, which diffusers would load as far as names agree."""
-    kind = read_object(config, "an autoencoder").get("_class_name")
-    if kind != "AutoencoderKL":
-        raise ValueError(f"{config} describes {kind!r}; the autoencoder must be an 'AutoencoderKL'")

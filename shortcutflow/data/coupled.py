@@ -10,13 +10,13 @@ import torch
 
 from shortcutflow import conditions
 from shortcutflow.coupling import TransportCoupling, linear_sum_assignment
-from shortcutflow.data.prefetch import Prefetch
 from shortcutflow.data.source import DataSource
+from shortcutflow.data.stream import PositionStream, Prefetch
 from shortcutflow.seeds import draw_noise_rows, generator_for, noise_blocks
 from shortcutflow.types import Batch, BatchSlice
 
 
-class CoupledStream:
+class CoupledStream(PositionStream[list[Batch]]):
     """A rank's batches with their noise; a pool of them is made ahead, in a thread.
 
     A pool is K batches that follow each other; the first begins at position 0. The noise of a batch is drawn from its
@@ -56,48 +56,30 @@ class CoupledStream:
         self._batches = math.ceil(coupling.pool / (batch_size // blocks))
         self._device = torch.device(device)
         self.samples, self.damaged = self._stream.samples, self._stream.damaged
-        self._samples_seen = 0
         self._pool: list[Batch] = []
-        self._coming: Prefetch[list[Batch]] | None = None
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
 
     def __next__(self) -> Batch:
-        start, number = self._place(self._samples_seen)
-        if self._coming is None:
-            self._stream.load_state_dict({"samples_seen": start})
-            self._coming = Prefetch(self._pools(start), self._device)
+        number = self._place(self._samples_seen)[1]
         if number == 0 or not self._pool:
-            try:
-                self._pool = next(self._coming)
-            except Exception:
-                self._forget()  # so that this batch is the next one again
-                raise
+            self._pool = self._take()
         self._samples_seen += self._batch_size
         return self._on_device(self._pool[number])
 
     def batch_at(self, position: int) -> Batch:
         """This rank's rows of the global batch that starts at a position, whose whole pool is made for it."""
-        if self._coming is not None:
-            self._coming.settle()  # it uses the same stream
+        self._settle()
         start, number = self._place(position)
         ahead = range(start, start + self._batches * self._batch_size, self._batch_size)
         return self._on_device(self._coupled(start, [self._stream.batch_at(each) for each in ahead])[number])
 
-    def state_dict(self) -> dict[str, int]:
-        """The position: samples handed out so far, to all ranks together."""
-        return {"samples_seen": self._samples_seen}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to a position, also inside a pool; the next batch is the one that would have come."""
-        self._samples_seen = state["samples_seen"]
-        self._forget()
+    def _read_ahead(self) -> Iterator[list[Batch]]:
+        start = self._place(self._samples_seen)[0]
+        self._stream.load_state_dict({"samples_seen": start})
+        return Prefetch(self._pools(start), self._device)
 
     def _forget(self) -> None:
-        if self._coming is not None:
-            self._coming.close()
-        self._coming, self._pool = None, []
+        super()._forget()
+        self._pool = []
 
     def _place(self, position: int) -> tuple[int, int]:
         """Where the pool of a batch starts, and which of the pool's batches it is."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -42,14 +41,10 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
 def write_digits(folder: Path) -> None:
     """Write the digits as four shards of PNG images."""
     images, labels = load_digits()
-
-    def samples() -> Iterator[Sample]:
-        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-            # 17 grey levels spread over 0 ... 255.
-            yield Sample(np.round((image + 1) * 127.5).astype(np.uint8), int(label), f"digit{i:04d}")
-
+    pixels = np.round((images + 1) * 127.5).astype(np.uint8)  # 17 grey levels spread over 0 ... 255
+    numbered = enumerate(zip(pixels, labels.tolist(), strict=True))
     write_shards(
-        samples(),
+        (Sample(image, label, f"digit{i:04d}") for i, (image, label) in numbered),
         folder,
         samples_per_shard=500,
         num_classes=10,

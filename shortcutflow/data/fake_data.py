@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,61 +34,50 @@ def fake_data_for(data: DataSource, *, labelled: bool) -> tuple[ShardsData, str]
         data: of a recipe.
         labelled: whether fake latents have labels; raw images have them as ``data.labels`` says.
     """
-    if isinstance(data, ImageFolderData) and not _is_there(data):
+    if isinstance(data, ImageFolderData):
+        path = Path(data.path)  # which may lead into an archive
+        is_there = is_url(data.path) or path.exists() or any(place.is_file() for place in path.parents)
+        what, missing, shards = "images", path, data.shards
         classes = IMAGE_CLASSES if data.labels else None
-        size, place = data.size, _folder_for(data.shards, classes)
-        build_once(place, lambda folder: write_images(folder, size, classes), marker=MANIFEST)
-        fake = ShardsData(folder=place, **data.model_dump(include=READING))
-        return fake, f"stand-in data: random images in {place}, because {data.path} is not there"
-    if isinstance(data, ShardsData) and data.vae is not None and not is_url(data.folder):
-        if (Path(data.folder) / MANIFEST).is_file():
-            return None
+        write: Callable[[Path], Manifest] = partial(write_images, size=data.size, num_classes=classes)
+    elif isinstance(data, ShardsData) and data.vae is not None and not is_url(data.folder):
+        is_there, what, missing, shards = False, "latents", Path(data.folder), Path(data.folder)
         classes = LATENT_CLASSES if labelled else None
-        place = _folder_for(Path(data.folder), classes)
-        build_once(place, lambda folder: write_latents(folder, classes), marker=MANIFEST)
-        fake = data.model_copy(update={"folder": place, "vae": None})
-        return fake, f"stand-in data: random latents in {place}, because {data.folder} is not there"
-    return None
-
-
-def _is_there(data: ImageFolderData) -> bool:
-    path = Path(data.path)  # which may lead into an archive
-    raw = is_url(data.path) or path.exists() or any(place.is_file() for place in path.parents)
-    return raw or (data.shards / MANIFEST).is_file()
-
-
-def _folder_for(folder: Path, classes: int | None) -> Path:
-    return Path("data") / f"smoke-{folder.name}{'-labelled' if classes else ''}"
+        write = partial(write_latents, num_classes=classes)
+    else:
+        return None
+    if is_there or (shards / MANIFEST).is_file():
+        return None
+    place = Path("data") / f"smoke-{shards.name}{'-labelled' if classes else ''}"
+    build_once(place, write, marker=MANIFEST)
+    fake = ShardsData(folder=place, **data.model_dump(include=READING))
+    return fake, f"stand-in data: random {what} in {place}, because {missing} is not there"
 
 
 def write_latents(folder: Path, num_classes: int | None) -> Manifest:
     """Shards of random moments, with those of mirror images, as ``shortcutflow prepare --latents`` writes them."""
-    random = np.random.default_rng(0)
-    channels, *sizes = LATENT_SHAPE
 
-    def samples() -> Iterator[Sample]:
-        for i in range(SHARDS * SAMPLES_PER_SHARD):
-            mean = (random.standard_normal((channels, *sizes)) * 5).astype(np.float16)
-            moments = np.concatenate([mean, np.full_like(mean, -5)])
-            label = int(random.integers(num_classes)) if num_classes else None
-            yield Sample(np.stack([moments, moments[..., ::-1]]), label, f"random-{i}")
+    def moments(random: np.random.Generator) -> np.ndarray:
+        mean = (random.standard_normal(LATENT_SHAPE) * 5).astype(np.float16)
+        moments = np.concatenate([mean, np.full_like(mean, -5)])
+        return np.stack([moments, moments[..., ::-1]])
 
-    return write_shards(
-        samples(), folder, samples_per_shard=SAMPLES_PER_SHARD, num_classes=num_classes, latents=LATENTS,
-        preprocessing="none: random latents, to try a recipe with",
-    )  # fmt: skip
+    return _write(folder, moments, num_classes, latents=LATENTS)
 
 
 def write_images(folder: Path, size: int, num_classes: int | None) -> Manifest:
     """Shards of random images (3, size, size)."""
+    return _write(folder, lambda random: random.integers(0, 256, (3, size, size), dtype=np.uint8), num_classes)
+
+
+def _write(
+    folder: Path, draw: Callable[[np.random.Generator], np.ndarray], num_classes: int | None, **options: Any
+) -> Manifest:
     random = np.random.default_rng(0)
-
-    def samples() -> Iterator[Sample]:
-        for i in range(SHARDS * SAMPLES_PER_SHARD):
-            label = i % num_classes if num_classes else None
-            yield Sample(random.integers(0, 256, (3, size, size), dtype=np.uint8), label, f"random-{i}")
-
+    count = SHARDS * SAMPLES_PER_SHARD
+    labels = [i * num_classes // count if num_classes else None for i in range(count)]
+    samples = (Sample(draw(random), label, f"random-{i}") for i, label in enumerate(labels))
+    words = "none: random numbers, to try a recipe with"
     return write_shards(
-        samples(), folder, samples_per_shard=SAMPLES_PER_SHARD, num_classes=num_classes,
-        preprocessing="none: random images, to try a recipe with",
-    )  # fmt: skip
+        samples, folder, samples_per_shard=SAMPLES_PER_SHARD, num_classes=num_classes, preprocessing=words, **options
+    )

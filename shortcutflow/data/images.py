@@ -7,8 +7,9 @@ out as one exception, :class:`ImageError`. Colour profiles are not applied: numb
 from __future__ import annotations
 
 import io
+import textwrap
 import warnings
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -50,7 +51,7 @@ def read_image(content: bytes, *, most_pixels: int = MOST_PIXELS) -> Image.Image
                 _check_size(image.size, most_pixels)  # it stands in the header, before any pixel is decompressed
                 image.load()
                 _check_size(image.size, most_pixels)  # a GIF's frame may be larger than its header said
-                return _upright(_rgb(image), _orientation(image))
+                return _upright(_rgb(image), image)
     except (ImageError, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -58,7 +59,7 @@ def read_image(content: bytes, *, most_pixels: int = MOST_PIXELS) -> Image.Image
     except Image.DecompressionBombError as error:
         raise ImageError(f"too large: more than {MOST_PIXELS} pixels are promised") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, KeyError, ...
-        raise ImageError(f"damaged: {_short(error)}") from error
+        raise ImageError(f"damaged: {textwrap.shorten(str(error) or type(error).__name__, 120)}") from error
 
 
 def _check_size(size: tuple[int, int], most_pixels: int) -> None:
@@ -67,11 +68,6 @@ def _check_size(size: tuple[int, int], most_pixels: int) -> None:
         raise ImageError(f"{width}x{height} pixels are too many: at most {most_pixels} are decoded")
     if width * height == 0:
         raise ImageError(f"{width}x{height} pixels: it is empty")
-
-
-def _short(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -99,26 +95,22 @@ def _grey_of_16_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
-def _orientation(image: Image.Image) -> int:
-    """From the EXIF data of a loaded image; upright where that is damaged, since the pixels are not."""
-    try:
-        found = image.getexif().get(ORIENTATION, 1)
-    except MemoryError:
-        raise
-    except Exception:
-        return 1
-    return found if isinstance(found, int) else 1
-
-
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
+def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
+    """Pixels turned as the EXIF data of their image asks, or not at all where that is damaged."""
     from PIL.Image import Transpose
 
     turns = {
         2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
         6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
     }  # fmt: skip
+    try:
+        turn = turns.get(image.getexif().get(ORIENTATION, 1))
+    except MemoryError:
+        raise
+    except Exception:
+        turn = None
     # A copy in any case: the file behind a lazily opened image is closed when reading ends.
-    return image.transpose(turns[orientation]) if orientation in turns else image.copy()
+    return pixels.copy() if turn is None else pixels.transpose(turn)
 
 
 def to_square(image: Image.Image, size: int, crop: Crop) -> Image.Image:
@@ -140,7 +132,12 @@ def to_square(image: Image.Image, size: int, crop: Crop) -> Image.Image:
     if crop == "released":
         return _middle(image, min(image.size)).resize((size, size), Resampling.BILINEAR)
     if crop == "adm":
-        return _adm(image, size)
+        while min(image.size) >= 2 * size:
+            image = image.resize((image.size[0] // 2, image.size[1] // 2), Resampling.BOX)
+        scale = size / min(image.size)
+        width, height = round(image.size[0] * scale), round(image.size[1] * scale)
+        _check_size((width, height), MOST_PIXELS)  # a line of 1 x 1,000,000 pixels grows to 256 x 256,000,000
+        return _middle(image.resize((width, height), Resampling.BICUBIC), size)
     if crop == "stretch":
         return image.resize((size, size), Resampling.BICUBIC)
     if crop != "none":
@@ -158,17 +155,6 @@ def _middle(image: Image.Image, side: int) -> Image.Image:
     return image if image.size == (side, side) else image.crop((left, top, left + side, top + side))
 
 
-def _adm(image: Image.Image, size: int) -> Image.Image:
-    from PIL.Image import Resampling
-
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.size[0] // 2, image.size[1] // 2), Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = round(image.size[0] * scale), round(image.size[1] * scale)
-    _check_size((width, height), MOST_PIXELS)  # a line of 1 x 1,000,000 pixels grows to 256 x 256,000,000
-    return _middle(image.resize((width, height), Resampling.BICUBIC), size)
-
-
 def encode_image(image: Image.Image | np.ndarray, extension: ImageFormat, quality: int = 95) -> bytes:
     """The bytes of an image file.
 
@@ -184,13 +170,13 @@ def encode_image(image: Image.Image | np.ndarray, extension: ImageFormat, qualit
         image = Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(np.moveaxis(image, 0, -1)))
     if not 1 <= quality <= 100:
         raise ValueError(f"quality must lie in 1 ... 100, got {quality}")
+    options: dict[str, dict[str, Any]] = {
+        "png": {"format": "PNG"},
+        "jpg": {"format": "JPEG", "quality": quality, "subsampling": 0 if quality >= 95 else 2},
+        "webp": {"format": "WEBP", "quality": quality, "lossless": quality == 100},
+    }
+    if extension not in options:
+        raise ValueError(f"unknown image format {extension!r}; known: {', '.join(options)}")
     out = io.BytesIO()
-    if extension == "png":
-        image.save(out, "PNG")
-    elif extension == "jpg":
-        image.save(out, "JPEG", quality=quality, subsampling=0 if quality >= 95 else 2)
-    elif extension == "webp":
-        image.save(out, "WEBP", quality=quality, lossless=quality == 100)
-    else:
-        raise ValueError(f"unknown image format {extension!r}; known: {', '.join(get_args(ImageFormat))}")
+    image.save(out, **options[extension])
     return out.getvalue()

@@ -47,6 +47,13 @@ class IndexRow(NamedTuple):
     name: str
 
 
+class Skipped(NamedTuple):
+    """A source item that is no sample, and why."""
+
+    name: str
+    reason: str
+
+
 class Index(NamedTuple):
     """What :func:`read_index` returns.
 
@@ -56,7 +63,7 @@ class Index(NamedTuple):
         condition: (n, 3) int64, offset, size and CRC-32 of each condition tensor, or None.
         names: of the samples.
         entry: of its shard, None for a shard without samples.
-        skipped: (name, reason) of source items that are no sample.
+        skipped: source items that are no sample.
         version: of a shard that was not written by this library: its version when it was indexed.
     """
 
@@ -67,7 +74,7 @@ class Index(NamedTuple):
     condition: np.ndarray | None
     names: tuple[str, ...]
     entry: ShardEntry | None
-    skipped: tuple[tuple[str, str], ...]
+    skipped: tuple[Skipped, ...]
     version: str = ""
 
 
@@ -84,7 +91,7 @@ def write_index(
     name: str,
     size: int,
     sha256: str,
-    skipped: Sequence[tuple[str, ...]] = (),
+    skipped: Sequence[Skipped] = (),
     version: str = "",
 ) -> ShardEntry | None:
     """Write the index of a shard, complete or not at all.
@@ -93,35 +100,29 @@ def write_index(
         path: of the index.
         rows: one for each sample.
         name, size, sha256: of the shard: file name, bytes and checksum.
-        skipped: (name, reason) of source items that are no sample.
-        version: see :class:`Index`.
+        skipped, version: see :class:`Index`.
 
     Returns:
         The shard's entry for the manifest; None without samples.
     """
     from safetensors.numpy import save
 
-    shard = {"name": name, "samples": len(rows), "bytes": size, "sha256": sha256} if rows else None
-    # One entry: safetensors keeps several in no fixed order.
-    described = {"entry": shard, "skipped": skipped} | ({"version": version} if version else {})
-    content = save(_columns(rows), {"shard": json.dumps(described)})
-    entry = ShardEntry(**shard, index_sha256=hashlib.sha256(content).hexdigest()) if shard else None
-    write_whole(path, content)
-    return entry
-
-
-def _columns(rows: Sequence[IndexRow]) -> dict[str, np.ndarray]:
     ranges = np.array([row.copies for row in rows] or np.empty((0, 1, 3)), dtype=np.int64)
-    columns = {name: np.ascontiguousarray(ranges[..., i]) for i, name in enumerate(ByteRange._fields)}
+    columns = {name: ranges[..., i] for i, name in enumerate(ByteRange._fields)}
     if rows and rows[0].label is not None:
         columns["label"] = np.array([row.label for row in rows], dtype=np.int64)
     if rows and rows[0].condition is not None:
         conditions = np.array([row.condition for row in rows], dtype=np.int64)
-        for i, name in enumerate(ByteRange._fields):
-            columns[f"condition_{name}"] = np.ascontiguousarray(conditions[:, i])
+        columns |= {f"condition_{name}": conditions[:, i] for i, name in enumerate(ByteRange._fields)}
     names = "\n".join(" ".join(row.name.split()) for row in rows)
     columns["names"] = np.frombuffer(names.encode(errors="replace"), dtype=np.uint8)
-    return columns
+    shard = {"name": name, "samples": len(rows), "bytes": size, "sha256": sha256} if rows else None
+    # One entry: safetensors keeps several in no fixed order.
+    described = {"entry": shard, "skipped": skipped} | ({"version": version} if version else {})
+    contiguous = {name: np.ascontiguousarray(column) for name, column in columns.items()}
+    content = save(contiguous, {"shard": json.dumps(described)})
+    write_whole(path, content)
+    return ShardEntry(**shard, index_sha256=hashlib.sha256(content).hexdigest()) if shard else None
 
 
 def read_index(path: Path, expected: ShardEntry | None = None) -> Index:
@@ -161,39 +162,31 @@ def _parse(content: bytes, digest: str) -> Index:
     # safetensors has checked the header's length and that its text is JSON.
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     described = json.loads(header["__metadata__"]["shard"])
-    entry = None
-    if described["entry"] is not None:
-        entry = ShardEntry.model_validate(described["entry"] | {"index_sha256": digest})
-    n = entry.samples if entry is not None else 0
-    copies = columns["offset"].shape[1] if columns["offset"].ndim == 2 else 1
-    offset, size, crc = _ranges(columns, "", (n, copies), entry)
-    condition = np.stack(_ranges(columns, "condition_", (n,), entry), axis=1) if "condition_offset" in columns else None
-    label = columns.get("label")
-    _check_columns([label] if label is not None else [], (n,))
+    stored = described["entry"]
+    entry = None if stored is None else ShardEntry.model_validate(stored | {"index_sha256": digest})
+    n = entry.samples if entry else 0
+
+    def column(name: str, *shape: int) -> np.ndarray:
+        found = columns[name]
+        if found.dtype != np.int64 or found.shape != shape:
+            raise ValueError(f"a column is {found.dtype} {found.shape}, expected int64 {shape}")
+        return found
+
+    def ranges(prefix: str, *shape: int) -> list[np.ndarray]:
+        """Offsets, sizes and checksums; every byte range lies inside its shard and is not too large."""
+        offset, size, crc = (column(prefix + name, *shape) for name in ByteRange._fields)
+        if entry and (offset.min() < 0 or size.min() < 0 or size.max() > LARGEST_SAMPLE):
+            raise ValueError(f"a sample's offset or size is impossible (at most {LARGEST_SAMPLE} bytes are read)")
+        if entry and (offset > entry.bytes - size).any():  # not their sum, which could overflow
+            raise ValueError("a sample lies outside its shard")
+        return [offset, size, crc]
+
+    offset, size, crc = ranges("", n, columns["offset"].shape[1] if columns["offset"].ndim == 2 else 1)
+    condition = np.stack(ranges("condition_", n), axis=1) if "condition_offset" in columns else None
+    label = column("label", n) if "label" in columns else None
     lines = columns["names"].tobytes()
     if n and (found := lines.count(b"\n") + 1) != n:
         raise ValueError(f"{found} names for {n} samples")
     names = tuple(lines.decode(errors="replace").split("\n"))
-    skipped = tuple((str(name), str(reason)) for name, reason in described["skipped"])
+    skipped = tuple(Skipped(str(name), str(reason)) for name, reason in described["skipped"])
     return Index(offset, size, crc, label, condition, names, entry, skipped, str(described.get("version", "")))
-
-
-def _ranges(
-    columns: dict[str, np.ndarray], prefix: str, shape: tuple[int, ...], entry: ShardEntry | None
-) -> list[np.ndarray]:
-    """Offsets, sizes and checksums; every byte range lies inside its shard and is not too large."""
-    ranges = [columns[prefix + name] for name in ByteRange._fields]
-    _check_columns(ranges, shape)
-    offset, size, _ = ranges
-    if entry is not None:
-        if offset.min() < 0 or size.min() < 0 or size.max() > LARGEST_SAMPLE:
-            raise ValueError(f"a sample's offset or size is impossible (at most {LARGEST_SAMPLE} bytes are read)")
-        if (offset > entry.bytes - size).any():  # not their sum, which could overflow
-            raise ValueError("a sample lies outside its shard")
-    return ranges
-
-
-def _check_columns(columns: list[np.ndarray], shape: tuple[int, ...]) -> None:
-    for column in columns:
-        if column.dtype != np.int64 or column.shape != shape:
-            raise ValueError(f"a column is {column.dtype} {column.shape}, expected int64 {shape}")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from shortcutflow.data.autoencoder import Autoencoder, load_autoencoder
 from shortcutflow.data.manifest import LatentsInfo
-from shortcutflow.data.prepare import CROPS, Encoder, PrepareOptions, checked
+from shortcutflow.data.prepare import CROPS, Encoder, PrepareOptions
 
 
 class LatentOptions(PrepareOptions):
@@ -43,7 +43,7 @@ def latent_encoder(vae: str | Path, device: torch.device, **options: Any) -> Enc
         ValueError: for an option that is wrong, or a size that does not fit the autoencoder.
     """
     autoencoder = load_autoencoder(vae, device=device)
-    chosen: LatentOptions = checked(LatentOptions, **options, vae_sha256=autoencoder.sha256)
+    chosen = LatentOptions.checked(**options, vae_sha256=autoencoder.sha256)
     manifest = {
         "shape": autoencoder.latent_shape(chosen.size), "values": "moments", "format": "npy",
         "latents": LatentsInfo(

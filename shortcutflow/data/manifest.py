@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from shortcutflow.io.atomic import write_whole
+from shortcutflow.io.json import wrong_fields
 
 MANIFEST = "manifest.json"
 VERSION = 2
@@ -60,6 +61,17 @@ class LatentsInfo(BaseModel):
     scaling_factor: float = Field(gt=0, allow_inf_nan=False)
     shift_factor: float = Field(default=0.0, allow_inf_nan=False)
     mirrored: bool
+
+    def __str__(self) -> str:
+        return (
+            f"latents of {self.vae} (SHA-256 {self.sha256[:12]}, scale {self.scaling_factor}, shift "
+            f"{self.shift_factor})"
+        )
+
+    def differing(self, other: object) -> list[str]:
+        """Names of what differs from other latents, or from an autoencoder: scale, shift or weights."""
+        names = ("scaling_factor", "shift_factor", "sha256")
+        return [name for name in names if getattr(self, name) != getattr(other, name, None)]
 
 
 class Manifest(BaseModel):
@@ -135,10 +147,7 @@ class Manifest(BaseModel):
         try:
             return cls.model_validate_json(content)
         except ValidationError as error:
-            first = error.errors()[0]
-            field = "".join(f"{part}." for part in first["loc"]).removesuffix(".")
-            message = first["msg"].removeprefix("Value error, ")
-            raise ValueError(f"{where} is not a valid manifest: {field + ': ' if field else ''}{message}") from error
+            raise ValueError(f"{where} is not a valid manifest: {wrong_fields(error, most=1)}") from error
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

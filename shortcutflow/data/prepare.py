@@ -17,43 +17,41 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
+from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from shortcutflow.data.images import Crop, ImageError, ImageFormat, encode_image, read_image, to_square
+from shortcutflow.data.index import Index, Skipped
 from shortcutflow.data.manifest import MANIFEST, Manifest
 from shortcutflow.data.remote import is_url
 from shortcutflow.data.shard_folder import ShardFolder
-from shortcutflow.data.shards import (
-    EncodedSample,
-    Skipped,
-    WrittenShard,
-    shard_name,
-    write_shard,
-    written_shard,
-)
+from shortcutflow.data.shards import EncodedSample, finished_shard, shard_name, write_shard
 from shortcutflow.data.sources import open_source
 from shortcutflow.data.sources.labels import LabelChoice
 from shortcutflow.data.sources.parquet import CACHE
 from shortcutflow.data.sources.readers import RawItem, RawSource, Reader
+from shortcutflow.data.stream import unchanged
 from shortcutflow.distributed import Rank, cores_per_process
-from shortcutflow.io.atomic import locked, remove_leftovers, write_whole
+from shortcutflow.io.atomic import remove_leftovers, write_whole
+from shortcutflow.io.json import wrong_fields
 
 PREPARATION, SKIPPED, LOCK, SHARDS_LOCK = "preparation.json", "skipped.txt", ".lock", ".lock-shards"
 LOSSLESS_UP_TO = 64
 """Largest side in pixels that is stored as PNG by default: there it is small, and JPEG's 8x8 blocks are large."""
 READ_AT_ONCE = 32
-"""Images that a worker process hands over together."""
+"""Images that a worker process returns together."""
 CROPS = {
     "released": "middle square, bilinear antialiased resizing",
     "adm": "ADM's centre crop: boxes, bicubic to the short side, middle square",
@@ -73,6 +71,14 @@ class PrepareOptions(BaseModel):
     encoding: str | None = Field(default=None, description="of names in archives that are not UTF-8, such as gbk")
     seed: int = Field(default=0, description="of the one shuffling before the cut into shards")
     samples_per_shard: int = Field(default=4096, ge=1)
+
+    @classmethod
+    def checked(cls, **options: Any) -> Self:
+        """The options; raises ValueError in one line for what is wrong with them."""
+        try:
+            return cls(**options)
+        except ValidationError as error:
+            raise ValueError(wrong_fields(error)) from error
 
 
 class ImageOptions(PrepareOptions):
@@ -181,9 +187,8 @@ def prepare(
         _refuse(raw.skipped)
     if workers is None:
         workers = max(1, cores_per_process() - (vae is not None))
-    job = _Job(raw, str(source), folder, encoder, rank, workers, strict, progress and rank.number == 0)
     try:
-        return job.run()
+        return _Job(raw, str(source), folder, encoder, rank, workers, strict, progress and rank.number == 0).run()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(error.errno, f"no space left for {folder}: free some, the same call continues") from error
@@ -191,30 +196,12 @@ def prepare(
 
 
 def image_encoder(**options: Any) -> Encoder:
-    """Images as files of one format, which the worker processes encode.
-
-    Raises:
-        ValueError: for the first option that is wrong.
-    """
-    chosen = checked(ImageOptions, **options)
+    """Images as files of one format, which the worker processes encode; raises ValueError for a wrong option."""
+    chosen = ImageOptions.checked(**options)
     stored = chosen.format + ("" if chosen.format == "png" else f" of quality {chosen.quality}")
     words = f"{CROPS[chosen.crop]}; {chosen.size}x{chosen.size} RGB, {stored}"
     manifest = {"shape": (3, chosen.size, chosen.size), "format": chosen.format, "preprocessing": words}
     return Encoder(chosen, ("shortcutflow", "pillow"), manifest, lambda files, names: files)
-
-
-def checked(kind: type[PrepareOptions], **options: Any) -> Any:
-    """Options, or one sentence about the first that is wrong.
-
-    Raises:
-        ValueError: naming option, value and what is allowed.
-    """
-    try:
-        return kind(**options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{name} {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
 
 
 class Preparation(BaseModel):
@@ -236,51 +223,50 @@ class Preparation(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> Preparation | None:
-        """The one of a folder, or None.
-
-        Raises:
-            ValueError: if it does not parse.
-        """
+        """The one of a folder, or None; raises ValueError if it does not parse."""
         path = folder / PREPARATION
-        if not path.is_file():
-            return None
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(path.read_bytes()) if path.is_file() else None
         except ValidationError as error:
             raise ValueError(
                 f"{path} is damaged, or not of this library: remove that file, or name another folder"
             ) from error
 
 
+@dataclass
 class _Job:
     """One call of :func:`prepare`."""
 
-    def __init__(
-        self, source: RawSource, path: str, folder: Path, encoder: Encoder, rank: Rank, workers: int, strict: bool,
-        progress: bool,
-    ) -> None:  # fmt: skip
-        self.source, self.path, self.folder, self.encoder = source, path, folder, encoder
-        self.rank, self.workers, self.strict, self.progress = rank, workers, strict, progress
-        options = encoder.options
-        self.options, self.fingerprint = options.model_dump(), source.fingerprint()
-        self.versions = {package: _version(package) for package in encoder.packages}
-        order = shuffled_order(source, options.seed)
-        self.plan = [order[i : i + options.samples_per_shard] for i in range(0, len(order), options.samples_per_shard)]
-        """The items of each shard; the last may have fewer."""
+    source: RawSource
+    path: str
+    folder: Path
+    encoder: Encoder
+    rank: Rank
+    workers: int
+    strict: bool
+    progress: bool
+
+    def __post_init__(self) -> None:
+        self.options = self.encoder.options.model_dump()
+        self.fingerprint = self.source.fingerprint()
+        self.versions = {package: _version(package) for package in self.encoder.packages}
+        # The items of each shard; the last may have fewer.
+        order, size = shuffled_order(self.source, self.options["seed"]), self.options["samples_per_shard"]
+        self.plan = [order[i : i + size] for i in range(0, len(order), size)]
 
     def run(self) -> Manifest:
         """Write what is missing."""
         if (done := self._complete()) is not None:
             return done
         self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder / LOCK):
+        with FileLock(self.folder / LOCK):
             if (done := self._complete()) is not None:
                 return done
             self._begin()
         if self.progress:
             self.source.print_notes()
         self._write_missing()
-        with locked(self.folder / LOCK):
+        with FileLock(self.folder / LOCK):
             return self._complete() or self._finish()
 
     def _complete(self) -> Manifest | None:
@@ -354,10 +340,10 @@ class _Job:
         manifest.write(self.folder)
         return manifest
 
-    def _finished(self, number: int) -> WrittenShard | None:
-        """A shard that is complete; None if there is none, or a damaged one."""
+    def _finished(self, number: int) -> Index | None:
+        """The index of a shard that is complete; None if there is none, or a damaged one."""
         try:
-            shard = written_shard(self.folder / shard_name(number))
+            shard = finished_shard(self.folder / shard_name(number))
         except ValueError:
             return None
         if self.strict and shard is not None:
@@ -392,7 +378,7 @@ class _Job:
             _Reading(self.source.reader, self.encoder.options),
             sampler=self._claimed(missing, lock, bar),
             batch_size=None,
-            collate_fn=_unchanged,  # each is a batch already
+            collate_fn=unchanged,  # each is a batch already
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,
             worker_init_fn=_begin_worker,
@@ -426,20 +412,20 @@ class _Job:
                 yield EncodedSample(f"{number:08d}-{stem}", content, extension, item.label, name=item.name)
             bar.update(len(batch.items) + len(batch.skipped))
 
-    def _claimed(self, missing: Sequence[int], lock: int, bar: tqdm) -> Iterator[Squares]:
+    def _claimed(self, missing: Sequence[int], lock: int, bar: tqdm) -> Iterator[tuple[int, list[tuple[int, RawItem]]]]:
         """The parts of each shard that is missing, still to be read; other processes leave it alone from then on."""
         for number in missing:
             try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
             except (BlockingIOError, PermissionError):  # the two ways of systems to say that it is held
                 continue
-            order, size = self.plan[number], self.encoder.read_at_once
             if self._finished(number) is not None:
                 fcntl.lockf(lock, fcntl.LOCK_UN, 1, number)
-                bar.update(len(order))
+                bar.update(len(self.plan[number]))
                 continue
-            for i in range(0, len(order), size):
-                yield Squares(number, [(n, self.source.items[n]) for n in order[i : i + size]], [], [])
+            order, size = self.plan[number], self.encoder.read_at_once
+            for start in range(0, len(order), size):
+                yield number, [(i, self.source.items[i]) for i in order[start : start + size]]
 
 
 class _Reading(Dataset[Squares]):
@@ -448,9 +434,9 @@ class _Reading(Dataset[Squares]):
     def __init__(self, reader: Reader, options: PrepareOptions) -> None:
         self._reader, self._options = reader, options
 
-    def __getitem__(self, part: Squares) -> Squares:
-        options, read = self._options, Squares(part.shard, [], [], [])
-        for number, item in part.items:
+    def __getitem__(self, part: tuple[int, list[tuple[int, RawItem]]]) -> Squares:
+        options, read = self._options, Squares(part[0], [], [], [])
+        for number, item in part[1]:
             try:
                 image = to_square(read_image(self._reader.read(item)), options.size, options.crop)
                 if isinstance(options, ImageOptions):
@@ -472,10 +458,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "unknown"
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
 
 
 def _begin_worker(_number: int) -> None:

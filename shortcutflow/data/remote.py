@@ -13,32 +13,28 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 
-from shortcutflow.io.atomic import atomic_file, locked
+from filelock import FileLock
+
+from shortcutflow.io.atomic import atomic_file
 
 _CURL = (
     "curl", "--fail", "--silent", "--show-error", "--location", "--globoff", "--proto", "=http,https",
     "--connect-timeout", "30", "--speed-limit", "1", "--speed-time", "60",
 )  # fmt: skip
-_READ = {
-    "http": (*_CURL, "--", "{}"),
-    "https": (*_CURL, "--", "{}"),
-    "s3": ("aws", "s3", "cp", "--only-show-errors", "{}", "-"),
-    "gs": ("gsutil", "cat", "{}"),
+_COMMANDS = {
+    "http": ((*_CURL, "--", "{}"), (*_CURL, "--head", "--", "{}")),
+    "s3": (("aws", "s3", "cp", "--only-show-errors", "{}", "-"), ("aws", "s3", "ls", "{}")),
+    "gs": (("gsutil", "cat", "{}"), ("gsutil", "ls", "-l", "{}")),
 }
-_DESCRIBE = {
-    "http": (*_CURL, "--head", "--", "{}"),
-    "https": (*_CURL, "--head", "--", "{}"),
-    "s3": ("aws", "s3", "ls", "{}"),
-    "gs": ("gsutil", "ls", "-l", "{}"),
-}
-SCHEMES = (*_READ, "hf")
+"""Of each kind of URL: what writes its content, and what describes it."""
+SCHEMES = ("http", "https", "s3", "gs", "hf")
 TRIES = 5
 FIRST_PAUSE = 1.0
 """Seconds after the first failure; twice as long after each further one."""
@@ -63,15 +59,9 @@ def is_url(place: str | Path) -> bool:
 
 
 def local_copy(
-    url: str,
-    cache: Path,
-    *,
-    version: str | None = None,
-    sha256: str | None = None,
-    at_most: int = 2**63,
-    limit: int | None = None,
-    tries: int = TRIES,
-) -> Path:
+    url: str, cache: Path, *, version: str | None = None, sha256: str | None = None, at_most: int = 2**63,
+    limit: int | None = None, tries: int = TRIES,
+) -> Path:  # fmt: skip
     """The local copy of a file, fetched unless the cache has it; several processes may call at once.
 
     Args:
@@ -94,7 +84,7 @@ def local_copy(
         os.utime(path)  # its use, for deleting what was not used for longest
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path.with_name(f".{path.name}.lock")):
+    with FileLock(path.with_name(f".{path.name}.lock")):
         if not path.exists():
             with_retries(lambda: _fetch(url, path, sha256, at_most), f"{url} could not be fetched", tries=tries)
             if limit is not None:
@@ -127,7 +117,7 @@ def read_url(url: str, at_most: int) -> bytes:
     """
 
     def read() -> bytes:
-        with _output(url, _READ) as source:
+        with _output(url) as source:
             content = source.read(at_most + 1)
         if not 0 < len(content) <= at_most:
             raise OSError(f"it has {len(content)} bytes or more, from 1 to {at_most} are read")
@@ -143,7 +133,7 @@ def version_of(url: str) -> str:
             found = _hub().info(url)
             text = f"{found['size']} {(found.get('lfs') or {}).get('sha256') or found.get('blob_id', '')}".encode()
         else:
-            with _output(url, _DESCRIBE) as answer:
+            with _output(url, described=True) as answer:
                 text = answer.read(2**16)
     except OSError as error:
         logger.debug("%s: no version (%s)", url, error)
@@ -154,13 +144,9 @@ def version_of(url: str) -> str:
 
 
 def with_retries(
-    action: Callable[[], Result],
-    failure: str,
-    *,
-    tries: int = TRIES,
-    remedy: str = "",
+    action: Callable[[], Result], failure: str, *, tries: int = TRIES, remedy: str = "",
     between: Callable[[], object] = lambda: None,
-) -> Result:
+) -> Result:  # fmt: skip
     """Call it; after an error of the disk or network again, with pauses of 1, 2, 4, ... seconds.
 
     Args:
@@ -191,7 +177,7 @@ def _fetch(url: str, path: Path, sha256: str | None, at_most: int) -> None:
     """Download a file once; it is renamed into place only if it is complete and has the checksum."""
     digest, read = hashlib.sha256(), 0
     with atomic_file(path) as unfinished:
-        with _output(url, _READ) as source, unfinished.open("wb") as out:
+        with _output(url) as source, unfinished.open("wb") as out:
             while read <= at_most and (chunk := source.read(2**20)):
                 read += len(chunk)
                 digest.update(chunk)
@@ -203,19 +189,17 @@ def _fetch(url: str, path: Path, sha256: str | None, at_most: int) -> None:
 
 
 @contextmanager
-def _output(url: str, commands: Mapping[str, tuple[str, ...]]) -> Iterator[BinaryIO]:
-    """What the command for this kind of URL writes.
+def _output(url: str, *, described: bool = False) -> Iterator[BinaryIO]:
+    """A file's content, or its description: what the command for this kind of URL writes.
 
-    Raises:
-        ReadError: if the command is not installed.
-        OSError: with what the command wrote to its standard error, if it fails.
+    Raises ReadError if the command is not installed, and OSError with what it wrote to its standard error if it fails.
     """
-    scheme = url.partition("://")[0]
+    scheme = url.partition("://")[0].replace("https", "http")
     if scheme == "hf":
         with _hub().open(url, "rb", block_size=0) as stream:  # without blocks: one request, read once through
             yield stream
         return
-    command = [part.format(url) for part in commands[scheme]]
+    command = [part.format(url) for part in _COMMANDS[scheme][described]]
     if shutil.which(command[0]) is None:
         raise ReadError(f"{url} is fetched by the command {command[0]!r}, which is not installed")
     with (

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from shortcutflow.data.images import Crop, encode_image, read_image, to_square
-from shortcutflow.data.index import ByteRange, IndexRow, read_index, write_index
+from shortcutflow.data.index import ByteRange, Index, IndexRow, Skipped, read_index, write_index
 from shortcutflow.data.manifest import LatentsInfo, Manifest, ShardEntry
 from shortcutflow.io.atomic import atomic_file
 
@@ -49,20 +49,6 @@ class EncodedSample(NamedTuple):
     label: int | None = None
     condition: np.ndarray | None = None
     name: str = ""
-
-
-class Skipped(NamedTuple):
-    """A source item that is no sample, and why."""
-
-    name: str
-    reason: str
-
-
-class WrittenShard(NamedTuple):
-    """A shard's entry for the manifest (None if every item was skipped) and what was skipped."""
-
-    entry: ShardEntry | None
-    skipped: tuple[Skipped, ...]
 
 
 class Sample(NamedTuple):
@@ -97,9 +83,9 @@ def write_shards(
     remaining = iter(samples)
     for i, chunk in enumerate(iter(lambda: list(islice(remaining, samples_per_shard)), [])):
         first = first or chunk[0]
-        written = write_shard(folder / shard_name(i), (_encode(sample) for sample in chunk))
-        assert written.entry is not None
-        entries.append(written.entry)
+        entry = write_shard(folder / shard_name(i), map(_encode, chunk))
+        assert entry is not None
+        entries.append(entry)
     if first is None:
         raise ValueError("there are no samples to write")
     is_image, shape = first.data.dtype == np.uint8, first.data.shape
@@ -123,11 +109,11 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-def write_shard(path: Path, samples: Iterable[EncodedSample | Skipped]) -> WrittenShard:
-    """Write one shard and its index; the same samples make the same bytes.
+def write_shard(path: Path, samples: Iterable[EncodedSample | Skipped]) -> ShardEntry | None:
+    """Write one shard and its index, and return its entry for the manifest; the same samples make the same bytes.
 
     The tar is renamed into place when it is complete and on the disk, then the index: a shard with an index is
-    complete. Without samples there is only an index.
+    complete. Without samples there is only an index, and no entry.
 
     Raises:
         ValueError: for a key that could not be a member's name, naming it.
@@ -149,22 +135,18 @@ def write_shard(path: Path, samples: Iterable[EncodedSample | Skipped]) -> Writt
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if not rows:
         path.unlink()
-    entry = write_index(
-        path.with_suffix(".index"), rows, name=path.name, size=size, sha256=sha256,
-        skipped=[tuple(item) for item in skipped],
-    )  # fmt: skip
-    return WrittenShard(entry, tuple(skipped))
+    return write_index(path.with_suffix(".index"), rows, name=path.name, size=size, sha256=sha256, skipped=skipped)
 
 
-def written_shard(path: Path) -> WrittenShard | None:
-    """A shard that was written completely before; None if it was not. It is not read through."""
+def finished_shard(path: Path) -> Index | None:
+    """The index of a shard that was written completely before; None if it was not. The shard is not read through."""
     index_path = path.with_suffix(".index")
     if not index_path.is_file():
         return None
     index = read_index(index_path)
     if index.entry is not None and (not path.is_file() or path.stat().st_size != index.entry.bytes):
         return None
-    return WrittenShard(index.entry, tuple(Skipped(*item) for item in index.skipped))
+    return index
 
 
 def _add_member(tar: TarWriter, key: str, extension: str, content: bytes) -> int:

@@ -18,7 +18,7 @@ from shortcutflow.data.remote import is_url
 from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.stream import BatchStream, ShardStream
 from shortcutflow.io.atomic import write_whole
-from shortcutflow.io.json import read_object
+from shortcutflow.io.json import read_object, wrong_fields
 from shortcutflow.types import Batch
 
 INFO_FILE = "data.json"
@@ -59,41 +59,23 @@ class DataInfo(NamedTuple):
 
     @classmethod
     def load(cls, folder: Path) -> DataInfo | None:
-        """Read it from a run's folder; None if the run kept none.
-
-        Raises:
-            ValueError: for a file that does not hold one.
-        """
+        """Read it from a run's folder, or None if the run kept none; raises ValueError if the file does not hold it."""
         path = folder / INFO_FILE
         if not path.is_file():
             return None
         try:
             return TypeAdapter(cls).validate_python(read_object(path, "a run's data"))
         except ValidationError as error:
-            raise ValueError(f"{path} does not describe a run's data: {error.errors()[0]['msg']}") from error
+            raise ValueError(f"{path} does not describe a run's data: {wrong_fields(error)}") from error
 
     def require_same_latents(self, kept: DataInfo) -> None:
-        """Refuse to go on with latents of another autoencoder than those that a run began with.
-
-        Raises:
-            ValueError: naming both.
-        """
-        made = [info.latents and info.latents.model_dump(exclude={"vae", "mirrored"}) for info in (kept, self)]
-        if made[0] != made[1]:
+        """Raise ValueError if these are latents of another autoencoder than those that a run began with."""
+        before, now = kept.latents, self.latents
+        if before != now and (before is None or before.differing(now)):
             raise ValueError(
-                f"this run was trained on {_made_by(kept)}, its data now holds {_made_by(self)}: resume it with the "
-                "data that it began with, or begin a new run with start=RUN"
+                f"this run was trained on {before or 'no latents'}, its data now holds {now or 'no latents'}: resume "
+                "it with the data that it began with, or begin a new run with start=RUN"
             )
-
-
-def _made_by(info: DataInfo) -> str:
-    latents = info.latents
-    if latents is None:
-        return "no latents"
-    return (
-        f"latents of {latents.vae} (SHA-256 {latents.sha256[:12]}, scale {latents.scaling_factor}, shift "
-        f"{latents.shift_factor})"
-    )
 
 
 class DataSource(BaseModel, ABC):
@@ -195,7 +177,7 @@ _OPENED: dict[str, ShardFolder] = {}
 
 
 class ShardsData(DataSettings):
-    """Shards that were prepared before, in a folder or below a URL (``http(s)://``, ``s3://``, ``gs://``).
+    """Shards that were prepared before, in a folder or below a URL (``http(s)://``, ``s3://``, ``gs://``, ``hf://``).
 
     Args:
         folder: of the shards.

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +23,6 @@ from torch.utils.data import DataLoader, Dataset
 from shortcutflow import conditions
 from shortcutflow.data.augment import Augmentation
 from shortcutflow.data.order import EpochOrder
-from shortcutflow.data.prefetch import Prefetch
 from shortcutflow.data.reader import DamagedSampleError, ShardReader, UnreadableShardError
 from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.shards import Sample
@@ -29,6 +30,7 @@ from shortcutflow.distributed import cores_per_process
 from shortcutflow.types import Batch, BatchSlice
 
 MOST_WORKERS = 8
+Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
 
 
@@ -58,7 +60,97 @@ class BatchStream(Protocol):
         """Continue there."""
 
 
-class ShardStream:
+class Prefetch(Generic[Item]):
+    """An iterator whose next item is already being made in a thread, which shares the memory of this process.
+
+    What that raises is raised by the ``next`` that takes it. The thread ends with this object too.
+
+    Args:
+        items: used in the thread alone.
+        device: a GPU that is made the thread's current one, or pinning memory there would open a context on the first.
+    """
+
+    def __init__(self, items: Iterator[Item], device: torch.device) -> None:
+        self._items, self._pool = items, ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            self._pool.submit(torch.cuda.set_device, index)
+        self._coming = self._pool.submit(next, items)
+
+    def __iter__(self) -> Iterator[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        item = self._coming.result()
+        self._coming = self._pool.submit(next, self._items)
+        return item
+
+    def close(self) -> None:
+        """End the thread, after the item that it is at."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def settle(self) -> None:
+        """Wait until the thread is idle; it stays so until the next item is taken."""
+        wait([self._coming])
+
+
+class PositionStream(ABC, Generic[Item]):
+    """What is made ahead from a position, which is the number of samples handed out so far to all ranks together."""
+
+    _samples_seen = 0
+    _coming: Iterator[Item] | None = None
+
+    @abstractmethod
+    def _read_ahead(self) -> Iterator[Item]:
+        """Everything from the present position on."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    @abstractmethod
+    def __next__(self) -> Batch: ...
+
+    def state_dict(self) -> dict[str, int]:
+        """The position."""
+        return {"samples_seen": self._samples_seen}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go to a position; the next batch is the one that would have come."""
+        self._samples_seen = state["samples_seen"]
+        self._forget()
+
+    def _take(self) -> Item:
+        """The next item; after an error it is the next one again."""
+        if self._coming is None:
+            self._coming = self._read_ahead()
+        try:
+            return next(self._coming)
+        except Exception:
+            self._forget()
+            raise
+
+    def _forget(self) -> None:
+        """Drop what was made ahead."""
+        if isinstance(self._coming, Prefetch):
+            self._coming.close()
+        self._coming = None
+
+    def _settle(self) -> None:
+        """Wait for a thread that uses the same files and cache."""
+        if isinstance(self._coming, Prefetch):
+            self._coming.settle()
+
+
+class HostBatch(NamedTuple):
+    """A rank's batch in host memory, and the samples that were found damaged in making it."""
+
+    data: torch.Tensor
+    y: Any
+    keys: tuple[str, ...]
+    damaged: tuple[str, ...]
+
+
+class ShardStream(PositionStream[HostBatch]):
     """A rank's rows of the global batches from a folder of shards.
 
     Images come in [-1, 1], latents drawn anew at each visit, other data as it was stored.
@@ -81,7 +173,7 @@ class ShardStream:
     Raises:
         FileNotFoundError, ValueError: if the folder is not complete or does not fit the other arguments.
         DamagedSampleError: at a batch with a sample that cannot be read, if that is an error or none can be read.
-        ReadError, ReadError: at a batch with a shard that cannot be fetched or read, after several tries.
+        ReadError: at a batch with a shard that cannot be fetched or read, after several tries.
     """
 
     def __init__(
@@ -115,31 +207,13 @@ class ShardStream:
         order = EpochOrder(sizes, seed=seed, shuffle_buffer=shuffle_buffer)
         cached = self.manifest.samples * augmentation.bytes_per_sample <= cache_bytes
         # By position; the map-style data set behind the stream, for a DataLoader of one's own.
-        self.batches = RankBatches(
-            reader,
-            order,
-            augmentation,
-            batch_size,
-            BatchSlice(rank, world_size),
-            skip=on_error == "skip",
-            cached=cached,
-        )
+        share, skip = BatchSlice(rank, world_size), on_error == "skip"
+        self.batches = RankBatches(reader, order, augmentation, batch_size, share, skip=skip, cached=cached)
         self._batch_size, self._device = batch_size, torch.device(device)
         self._cached, self._workers = cached, (0 if cached else workers_to_spare()) if workers is None else workers
-        self._samples_seen = 0
-        self._coming: Iterator[HostBatch] | None = None
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
 
     def __next__(self) -> Batch:
-        if self._coming is None:
-            self._coming = self._read_ahead()
-        try:
-            batch = next(self._coming)
-        except Exception:
-            self._forget()  # so that this batch is the next one again
-            raise
+        batch = self._take()
         self._samples_seen += self._batch_size
         for name in batch.damaged:
             if name not in self.damaged:
@@ -149,8 +223,7 @@ class ShardStream:
 
     def batch_at(self, position: int) -> Batch:
         """This rank's rows of the global batch that starts at a position; the stream stays where it is."""
-        if isinstance(self._coming, Prefetch):
-            self._coming.settle()  # it uses the same files and cache
+        self._settle()
         return self._on_device(self.batches[position])
 
     def _on_device(self, batch: HostBatch) -> Batch:
@@ -160,28 +233,13 @@ class ShardStream:
             data = data.contiguous().float().div_(127.5).sub_(1)
         return Batch(data, conditions.to(batch.y, self._device, non_blocking=True), batch.keys)
 
-    def state_dict(self) -> dict[str, int]:
-        """The position: samples handed out so far, to all ranks together."""
-        return {"samples_seen": self._samples_seen}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to a position; the next batch is the one that would have come."""
-        self._samples_seen = state["samples_seen"]
-        self._forget()
-
-    def _forget(self) -> None:
-        """Drop what was made ahead."""
-        if isinstance(self._coming, Prefetch):
-            self._coming.close()
-        self._coming = None
-
     def _read_ahead(self) -> Iterator[HostBatch]:
         loader = DataLoader(
             self.batches,
             sampler=itertools.count(self._samples_seen, self._batch_size),  # where global batches begin
             batch_size=None,
             num_workers=self._workers,
-            collate_fn=_unchanged,  # it is a batch already
+            collate_fn=unchanged,  # it is a batch already
             prefetch_factor=4 if self._workers else None,
             pin_memory=self._device.type == "cuda",
             # Not used for anything; without one the loader would draw from the global generator.
@@ -195,16 +253,8 @@ def workers_to_spare() -> int:
     return max(1, min(MOST_WORKERS, cores_per_process() - 1))
 
 
-class HostBatch(NamedTuple):
-    """A rank's batch in host memory, and the samples that were found damaged in making it."""
-
-    data: torch.Tensor
-    y: Any
-    keys: tuple[str, ...]
-    damaged: tuple[str, ...]
-
-
-def _unchanged(batch: Any) -> HostBatch:
+def unchanged(batch: Item) -> Item:
+    """What a loader does with a batch that is one already."""
     return batch
 
 
@@ -212,16 +262,9 @@ class RankBatches(Dataset[HostBatch]):
     """A rank's batch as a function of the position where its global batch starts: what workers compute."""
 
     def __init__(
-        self,
-        reader: ShardReader,
-        order: EpochOrder,
-        augmentation: Augmentation,
-        batch_size: int,
-        batch_slice: BatchSlice,
-        *,
-        skip: bool,
-        cached: bool,
-    ) -> None:
+        self, reader: ShardReader, order: EpochOrder, augmentation: Augmentation, batch_size: int,
+        batch_slice: BatchSlice, *, skip: bool, cached: bool,
+    ) -> None:  # fmt: skip
         self._reader, self._order, self._augmentation, self._skip = reader, order, augmentation, skip
         self._is_remote = reader.folder.is_remote
         self._batch_size, self._slice = batch_size, batch_slice
@@ -240,17 +283,17 @@ class RankBatches(Dataset[HostBatch]):
         draws = self._augmentation.draw(epochs, self._first[places[:, 0]] + places[:, 1])
         known = len(self._errors)
         wanted = zip(places.tolist(), self._augmentation.copies(draws), strict=True)
-        samples = [self._sample(shard, number, copy) for (shard, number), copy in wanted]
+        samples = [self._sample((shard, number, copy)) for (shard, number), copy in wanted]
         data = self._augmentation.apply([sample.data for sample in samples], draws)
         keys = tuple(sample.key for sample in samples)
         return HostBatch(data, self._conditions(samples), keys, tuple(self._errors[known:]))
 
-    def _sample(self, shard: int, number: int, copy: int) -> Sample:
+    def _sample(self, place: tuple[int, int, int]) -> Sample:
         if self._cache is None:
-            return self._readable(shard, number, copy)
-        if (shard, number, copy) not in self._cache:
-            self._cache[shard, number, copy] = self._readable(shard, number, copy)
-        return self._cache[shard, number, copy]
+            return self._readable(*place)
+        if place not in self._cache:
+            self._cache[place] = self._readable(*place)
+        return self._cache[place]
 
     def _readable(self, shard: int, number: int, copy: int) -> Sample:
         """This sample, or else the next one that can be read."""

@@ -18,22 +18,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
+from filelock import FileLock
 from pydantic import Field
 from tqdm import tqdm
 
 from shortcutflow.data.images import Crop
-from shortcutflow.data.index import LARGEST_SAMPLE, ByteRange, IndexRow, file_version, read_index, write_index
+from shortcutflow.data.index import LARGEST_SAMPLE, ByteRange, IndexRow, Skipped, file_version, read_index, write_index
 from shortcutflow.data.manifest import Manifest, ShardEntry
 from shortcutflow.data.remote import SCHEMES, is_url, open_copy, version_of
 from shortcutflow.data.shard_folder import ShardFile, ShardFolder
 from shortcutflow.data.source import DataInfo, DataSettings
 from shortcutflow.data.sources import braced
-from shortcutflow.data.sources.archives import compression_of, tar_members
+from shortcutflow.data.sources.archives import refuse_compressed, tar_members
 from shortcutflow.data.sources.labels import NoLabel, plain_label
 from shortcutflow.data.sources.readers import RawItem
 from shortcutflow.data.sources.webdataset import LARGEST_LABEL, key_and_extension, label_value
 from shortcutflow.distributed import Rank
-from shortcutflow.io.atomic import locked, write_whole
+from shortcutflow.io.atomic import write_whole
 
 SCAN_THREADS = 8
 SHOWN = 5
@@ -79,8 +80,8 @@ class WebdatasetData(DataSettings):
             ValueError: with ``on_error="raise"``, if some sample cannot be used.
         """
         shards = super().opened()
-        if self.on_error == "raise" and (skipped := getattr(shards, "skipped", ())):
-            raise ValueError(f"{_left_out(skipped)}; data.on_error=skip trains without them")
+        if self.on_error == "raise" and isinstance(shards, WebdatasetShards) and shards.skipped:
+            raise ValueError(f"{_left_out(shards.skipped)}; data.on_error=skip trains without them")
         return shards
 
     def describe(self) -> DataInfo:
@@ -117,8 +118,8 @@ def expand(urls: str | tuple[str, ...]) -> list[str]:
     return places
 
 
-def scan(file: BinaryIO, name: str, image: str, label: str | None) -> tuple[list[IndexRow], list[tuple[str, str]]]:
-    """Read a shard's headers and labels: its samples in their order, and (name, reason) of what is none.
+def scan(file: BinaryIO, name: str, image: str, label: str | None) -> tuple[list[IndexRow], list[Skipped]]:
+    """Read a shard's headers and labels: its samples in their order, and what is none.
 
     Members with the same key are one sample, wherever in the shard they lie. What follows damage is left out.
 
@@ -132,9 +133,8 @@ def scan(file: BinaryIO, name: str, image: str, label: str | None) -> tuple[list
         ValueError: if it is compressed, so that samples cannot be read in any order.
     """
     samples: dict[str, dict[str, RawItem]] = {}
-    skipped: list[tuple[str, str]] = []
-    if (compression := compression_of(file.read(8))) is not None:
-        raise ValueError(f"{name} is compressed by {compression}: decompress it to a plain .tar")
+    skipped: list[Skipped] = []
+    refuse_compressed(name, file.read(8))
     try:
         for member in tar_members(file, 0, os.fstat(file.fileno()).st_size, name):
             key, extension = key_and_extension(member.name)
@@ -142,17 +142,17 @@ def scan(file: BinaryIO, name: str, image: str, label: str | None) -> tuple[list
                 continue
             members = samples.setdefault(key, {})
             if extension in members:
-                skipped.append((member.name, "a member of this name comes before it, which is used"))
+                skipped.append(Skipped(member.name, "a member of this name comes before it, which is used"))
             else:
                 members[extension] = RawItem(member.name, None, (member.offset_data, member.size))
     except ValueError as error:
-        skipped.append((name, f"{error}; {len(samples)} samples before that are used"))
+        skipped.append(Skipped(name, f"{error}; {len(samples)} samples before that are used"))
     rows = []
     for key, members in samples.items():
         try:
             rows.append(IndexRow([_image(members, image)], _label(file.fileno(), members, label), None, key))
         except ValueError as error:
-            skipped.append((key, str(error)))
+            skipped.append(Skipped(key, str(error)))
     return rows, skipped
 
 
@@ -178,11 +178,9 @@ def _label(file: int, members: dict[str, RawItem], label: str | None) -> int | N
     if value is None:
         raise ValueError(f"no label ({label}) among its members: {', '.join(members)}"[:200])
     found = plain_label(value)
-    if isinstance(found, str):
-        raise ValueError(f"its label is {found[:40]!r}, not a number")
-    if isinstance(found, NoLabel):
-        raise ValueError(found.reason)
-    return found
+    if isinstance(found, int):
+        return found
+    raise ValueError(found.reason if isinstance(found, NoLabel) else f"its label is {found[:40]!r}, not a number")
 
 
 class _Shard(NamedTuple):
@@ -191,14 +189,14 @@ class _Shard(NamedTuple):
     file: ShardFile
     entry: ShardEntry | None
     largest_label: int
-    skipped: tuple[tuple[str, str], ...]
+    skipped: tuple[Skipped, ...]
 
 
 class WebdatasetShards(ShardFolder):
     """Shards without a manifest: it is made from their indexes, which the cache keeps.
 
     Attributes:
-        skipped: (name, reason) of what is no usable sample.
+        skipped: what is no usable sample.
     """
 
     def __init__(self, settings: WebdatasetData, places: Sequence[str]) -> None:
@@ -245,7 +243,7 @@ class WebdatasetShards(ShardFolder):
         path = self._folder / f"{name}.{_digest(repr(self._fields))}.index"
         if (shard := _read(place, path, version)) is not None:
             return shard
-        with locked(path.with_name(f".{path.name}.lock")):
+        with FileLock(path.with_name(f".{path.name}.lock")):
             if (shard := _read(place, path, version)) is not None:  # another process has written it meanwhile
                 return shard
             if path.exists():
@@ -256,19 +254,17 @@ class WebdatasetShards(ShardFolder):
                 file.seek(0)
                 # A local file is not read through.
                 sha256 = hashlib.file_digest(file, "sha256") if is_url(place) else hashlib.sha256(version.encode())
-            write_index(
-                path, rows, name=name, size=size, sha256=sha256.hexdigest(), skipped=skipped, version=version
-            )  # fmt: skip
+            digest = sha256.hexdigest()
+            write_index(path, rows, name=name, size=size, sha256=digest, skipped=skipped, version=version)
         shard = _read(place, path, version)
         assert shard is not None
         return shard
 
     def _list_skipped(self, settings: WebdatasetData) -> None:
-        """Print how many samples are left out and where they are listed."""
-        content = "".join(f"{' '.join(name.split())}\t{reason}\n" for name, reason in self.skipped)
+        """Write them down, and print how many there are and where they are listed."""
         path = self._folder / f"left-out-{_digest(settings.model_dump_json())}.txt"
-        write_whole(path, content)
-        if Rank.from_environment().number == 0:
+        write_whole(path, "".join(f"{' '.join(name.split())}\t{reason}\n" for name, reason in self.skipped))
+        if Rank.from_environment().is_main:
             print(f"{_left_out(self.skipped)}; all are listed in {path}", file=sys.stderr)
 
 
@@ -301,6 +297,6 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:8]
 
 
-def _left_out(skipped: Sequence[tuple[str, str]]) -> str:
+def _left_out(skipped: Sequence[Skipped]) -> str:
     shown = "; ".join(f"{name} ({reason})" for name, reason in skipped[:SHOWN])
     return f"{len(skipped)} samples are left out, such as {shown}" if skipped else "They hold none"

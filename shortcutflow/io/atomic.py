@@ -1,4 +1,4 @@
-"""Files and folders that are complete on the disk or not there, and a lock between processes.
+"""Files and folders that are complete on the disk or not there.
 
 Everything is written beside its place, forced onto the disk and then renamed. The hidden name it has until then,
 ``.NAME.unfinished-HOST-PID-RANDOM``, is unique also among machines that share a disk. Nothing that this library did not
@@ -48,9 +48,7 @@ def sync_tree(path: Path) -> None:
 def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """The name to write a file under; it replaces ``path`` if nothing is raised, and is removed otherwise.
 
-    Args:
-        path: of the file.
-        durable: force it onto the disk before, so that it also survives a loss of power.
+    ``durable`` forces it onto the disk before, so that it also survives a loss of power.
     """
     unfinished = unfinished_name(path)
     try:
@@ -91,7 +89,11 @@ def atomic_output(out: Path) -> Iterator[Path]:
         for path in ready:
             require_absent(out.with_name(path.name))
         for path in ready:
-            _rename_new(path, out.with_name(path.name))
+            path.replace(out.with_name(path.name))
+    except OSError as error:
+        if error.errno == errno.ENOTEMPTY:
+            raise FileExistsError(f"{out} was made by another process meanwhile") from error
+        raise
     finally:
         shutil.rmtree(room, ignore_errors=True)
 
@@ -218,48 +220,9 @@ def remove_leftovers(folder: Path, *, of_all: bool = False) -> None:
                 path.unlink(missing_ok=True)
 
 
-@contextmanager
-def locked(path: Path, *, wait: bool = True, waiting: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Hold a lock between processes, which ends with its process, however that ends.
-
-    Args:
-        path: the lock's file; it stays.
-        wait: whether to wait for a process that holds it.
-        waiting: called once before that.
-
-    Raises:
-        BlockingIOError: if another process holds it, without ``wait``.
-    """
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        if not wait:
-            raise BlockingIOError(errno.EAGAIN, f"another process holds {path}") from None
-        waiting()
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _rename_new(path: Path, out: Path) -> None:
-    try:
-        path.replace(out)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise FileExistsError(f"{out} was made by another process meanwhile") from error
-        raise
-
-
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 LONGEST_CONFIG = 2**20
 """Bytes of a config that are read."""
 RESTORE = "restore it from a copy, or make it again"
@@ -38,3 +40,13 @@ def read_object(path: Path, what: str, *, longest: int = LONGEST_CONFIG, remedy:
     if not isinstance(values, dict):
         raise ValueError(f"{path} does not describe {what}: it must hold an object, not a {type(values).__name__}")
     return values
+
+
+def wrong_fields(error: ValidationError, *, most: int = 10) -> str:
+    """What is wrong with the fields of a config or file, each by its name: ``size: ..., got 0``."""
+    lines = []
+    for problem in error.errors()[:most]:
+        field = ".".join(str(part) for part in problem["loc"])
+        given = "" if problem["type"] in ("value_error", "missing") else f", got {repr(problem['input'])[:80]}"
+        lines.append((f"{field}: " if field else "") + problem["msg"].removeprefix("Value error, ") + given)
+    return "; ".join(lines)

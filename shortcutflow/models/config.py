@@ -20,7 +20,7 @@ from torch import nn
 from shortcutflow.config import CONFIG_FILE, CURRENT, RunConfig
 from shortcutflow.data.manifest import LatentsInfo
 from shortcutflow.data.source import DataInfo
-from shortcutflow.io.json import read_object
+from shortcutflow.io.json import read_object, wrong_fields
 from shortcutflow.network import BackboneConfig, build_network
 from shortcutflow.types import SamplerKind
 
@@ -131,6 +131,4 @@ def _model_config(values: dict[str, Any], path: Path) -> ModelConfig:
     try:
         return ModelConfig.model_validate(values)
     except ValidationError as error:
-        problems = [(".".join(map(str, p["loc"])) or "it", p["msg"]) for p in error.errors()[:5]]
-        reasons = "; ".join(f"{place}: {message.removeprefix('Value error, ')}" for place, message in problems)
-        raise ValueError(f"{path} describes no model: {reasons}") from error
+        raise ValueError(f"{path} describes no model: {wrong_fields(error, most=5)}") from error

@@ -29,9 +29,9 @@ COUNT = 53
 
 def rewrite(folder: Path, samples: list[EncodedSample]) -> None:
     """Replace the first shard by one of these samples, with the right checksums everywhere."""
-    written = write_shard(folder / "shard-000000.tar", samples)
-    assert written.entry is not None
-    restate(folder, 0, **written.entry.model_dump())
+    entry = write_shard(folder / "shard-000000.tar", samples)
+    assert entry is not None
+    restate(folder, 0, **entry.model_dump())
 
 
 def restate(folder: Path, shard: int, **values: object) -> None:

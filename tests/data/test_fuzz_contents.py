@@ -64,7 +64,7 @@ def write_stored(folder: Path, form: Format, contents: list[bytes]) -> Path:
     """A shard of these contents, with the right checksums."""
     folder.mkdir()
     stored = [EncodedSample(f"n{i:03d}", content, form.manifest["format"]) for i, content in enumerate(contents)]
-    entry = write_shard(folder / "shard-000000.tar", stored).entry
+    entry = write_shard(folder / "shard-000000.tar", stored)
     assert entry is not None
     Manifest(preprocessing="none", shards=(entry,), **form.manifest).write(folder)
     return folder

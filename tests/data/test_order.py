@@ -213,7 +213,7 @@ def write_moments(folder: Path, sizes: list[int], *, mirrored: bool = True, log_
             moments = np.full((1 + mirrored, 2, 2, 2), log_variance, np.float16)
             moments[:, 0] = np.array([number, -number - 1])[: 1 + mirrored, None, None]
             samples.append(EncodedSample(f"m{number:03d}", moments, "npy", number % 4))
-        entry = write_shard(folder / shard_name(i), samples).entry
+        entry = write_shard(folder / shard_name(i), samples)
         assert entry is not None
         entries.append(entry)
         first += size

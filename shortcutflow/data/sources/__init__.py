@@ -19,17 +19,10 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
+from shortcutflow.data.index import Skipped
 from shortcutflow.data.remote import is_url, local_copy
-from shortcutflow.data.shards import Skipped
-from shortcutflow.data.sources.archives import (
-    Listing,
-    is_tar,
-    list_folder,
-    list_tar,
-    list_zip,
-    refuse_compressed,
-    tar_stem,
-)  # fmt: skip
+from shortcutflow.data.sources import archives
+from shortcutflow.data.sources.archives import Listing, is_tar, tar_stem
 from shortcutflow.data.sources.folder import images_of, nothing_usable
 from shortcutflow.data.sources.labels import checked_choice
 from shortcutflow.data.sources.parquet import open_parquet
@@ -40,7 +33,7 @@ from shortcutflow.data.sources.webdataset import IMAGE_SUFFIXES, suffix_of
 FETCHED_AT_ONCE = 4
 _BRACES = re.compile(r"\{([^{}]*,[^{}]*|(-?\d+)\.\.(-?\d+)(\.\.-?\d+)?)\}")
 _MOST_FILES = 1_000_000
-_KINDS = {".parquet": "parquet files", ".tar": "tar archives"}
+_KINDS = {".parquet": "parquet files", ".tar": "tar archives"} | dict.fromkeys(IMAGE_SUFFIXES, "images")
 
 
 def open_source(
@@ -71,22 +64,24 @@ def open_source(
     elif choice is False:
         encoding = "cp437"  # names matter to classes alone
     if is_url(source):
-        return _open_urls(str(source), choice, encoding, cache)
+        named, root = _fetched(str(source), cache)
+        return _open_files(named, root, str(source), choice, encoding)
     path = Path(source)
     archive = next((place for place in (path, *path.parents) if place.is_file()), None)
     if archive is not None:
-        return _open_file(archive, archive.name, str(path), choice, encoding, path.relative_to(archive).as_posix())
+        inside = path.relative_to(archive).as_posix()
+        return _open_files({archive.name: archive}, str(archive.parent), str(path), choice, encoding, inside=inside)
     if path.is_dir():
         return _open_folder(path, choice, encoding)
     if files := expand(path):
-        root = Path(commonpath([file.parent for file in files]))
+        root = commonpath([file.parent.as_posix() for file in files])
         named = {file.relative_to(root).as_posix(): file for file in files}
-        return _open_files(named, str(root), str(path), choice, encoding)
+        return _open_files(named, root, str(path), choice, encoding)
     raise FileNotFoundError(f"there is no {path}")
 
 
-def _open_urls(url: str, choice: bool | str, encoding: str | None, cache: Path) -> RawSource:
-    """Archives or parquet files elsewhere, by their local copies; their names are those in the URLs."""
+def _fetched(url: str, cache: Path) -> tuple[dict[str, Path], str]:
+    """Local copies of archives or parquet files elsewhere, by their names below a URL, and this URL."""
     urls = list(dict.fromkeys(braced(url)))
     paths = [urlsplit(url).path.strip("/") for url in urls]
     if len(set(paths)) < len(paths) or "*" in url:
@@ -95,13 +90,10 @@ def _open_urls(url: str, choice: bool | str, encoding: str | None, cache: Path) 
         ThreadPoolExecutor(FETCHED_AT_ONCE, thread_name_prefix="fetch") as pool,
         tqdm(pool.map(lambda url: local_copy(url, cache), urls), "fetching", len(urls), unit="file", delay=2) as copies,
     ):
-        files = dict(zip(paths, copies, strict=True))
+        files = list(copies)
     root = commonpath([dirname(path) for path in paths])
-    named = {path[len(root) :].lstrip("/"): file for path, file in files.items()}
-    if len(named) > 1:
-        return _open_files(named, urls[0][: -len(next(iter(named)))].rstrip("/"), url, choice, encoding)
-    [(name, file)] = named.items()
-    return _open_file(file, name, url, choice, encoding)
+    names = [path[len(root) :].lstrip("/") for path in paths]
+    return dict(zip(names, files, strict=True)), urls[0].removesuffix(names[0]).rstrip("/")
 
 
 def expand(path: Path) -> list[Path]:
@@ -136,36 +128,11 @@ def braced(text: str) -> list[str]:
     return expand_urls(text)
 
 
-def _open_file(
-    file: Path, name: str, where: str, choice: bool | str, encoding: str | None, inside: str = "."
-) -> RawSource:
-    """One archive or parquet file, or a folder inside of an archive."""
-    with file.open("rb") as opened:
-        head = opened.read(512)
-    if not head:
-        raise ValueError(f"{where} is empty: it has 0 bytes")
-    refuse_compressed(where, head)
-    if head.startswith(b"PAR1"):
-        return open_parquet({name: file}, where.removesuffix(name).rstrip("/"), choice)
-    is_zip = head.startswith(b"PK")
-    if not is_zip and head[257:262] != b"ustar" and not name.endswith(".tar"):
-        raise nothing_usable(where, Listing([RawItem(name, None, ())], [], set()))
-    listing = list_zip(file, encoding) if is_zip else list_tar(file, encoding=encoding)
-    if inside != ".":
-        listing = listing.below(inside)
-        if not listing.files:
-            raise FileNotFoundError(f"there is no {where}: the archive holds no files in {inside!r}")
-    kind, reader = ("a zip archive", ZipReader([file])) if is_zip else ("tar archives", RangeReader([file]))
-    return images_of(kind, reader, listing, where, choice, shards=not is_zip)
-
-
 def _open_folder(path: Path, choice: bool | str, encoding: str | None) -> RawSource:
-    listing = list_folder(path)
+    listing = archives.list_folder(path)
     of_kind: dict[str, list[str]] = {}
     for file in listing.files:
-        suffix = suffix_of(file.name)
-        kind = "images" if suffix in IMAGE_SUFFIXES else _KINDS.get(suffix)
-        if kind is not None:
+        if (kind := _KINDS.get(suffix_of(file.name))) is not None:
             of_kind.setdefault(kind, []).append(file.name)
     if len(of_kind) > 1:
         held = " beside ".join(f"{len(names)} {kind} ({min(names)})" for kind, names in sorted(of_kind.items()))
@@ -185,9 +152,9 @@ def _open_folder(path: Path, choice: bool | str, encoding: str | None) -> RawSou
 
 def _open_files(
     named: Mapping[str, Path], root: str, where: str, choice: bool | str, encoding: str | None,
-    skipped: Sequence[Skipped] = (),
+    skipped: Sequence[Skipped] = (), inside: str = ".",
 ) -> RawSource:  # fmt: skip
-    """Several parquet files, tar archives or images.
+    """A zip archive, parquet files, tar archives or images.
 
     Args:
         named: each file by its name below ``root``.
@@ -196,30 +163,62 @@ def _open_files(
         choice: of the labels.
         encoding: of names in archives.
         skipped: other files that lie there.
+        inside: a folder inside of one archive.
     """
     suffixes = Counter(suffix_of(name) for name in named)
-    if set(suffixes) == {".parquet"}:
+    kinds = {_KINDS.get(suffix) for suffix in suffixes}
+    if len(named) == 1:
+        [(name, file)] = named.items()
+        kinds = {_kind_of(file, name, where)}
+    if kinds == {"parquet files"}:
         source = open_parquet(named, root, choice)
         return replace(source, skipped=(*skipped, *source.skipped))
-    if set(suffixes) == {".tar"}:
-        return _of_tars(dict(sorted(named.items())), root, where, choice, encoding, skipped)
-    if IMAGE_SUFFIXES.issuperset(suffixes) and not is_url(where):
+    if kinds == {"tar archives"}:
+        return _of_tars(dict(sorted(named.items())), root, where, choice, encoding, skipped, inside)
+    if kinds == {"a zip archive"}:
+        listing = _inside(archives.list_zip(file, encoding), inside, where)
+        return images_of("a zip archive", ZipReader([file]), listing, where, choice)
+    if kinds == {"images"} and not is_url(where):
         listed = [RawItem(name, None, (name, file.stat().st_size)) for name, file in named.items()]
         return images_of("a folder", FolderReader(Path(root)), Listing(listed, [], set()), where, choice)
+    if len(named) == 1:
+        raise nothing_usable(where, Listing([RawItem(name, None, ())], [], set()))
     found = ", ".join(f"{count} {suffix or '(no suffix)'}" for suffix, count in suffixes.items())
     raise ValueError(f"{where} names files of several kinds ({found}): name parquet files, tar archives or images only")
 
 
+def _kind_of(file: Path, name: str, where: str) -> str | None:
+    """What a file's content, or else its name, says it is."""
+    with file.open("rb") as opened:
+        head = opened.read(512)
+    if not head:
+        raise ValueError(f"{where} is empty: it has 0 bytes")
+    archives.refuse_compressed(where, head)
+    if head.startswith(b"PAR1"):
+        return "parquet files"
+    if head.startswith(b"PK"):
+        return "a zip archive"
+    return "tar archives" if head[257:262] == b"ustar" or name.endswith(".tar") else None
+
+
+def _inside(listing: Listing, folder: str, where: str) -> Listing:
+    if folder == ".":
+        return listing
+    if not (below := listing.below(folder)).files:
+        raise FileNotFoundError(f"there is no {where}: the archive holds no files in {folder!r}")
+    return below
+
+
 def _of_tars(
     tars: Mapping[str, Path], root: str, where: str, choice: bool | str, encoding: str | None,
-    skipped: Sequence[Skipped],
+    skipped: Sequence[Skipped], inside: str,
 ) -> RawSource:  # fmt: skip
-    """Webdataset shards, or archives of images, which then are a class each."""
+    """Webdataset shards, or archives of images, which if there are several are a class each."""
     if choice != "folder":
         check_files(tars, root)
     found, prefixes = Listing([], list(skipped), set()), []
     for number, (name, tar) in enumerate(tars.items()):
-        inner = list_tar(tar, number, encoding)
+        inner = _inside(archives.list_tar(tar, number, encoding), inside, where)
         prefix = f"{tar_stem(name)}/" if len(tars) > 1 else ""
         found.files.extend(file._replace(name=prefix + file.name) for file in inner.files)
         found.skipped.extend(Skipped(prefix + name, reason) for name, reason in inner.skipped)

@@ -12,18 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from shortcutflow.data.shards import Skipped
+from shortcutflow.data.index import Skipped
 from shortcutflow.data.sources.readers import LARGEST_ITEM, RawItem
 
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-"""How compressed files begin."""
-
+_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _JUNK = {
     "__macosx", "network trash folder", "temporary items", "icon\r", "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db",
     "desktop.ini", "$recycle.bin", "recycler", "system volume information", "found.000", "@eadir", "@tmp", "#recycle",
     "#snapshot", "@recycle", "@recently-snapshot", "@__thumb", "lost+found", "__pycache__", "picasa.ini", "_vti_cnf",
 }  # fmt: skip
-_UTF8_NAME = 0x800
 _TAR = re.compile(r"\.(tar(\.(gz|bz2|xz|zst))?|tgz|tbz2?|txz)$", re.IGNORECASE)
 
 
@@ -43,6 +40,13 @@ class Listing(NamedTuple):
             {name for name in self.folders if name.startswith(start)},
         )
 
+    def without_doubles(self) -> Listing:
+        """Of files with one name, unpacking leaves the last."""
+        last = {file.name: file for file in self.files}
+        reason = "a later file of the archive has the same name"
+        doubles = [Skipped(file.name, reason) for file in self.files if last[file.name] is not file]
+        return Listing(list(last.values()), self.skipped + doubles, self.folders)
+
 
 def list_folder(root: Path) -> Listing:
     """Files at any depth, through links too. Links that lead nowhere are skipped.
@@ -59,7 +63,7 @@ def list_folder(root: Path) -> Listing:
         with os.scandir(folder) as entries:
             for entry in entries:
                 name = prefix + entry.name
-                if is_junk(entry.name):
+                if _is_junk(entry.name):
                     continue
                 if not _is_utf8(name):
                     raise ValueError(
@@ -79,17 +83,16 @@ def list_folder(root: Path) -> Listing:
 
 
 def _is_utf8(name: str) -> bool:
-    """Whether a name holds none of the characters by which Python keeps bytes that are not UTF-8."""
-    return not any("\udc80" <= character <= "\udcff" for character in name)
+    """Whether a name holds no stand-ins for bytes that are not UTF-8."""
+    return name.encode(errors="replace").decode() == name
 
 
-def is_junk(name: str) -> bool:
-    """Whether a file or folder of this name is hidden, or left behind by an operating system or a storage device."""
-    return name.startswith(".") or name.lower() in _JUNK or name.lower().endswith(":zone.identifier")
-
-
-def _in_junk(name: str) -> bool:
-    return any(is_junk(part) for part in name.split("/"))
+def _is_junk(name: str) -> bool:
+    """Whether a path has a part that is hidden, or left behind by an operating system or a storage device."""
+    return any(
+        part.startswith(".") or part.lower() in _JUNK or part.lower().endswith(":zone.identifier")
+        for part in name.split("/")
+    )
 
 
 def list_zip(path: Path, encoding: str | None = None) -> Listing:
@@ -97,44 +100,31 @@ def list_zip(path: Path, encoding: str | None = None) -> Listing:
 
     Args:
         path: of the archive.
-        encoding: of the names that are not marked as UTF-8; None takes UTF-8 where they are, and refuses others.
+        encoding: of the names that are not marked as UTF-8, which many writers leave out; None for UTF-8.
 
     Raises:
         ValueError: if its directory is damaged, or names need another encoding.
     """
     listing = Listing([], [], set())
     try:
-        with zipfile.ZipFile(path, metadata_encoding=encoding) as archive:
+        with zipfile.ZipFile(path, metadata_encoding=encoding or "utf-8") as archive:
             members = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
-        if isinstance(error, UnicodeDecodeError) and encoding is not None:
-            raise _other_encoding(error.object, path) from error
+    except UnicodeDecodeError as error:
+        raise _other_encoding(error.object, path) from error
+    except (zipfile.BadZipFile, NotImplementedError) as error:
         raise ValueError(f"{path} is a damaged zip archive: {error}") from error
     for member in members:
-        name = clean((_zip_name(member, path) if encoding is None else member.filename).replace("\\", "/"))
-        if _in_junk(name):
+        name = _clean(member.filename.replace("\\", "/"))
+        if _is_junk(name):
             continue
         if member.is_dir() or member.filename.endswith("\\"):
             listing.folders.add(name)
         elif reason := _unreadable(member):
             listing.skipped.append(Skipped(name, reason))
         else:
-            place = (
-                member.header_offset, member.compress_size, member.file_size, member.compress_type, member.CRC
-            )  # fmt: skip
+            place = (member.header_offset, member.compress_size, member.file_size, member.compress_type, member.CRC)
             listing.files.append(RawItem(name, None, place))
-    return _without_doubles(listing)
-
-
-def _zip_name(member: zipfile.ZipInfo, path: Path) -> str:
-    """Many writers store UTF-8 without the flag for it, which zipfile reads as code page 437."""
-    if member.flag_bits & _UTF8_NAME:
-        return member.filename
-    name = member.filename.encode("cp437", errors="replace")
-    try:
-        return name.decode()
-    except UnicodeDecodeError as error:
-        raise _other_encoding(name, path) from error
+    return listing.without_doubles()
 
 
 def _other_encoding(name: bytes, where: Path | str) -> ValueError:
@@ -152,27 +142,16 @@ def _unreadable(member: zipfile.ZipInfo) -> str:
         return "encrypted"
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         return f"compressed by zip's method {member.compress_type}; only stored and deflated members are read"
-    size = max(member.file_size, member.compress_size)
-    return _too_large(member.file_size) if size > LARGEST_ITEM else ""
+    return _too_large(member.file_size) if max(member.file_size, member.compress_size) > LARGEST_ITEM else ""
 
 
 def _too_large(size: int) -> str:
     return f"it has {size} bytes, at most {LARGEST_ITEM} are read"
 
 
-def clean(name: str) -> str:
+def _clean(name: str) -> str:
     """A member's name without what would lead out of a folder."""
     return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
-
-
-def _without_doubles(listing: Listing) -> Listing:
-    """Of files with one name, unpacking leaves the last."""
-    last = {file.name: file for file in listing.files}
-    if len(last) == len(listing.files):
-        return listing
-    reason = "a later file of the archive has the same name"
-    doubles = [Skipped(file.name, reason) for file in listing.files if last[file.name] is not file]
-    return Listing(list(last.values()), listing.skipped + doubles, listing.folders)
 
 
 def list_tar(path: Path, number: int = 0, encoding: str | None = None) -> Listing:
@@ -191,15 +170,15 @@ def list_tar(path: Path, number: int = 0, encoding: str | None = None) -> Listin
     def add(start: int, end: int, where: str, prefix: str = "") -> None:
         links: dict[str, str] = {}
         for member in tar_members(file, start, end, where, encoding):
-            name = clean(prefix + member.name)
-            if _in_junk(name):
+            name = _clean(prefix + member.name)
+            if _is_junk(name):
                 continue
             if not _is_utf8(name):
                 raise _other_encoding(os.fsencode(name), where)
             if member.isdir():
                 listing.folders.add(name)
             elif member.islnk():
-                links[name] = clean(prefix + member.linkname)
+                links[name] = _clean(prefix + member.linkname)
             elif member.issym():
                 links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
             elif not member.isreg() or member.issparse():
@@ -208,7 +187,7 @@ def list_tar(path: Path, number: int = 0, encoding: str | None = None) -> Listin
                 inner = tar_stem(name)
                 listing.folders.add(inner)  # also if it cannot be read: numbers of later classes depend on it
                 file.seek(member.offset_data)  # the outer walk seeks back before its next header
-                if compression := compression_of(file.read(8)):
+                if compression := _compression_of(file.read(8)):
                     listing.skipped.append(Skipped(name, f"a tar compressed by {compression} inside a tar: unpack it"))
                 else:
                     add(member.offset_data, member.offset_data + member.size, f"{where}/{name}", inner + "/")
@@ -221,7 +200,7 @@ def list_tar(path: Path, number: int = 0, encoding: str | None = None) -> Listin
     with path.open("rb") as file:
         refuse_compressed(path, file.read(8))
         add(0, os.fstat(file.fileno()).st_size, str(path))
-    return _without_doubles(listing)
+    return listing.without_doubles()
 
 
 def _follow(links: dict[str, str], listing: Listing) -> None:
@@ -252,23 +231,26 @@ def tar_stem(name: str) -> str:
 
 
 def refuse_compressed(path: Path | str, head: bytes) -> None:
-    """Raise a ValueError for a file that begins like a compressed one."""
-    if (compression := compression_of(head)) is not None:
+    """Raise ValueError for a file that begins as a compressed one does."""
+    if compression := _compression_of(head):
         raise ValueError(
-            f"{path} is compressed by {compression}: its members cannot be read in any order. Unpack it, or only "
-            "decompress it to a plain .tar"
+            f"{path} is compressed by {compression}: decompress it to a plain .tar, or unpack it; members of a "
+            "compressed one cannot be read in any order"
         )
 
 
-def compression_of(head: bytes) -> str | None:
-    """The compression of a file that begins like this."""
-    return next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), None)
+def _compression_of(head: bytes) -> str | None:
+    return next((name for magic, name in _COMPRESSIONS.items() if head.startswith(magic)), None)
 
 
 def tar_members(
     file: BinaryIO, start: int, end: int, where: str, encoding: str | None = None
 ) -> Iterator[tarfile.TarInfo]:
-    """All members between two offsets of a file, also of tars that were appended to each other."""
+    """All members between two offsets of a file, also of tars that were appended to each other.
+
+    Raises:
+        ValueError: if it is damaged or cut off, naming ``where`` it is.
+    """
     while start < end:
         file.seek(start)
         try:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from shortcutflow.data.images import ImageError
 from shortcutflow.data.manifest import MANIFEST, Manifest
-from shortcutflow.data.shards import Skipped
+from shortcutflow.data.index import Skipped
 from shortcutflow.data.sources.archives import Listing, is_tar
 from shortcutflow.data.sources.labels import (
     NoLabel,

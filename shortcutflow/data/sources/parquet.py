@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shortcutflow.data.images import ImageError
-from shortcutflow.data.shards import Skipped
+from shortcutflow.data.index import Skipped
 from shortcutflow.data.sources.labels import NoLabel, choose_field, how_to_choose, number_labels
 from shortcutflow.data.sources.readers import Block, RawItem, RawSource, check_bytes
 from shortcutflow.data.sources.splits import check_files

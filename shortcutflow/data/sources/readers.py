@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
 from shortcutflow.data.images import ImageError
-from shortcutflow.data.shards import Skipped
+from shortcutflow.data.index import Skipped
 
 LARGEST_ITEM = 256 * 2**20
 """Bytes of one encoded image; a larger one is skipped."""
@@ -44,17 +44,12 @@ class Block(NamedTuple):
 
 
 class Reader(Protocol):
-    """Reads an item's bytes; it can be pickled, and opens its files again in another process."""
+    """Reads an item's encoded image; it can be pickled, and opens its files again in another process."""
 
     files: tuple[Path, ...]
 
     def read(self, item: RawItem) -> bytes:
-        """The encoded image.
-
-        Raises:
-            ImageError: if the item itself is damaged or too large.
-            OSError: if the file cannot be read now.
-        """
+        """Raises ImageError if the item itself is damaged or too large, OSError if its file cannot be read now."""
 
 
 @dataclass(frozen=True)
@@ -134,15 +129,9 @@ class RangeReader:
 
     def read(self, item: RawItem) -> bytes:
         """See :class:`Reader`."""
-        file, offset, size = (int(value) for value in item.place)
-        return self.part(file, offset, size)
+        return self._part(*(int(value) for value in item.place))
 
-    def part(self, number: int, offset: int, size: int) -> bytes:
-        """Bytes of one file.
-
-        Raises:
-            ImageError: if they are too many or the file ends before.
-        """
+    def _part(self, number: int, offset: int, size: int) -> bytes:
         check_bytes(size)
         if number not in self._open:
             self._open[number] = self.files[number].open("rb", buffering=0)
@@ -164,10 +153,10 @@ class ZipReader(RangeReader):
         """See :class:`Reader`."""
         offset, compressed, size, method, crc = (int(value) for value in item.place)
         check_bytes(size)
-        signature, name_length, extra_length = _ZIP_HEADER.unpack(self.part(0, offset, _ZIP_HEADER.size))
+        signature, name_length, extra_length = _ZIP_HEADER.unpack(self._part(0, offset, _ZIP_HEADER.size))
         if signature != b"PK\x03\x04":
             raise ImageError("damaged: its header in the zip archive is not where the directory says")
-        content = self.part(0, offset + _ZIP_HEADER.size + name_length + extra_length, compressed)
+        content = self._part(0, offset + _ZIP_HEADER.size + name_length + extra_length, compressed)
         if method == zipfile.ZIP_DEFLATED:
             try:
                 # One byte more than promised is enough to see that a promise is broken.

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from shortcutflow.data.shards import Skipped
+from shortcutflow.data.index import Skipped
 from shortcutflow.data.sources.labels import NoLabel, choose_field, how_to_choose
 from shortcutflow.data.sources.readers import RawItem
 
