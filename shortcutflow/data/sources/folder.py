@@ -10,8 +10,8 @@ from posixpath import basename, commonpath, dirname, join
 from typing import NamedTuple
 
 from shortcutflow.data.images import ImageError
-from shortcutflow.data.manifest import MANIFEST, Manifest
 from shortcutflow.data.index import Skipped
+from shortcutflow.data.manifest import MANIFEST, Manifest
 from shortcutflow.data.sources.archives import Listing, is_tar
 from shortcutflow.data.sources.labels import (
     NoLabel,
