@@ -64,13 +64,14 @@ class Backbone(nn.Module):
         """Channels of a sample."""
         return self.shape[1] if len(self.shape) == 2 else self.shape[0]
 
-    def forward(self, x_t: Tensor, t: Tensor, d: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, d: Tensor, y: Any = None) -> Tensor:
         """The average velocity over [t, t + d].
 
         Args:
             x_t: (b, *shape); a sequence may have any length that the network takes.
             t, d: (b,) in [0, 1].
-            y: labels (b,) int64, or the condition tensor (b, *condition_shape); None is the null condition.
+            y: labels (b,) int64, or the condition tensor (b, *condition_shape); None is the null condition. A network
+                with ``guidance_input`` takes ``{"y": one of these, "guidance": (b,)}`` too.
 
         Returns:
             The shape of x_t, in x_t's dtype or autocast's.
@@ -92,6 +93,11 @@ class Backbone(nn.Module):
     def zero_step_embedding(self, finest_steps: int) -> None:
         """See :meth:`Condition.zero_step_embedding`; to start from a flow model, before the network is sharded."""
         self.condition.zero_step_embedding(finest_steps)
+
+    @property
+    def guidance_input(self) -> bool:
+        """Whether it takes the guidance scale as an input, and so is guided in one call."""
+        return self.condition.guidance is not None
 
     @property
     def step_embedding(self) -> SinusoidalEmbedding:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,9 @@ class Condition(nn.Module):
     """The sum of the embeddings of time t, step size d and condition y.
 
     Everything in here is float32 under autocast. y is a label with ``num_classes``, where label ``num_classes`` is the
-    null condition; or a tensor with ``condition_shape``, where zeros are the null condition; or None with neither.
+    null condition; or a tensor with ``condition_shape``, where zeros are the null condition; or None with neither. With
+    ``guidance_input`` it may also be ``{"y": one of these, "guidance": (b,) float}``, the guidance scale; without one
+    the scale is 1, no guidance.
 
     Args:
         width: size of the embedding.
@@ -105,6 +108,7 @@ class Condition(nn.Module):
         ignore_step_size: embed d = 1 whatever d is, as the released code does for its baselines.
         embeds_time: False for a network that embeds t elsewhere.
         time_features, time_frequency_shift: of the embedding of t, see :class:`SinusoidalEmbedding`.
+        guidance_input: embed the guidance scale too.
 
     Raises:
         ValueError: if both kinds of condition are given, or at a call if y does not fit or t or d leave [0, 1].
@@ -122,6 +126,7 @@ class Condition(nn.Module):
         embeds_time: bool = True,
         time_features: int = 256,
         time_frequency_shift: int = 0,
+        guidance_input: bool = False,
     ) -> None:
         super().__init__()
         if num_classes is not None and condition_shape is not None:
@@ -134,6 +139,7 @@ class Condition(nn.Module):
         if embeds_time:
             self.time = SinusoidalEmbedding(width, time_scale, time_features, time_frequency_shift)
         self.step = SinusoidalEmbedding(width)
+        self.guidance = SinusoidalEmbedding(width) if guidance_input else None
         self.label = nn.Embedding(num_classes + 1, width) if num_classes is not None else None
         self.given: nn.Sequential | None = None
         if self.condition_shape is not None:
@@ -146,6 +152,8 @@ class Condition(nn.Module):
         if self.time is not None:
             self.time.reset_parameters()
         self.step.reset_parameters()
+        if self.guidance is not None:
+            self.guidance.reset_parameters()
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=0.02)
         if self.given is not None:
@@ -176,16 +184,21 @@ class Condition(nn.Module):
         nn.init.zeros_(self.step.out.weight)
         self.step.out.bias.copy_(embedding)
 
-    def forward(self, t: Tensor, d: Tensor, y: Tensor | None, time: Tensor | None = None) -> Tensor:
+    def forward(self, t: Tensor, d: Tensor, y: Any, time: Tensor | None = None) -> Tensor:
         """t, d (b,) and y (b,) int64 or (b, *condition_shape) or None, to (b, width).
 
         ``time`` (b,) is embedded in place of t, for a network that counts time otherwise.
         """
+        scale = torch.ones_like(t)
+        if isinstance(y, Mapping) and self.guidance is not None:
+            y, scale = y["y"], y["guidance"]
         self._check(t, d, y)
         level = torch.zeros_like(t) if self.ignore_step_size else step_level(d, self.finest_steps)
         c = self.step(level)
         if self.time is not None:
             c = self.time(t if time is None else time) + c
+        if self.guidance is not None:
+            c = c + self.guidance(scale)
         if self.label is not None:
             labels = torch.full_like(t, self.label.num_embeddings - 1, dtype=torch.int64) if y is None else y
             c = c + self.label(labels)
@@ -197,6 +210,10 @@ class Condition(nn.Module):
 
     def _check(self, t: Tensor, d: Tensor, y: Tensor | None) -> None:
         b = len(t)
+        if isinstance(y, Mapping):
+            raise ValueError(
+                f"y must be one tensor, got a mapping of {sorted(y)}: build the network with guidance_input"
+            )
         if y is not None:
             self._check_condition(y, b)
         # Reading values is free on a CPU; an accelerator would have to be waited for, a traced tensor has none.

@@ -72,6 +72,7 @@ class LSTM(TokenNetwork):
         mlp_ratio: hidden size of a block's MLP over its width.
         cell: "lstm" or "gru".
         causal: no token sees a later one; the default sees both ways.
+        guidance_input: take the guidance scale as an input, see :class:`backbones.embeddings.Condition`.
 
     Raises:
         ValueError: if sizes do not divide, for an unknown cell, or at a call if x_t, t, d or y do not fit.
@@ -90,11 +91,12 @@ class LSTM(TokenNetwork):
         mlp_ratio: float = 4.0,
         cell: Literal["lstm", "gru"] = "lstm",
         causal: bool = False,
+        guidance_input: bool = False,
     ) -> None:
         super().__init__(
             lambda: Block(width, Recurrent(width, cell, causal), mlp_ratio),
             shape=shape, num_classes=num_classes, condition_shape=condition_shape, finest_steps=finest_steps,
-            width=width, depth=depth, patch=patch,
+            width=width, depth=depth, patch=patch, guidance_input=guidance_input,
         )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ class Mamba(TokenNetwork):
         bidirectional: scan the tokens both ways; False is causal.
         kernels: "auto" for mamba-ssm's on a GPU where that package is installed, else PyTorch; or one of "mamba-ssm"
             and "torch".
+        guidance_input: take the guidance scale as an input, see :class:`backbones.embeddings.Condition`.
 
     Raises:
         ImportError: if kernels is "mamba-ssm" and that is not installed.
@@ -49,6 +50,7 @@ class Mamba(TokenNetwork):
         expand: int = 2,
         bidirectional: bool = True,
         kernels: Literal["auto", "mamba-ssm", "torch"] = "auto",
+        guidance_input: bool = False,
     ) -> None:
         def block() -> Block:
             mixer = MambaMixer(width, state, conv, expand, bidirectional=bidirectional, kernels=kernels)
@@ -57,7 +59,7 @@ class Mamba(TokenNetwork):
         super().__init__(
             block,
             shape=shape, num_classes=num_classes, condition_shape=condition_shape, finest_steps=finest_steps,
-            width=width, depth=depth, patch=patch,
+            width=width, depth=depth, patch=patch, guidance_input=guidance_input,
         )  # fmt: skip
 
 

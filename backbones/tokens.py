@@ -101,7 +101,7 @@ class TokenNetwork(Backbone):
         shape, num_classes, condition_shape, finest_steps: as for every backbone; see :class:`Condition`.
         width, depth: size of the stack.
         patch: side of a patch; must divide height and width, or the length. None is 2 for images, 1 for sequences.
-        time_scale, time_frequency_shift, ignore_step_size: see :class:`Condition`.
+        time_scale, time_frequency_shift, ignore_step_size, guidance_input: see :class:`Condition`.
         diffusion: options of :class:`backbones.diffusion.Diffusion`, for blocks that were trained to undo diffusion.
 
     Raises:
@@ -125,6 +125,7 @@ class TokenNetwork(Backbone):
         ignore_step_size: bool = False,
         time_frequency_shift: int = 0,
         diffusion: Mapping[str, Any] | None = None,
+        guidance_input: bool = False,
     ) -> None:
         super().__init__(shape)
         require_positive(width=width, depth=depth)
@@ -137,6 +138,7 @@ class TokenNetwork(Backbone):
         self.condition = Condition(
             width, num_classes=num_classes, condition_shape=condition_shape, finest_steps=finest_steps,
             time_scale=time_scale, ignore_step_size=ignore_step_size, time_frequency_shift=time_frequency_shift,
+            guidance_input=guidance_input,
         )  # fmt: skip
         self.diffusion = None if diffusion is None else Diffusion.of(diffusion)
         self.blocks = nn.ModuleList(block() for _ in range(depth))

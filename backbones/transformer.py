@@ -70,6 +70,7 @@ class Transformer(TokenNetwork):
         width, depth, heads: size of the transformer.
         patch: side of a patch; must divide height and width, or the length. None is 2 for images, 1 for sequences.
         mlp_ratio: hidden size of a block's MLP over its width.
+        guidance_input: take the guidance scale as an input, see :class:`backbones.embeddings.Condition`.
 
     Raises:
         ImportError: if x-transformers is not installed.
@@ -88,11 +89,12 @@ class Transformer(TokenNetwork):
         heads: int = 6,
         patch: int | None = None,
         mlp_ratio: float = 4.0,
+        guidance_input: bool = False,
     ) -> None:
         super().__init__(
             lambda: XBlock(width, heads, mlp_ratio),
             shape=shape, num_classes=num_classes, condition_shape=condition_shape, finest_steps=finest_steps,
-            width=width, depth=depth, patch=patch,
+            width=width, depth=depth, patch=patch, guidance_input=guidance_input,
         )  # fmt: skip
         self.reset_parameters()
 

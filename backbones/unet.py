@@ -89,6 +89,7 @@ class UNet(Backbone):
         attention_levels: levels that have self-attention (0 is full resolution); if any has, so has the middle.
         head_width: channels of an attention head.
         kernel: side of the convolutions, odd.
+        guidance_input: take the guidance scale as an input, see :class:`backbones.embeddings.Condition`.
 
     Raises:
         ValueError: if sizes do not fit each other, or at a call if x_t, t, d or y do not fit.
@@ -107,13 +108,15 @@ class UNet(Backbone):
         attention_levels: Sequence[int] = (1,),
         head_width: int = 64,
         kernel: int = 3,
+        guidance_input: bool = False,
     ) -> None:
         super().__init__(shape)
         _check_options(width, multipliers, stages, attention_levels, head_width, kernel)
         dimensions, widths, c_width = len(self.shape) - 1, [width * m for m in multipliers], 4 * width
         self.condition = Condition(
-            c_width, num_classes=num_classes, condition_shape=condition_shape, finest_steps=finest_steps
-        )
+            c_width, num_classes=num_classes, condition_shape=condition_shape, finest_steps=finest_steps,
+            guidance_input=guidance_input,
+        )  # fmt: skip
         conv = CONVOLUTIONS[dimensions]
 
         def stage(channels_in: int, level: int, attends: bool) -> Stage:

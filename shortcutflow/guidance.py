@@ -30,6 +30,11 @@ def predict_with_aux(net: Network, x_t: Tensor, t: Tensor, d: Tensor, y: Conditi
     return v.to(torch.promote_types(v.dtype, torch.float32)), aux
 
 
+def with_scale(y: Condition, scale: Tensor | float) -> dict[str, Any]:
+    """The condition of a network that takes the guidance scale as an input, as one with ``guidance_input`` does."""
+    return {"y": y, "guidance": scale}
+
+
 def guided_velocity(
     net: Network,
     x_t: Tensor,
@@ -45,7 +50,8 @@ def guided_velocity(
     """Classifier-free guidance (Ho and Salimans 2022): s_null + scale (s_y - s_null), shape of x_t.
 
     Scale 1 evaluates the condition alone and 0 the null condition alone, for the price of one evaluation; any other
-    evaluates both as one batch.
+    evaluates both as one batch. A network whose attribute ``guidance_input`` is true is given the scale instead, in one
+    evaluation; see :class:`shortcutflow.objectives.GuidedShortcutObjective`.
 
     Args:
         net: the network.
@@ -59,7 +65,9 @@ def guided_velocity(
     Raises:
         ValueError: if scale is not finite, or not 1 and there is no condition, or no null_y.
     """
-    if require_scale(scale) == 1 or max_guided == 0:
+    if require_scale(scale) not in (0, 1) and max_guided is None and getattr(net, "guidance_input", False):
+        return predict(net, x_t, t, d, with_scale(y, torch.full_like(t, scale)))
+    if scale == 1 or max_guided == 0:
         return predict(net, x_t, t, d, y)
     if y is None:
         raise ValueError(f"guidance_scale {scale:g} needs a condition y to guide by; without one it must be 1")

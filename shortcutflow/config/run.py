@@ -99,6 +99,7 @@ class RunConfig(BaseModel):
             return
         settings = {"objective.condition_dropout": self.objective.condition_dropout > 0}
         for section in ("objective", "evaluation"):
+            settings[f"{section}.max_guidance"] = getattr(getattr(self, section), "max_guidance", 1) != 1
             settings[f"{section}.guidance_scale"] = getattr(getattr(self, section), "guidance_scale", 1) != 1
         if used := [name for name, is_used in settings.items() if is_used]:
             raise ValueError(

@@ -35,7 +35,12 @@ class ShortcutNetwork(ModelMixin, ConfigMixin):
         self.model_config = ModelConfig.model_validate(model)
         self.network = self.model_config.build_network()
 
-    def forward(self, x_t: Tensor, t: Tensor, d: Tensor, y: Tensor | None = None) -> Tensor:
+    @property
+    def guidance_input(self) -> bool:
+        """Whether the network takes the guidance scale as an input; see ``shortcutflow.guidance``."""
+        return getattr(self.network, "guidance_input", False)
+
+    def forward(self, x_t: Tensor, t: Tensor, d: Tensor, y: Any = None) -> Tensor:
         """The average velocity over [t, t + d] for x_t (b, *shape), t and d (b,), y labels (b,) or a tensor."""
         return self.network(x_t, t, d, y)
 

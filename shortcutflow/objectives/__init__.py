@@ -6,6 +6,7 @@ from pydantic import SerializeAsAny
 
 from shortcutflow.objectives.consistency import ConsistencyDistillationObjective, ConsistencyTrainingObjective
 from shortcutflow.objectives.flow_matching import FlowMatchingObjective
+from shortcutflow.objectives.guided_shortcut import GuidedShortcutObjective
 from shortcutflow.objectives.objective import Context, Draw, Objective, add_head
 from shortcutflow.objectives.progressive_distillation import ProgressiveDistillationObjective
 from shortcutflow.objectives.reflow import LiveReflowObjective, ReflowObjective
@@ -27,6 +28,7 @@ __all__ = [
     "Context",
     "Draw",
     "FlowMatchingObjective",
+    "GuidedShortcutObjective",
     "LagrangianObjective",
     "LiveReflowObjective",
     "MeanFlowObjective",

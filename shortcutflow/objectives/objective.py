@@ -49,6 +49,7 @@ class Draw:
         guided: (n_bootstrap,) bool, rows whose targets are guided; None is all of ``max_guided``.
         max_guided: guided rows lie among the first so many, which is the same in each draw.
         split: (n_bootstrap,) float32, the share of a step that the first of its target's two legs makes; None is 1/2.
+        scale: (r,) float32, the guidance scale that the network is given; None for a network that is given none.
         source: (r,) int64, the sample each row uses; None means row i uses sample i.
     """
 
@@ -60,6 +61,7 @@ class Draw:
     guided: Tensor | None = None
     max_guided: int = 0
     split: Tensor | None = None
+    scale: Tensor | None = None
     source: Tensor | None = None
 
     def at(self, batch_slice: BatchSlice) -> Draw:
@@ -71,6 +73,7 @@ class Draw:
             guided=self.guided[rows] if self.guided is not None else None,
             max_guided=batch_slice.count_below(self.max_guided),
             split=self.split[rows] if self.split is not None else None,
+            scale=self.scale[rows] if self.scale is not None else None,
         )  # fmt: skip
 
 

@@ -43,10 +43,11 @@ sys.meta_path.insert(0, Blocked())
 """Start of a program for which neither this library nor its networks are installed."""
 
 
-def model_in(folder: Path, backbone: str = "dit", **changes: Any) -> Path:
+def model_in(folder: Path, backbone: str | dict[str, Any] = "dit", **changes: Any) -> Path:
     """A model's folder, none of whose parameters is zero."""
+    chosen = {"name": backbone, "options": FAMILIES[backbone]} if isinstance(backbone, str) else backbone
     values = {
-        "backbone": BackboneConfig(name=backbone, options=FAMILIES[backbone]), "shape": (3, 4, 4), "num_classes": 4,
+        "backbone": BackboneConfig.model_validate(chosen), "shape": (3, 4, 4), "num_classes": 4,
         "null_y": 4, "weights": ("current",), "default_weights": "current", "step": 10,
     }  # fmt: skip
     config = ModelConfig.model_validate(values | changes)

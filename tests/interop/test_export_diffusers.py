@@ -63,6 +63,20 @@ def largest(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max())
 
 
+def test_a_guidance_scale_that_is_an_input_stays_one(tmp_path: Path) -> None:
+    options = FAMILIES["dit"] | {"guidance_input": True}
+    source = model_in(tmp_path / "model", backbone={"name": "dit", "options": options})
+    export_diffusers(source, tmp_path / "pipe")
+    noise, case = noise_for(2, 3, 4, 4), {"num_inference_steps": 2, "class_labels": [1, 2]}
+
+    def samples(scale: float) -> torch.Tensor:
+        of = pipeline_of(tmp_path / "pipe")(**case, guidance_scale=scale, latents=noise, output_type="latent").images
+        assert largest(of, expected(source, noise, case | {"guidance_scale": scale})) < 1e-5
+        return torch.as_tensor(of)
+
+    assert largest(samples(2.0), samples(3.0)) > 1e-2
+
+
 def test_the_same_samples(source: Path, exported: Path, tmp_path: Path) -> None:
     """Of the folder, and of the pipeline that diffusers itself saved again."""
     noise = noise_for(2, 3, 4, 4)
