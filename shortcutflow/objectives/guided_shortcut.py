@@ -101,9 +101,12 @@ class GuidedShortcutObjective(ShortcutObjective):
         """
         if y is None:
             raise ValueError("guided_shortcut guides by a condition: pass y, or use kind 'shortcut' for data without")
+        scale = torch.ones_like(draw.t) if draw.scale is None else draw.scale
         null_y = with_scale(require_null(context.null_y), 1.0)
-        rows = super().targets(net, data, with_scale(y, draw.scale), draw, replace(context, null_y=null_y))
-        guided = slice(draw.n_bootstrap, draw.max_guided)
+        rows = super().targets(net, data, with_scale(y, scale), draw, replace(context, null_y=null_y))
+        guided = slice(draw.n_bootstrap, max(draw.max_guided, draw.n_bootstrap))
+        if guided.start == guided.stop:
+            return rows
         x_t, t, d, of_rows = rows.x_t[guided], rows.t[guided], rows.d[guided], select(rows.y, guided)
         unguided = with_scale(of_rows["y"], torch.ones_like(t))
         v_y, v_null = predict(
