@@ -36,6 +36,7 @@ class DiT(TokenNetwork):
         diffusion: options of :class:`backbones.diffusion.Diffusion`, for weights that were trained to undo diffusion:
             the time that is embedded is the diffusion's, and the prediction is turned into the velocity.
         guidance_input: take the guidance scale as an input, see :class:`backbones.embeddings.Condition`.
+        round_residual: see :class:`backbones.tokens.TokenNetwork`.
 
     Raises:
         ValueError: if sizes do not divide, or at a call if x_t, t, d or y do not fit.
@@ -60,6 +61,7 @@ class DiT(TokenNetwork):
         mlp_norm_eps: float = 1e-6,
         diffusion: Mapping[str, Any] | None = None,
         guidance_input: bool = False,
+        round_residual: bool = False,
     ) -> None:
         scale = heads / width if released else None
         if time_scale is None:
@@ -69,7 +71,7 @@ class DiT(TokenNetwork):
             shape=shape, num_classes=num_classes, condition_shape=condition_shape, finest_steps=finest_steps,
             width=width, depth=depth, patch=patch,
             time_scale=time_scale, ignore_step_size=ignore_step_size, time_frequency_shift=time_frequency_shift,
-            diffusion=diffusion, guidance_input=guidance_input,
+            diffusion=diffusion, guidance_input=guidance_input, round_residual=round_residual,
         )  # fmt: skip
         if released:
             # Nothing reads it; it is there so that the authors' weights load and save completely. The released code

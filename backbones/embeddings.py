@@ -25,6 +25,11 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
+def under_autocast(tensor: Tensor) -> bool:
+    """Whether operations on the tensor's device choose their precision by autocast."""
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+
+
 class SinusoidalEmbedding(nn.Module):
     """A scalar a sample as a vector: cosines and sines of many frequencies, then a two-layer MLP.
 

@@ -73,6 +73,7 @@ class LSTM(TokenNetwork):
         cell: "lstm" or "gru".
         causal: no token sees a later one; the default sees both ways.
         guidance_input: take the guidance scale as an input, see :class:`backbones.embeddings.Condition`.
+        round_residual: see :class:`backbones.tokens.TokenNetwork`.
 
     Raises:
         ValueError: if sizes do not divide, for an unknown cell, or at a call if x_t, t, d or y do not fit.
@@ -92,11 +93,13 @@ class LSTM(TokenNetwork):
         cell: Literal["lstm", "gru"] = "lstm",
         causal: bool = False,
         guidance_input: bool = False,
+        round_residual: bool = False,
     ) -> None:
         super().__init__(
             lambda: Block(width, Recurrent(width, cell, causal), mlp_ratio),
             shape=shape, num_classes=num_classes, condition_shape=condition_shape, finest_steps=finest_steps,
             width=width, depth=depth, patch=patch, guidance_input=guidance_input,
+            round_residual=round_residual,
         )  # fmt: skip
 
 

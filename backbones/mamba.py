@@ -28,6 +28,7 @@ class Mamba(TokenNetwork):
         kernels: "auto" for mamba-ssm's on a GPU where that package is installed, else PyTorch; or one of "mamba-ssm"
             and "torch".
         guidance_input: take the guidance scale as an input, see :class:`backbones.embeddings.Condition`.
+        round_residual: see :class:`backbones.tokens.TokenNetwork`.
 
     Raises:
         ImportError: if kernels is "mamba-ssm" and that is not installed.
@@ -51,6 +52,7 @@ class Mamba(TokenNetwork):
         bidirectional: bool = True,
         kernels: Literal["auto", "mamba-ssm", "torch"] = "auto",
         guidance_input: bool = False,
+        round_residual: bool = False,
     ) -> None:
         def block() -> Block:
             mixer = MambaMixer(width, state, conv, expand, bidirectional=bidirectional, kernels=kernels)
@@ -60,6 +62,7 @@ class Mamba(TokenNetwork):
             block,
             shape=shape, num_classes=num_classes, condition_shape=condition_shape, finest_steps=finest_steps,
             width=width, depth=depth, patch=patch, guidance_input=guidance_input,
+            round_residual=round_residual,
         )  # fmt: skip
 
 

@@ -18,11 +18,16 @@ from torch.nn import functional as F
 
 from backbones.backbone import Backbone
 from backbones.diffusion import Diffusion
-from backbones.embeddings import Condition, require_positive, sincos_positions
+from backbones.embeddings import Condition, require_positive, sincos_positions, under_autocast
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """LN(x) (1 + scale) + shift, with x (b, n, w) and shift, scale (b, 1, w); the norm has no weights."""
+    """LN(x) (1 + scale) + shift, with x (b, n, w) and shift, scale (b, 1, w); the norm has no weights.
+
+    In float32 under autocast, also of a rounded x.
+    """
+    if x.dtype.itemsize == 2 and under_autocast(x):
+        x = x.float()  # as a GPU's autocast does; a CPU's would round mean and standard deviation
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
 
 
@@ -102,6 +107,8 @@ class TokenNetwork(Backbone):
         width, depth: size of the stack.
         patch: side of a patch; must divide height and width, or the length. None is 2 for images, 1 for sequences.
         time_scale, time_frequency_shift, ignore_step_size, guidance_input: see :class:`Condition`.
+        round_residual: under autocast, round the residual stream to autocast's type, which halves what a training step
+            moves and keeps of it; otherwise it is float32 there. Norms are float32 in both.
         diffusion: options of :class:`backbones.diffusion.Diffusion`, for blocks that were trained to undo diffusion.
 
     Raises:
@@ -126,9 +133,11 @@ class TokenNetwork(Backbone):
         time_frequency_shift: int = 0,
         diffusion: Mapping[str, Any] | None = None,
         guidance_input: bool = False,
+        round_residual: bool = False,
     ) -> None:
         super().__init__(shape)
         require_positive(width=width, depth=depth)
+        self.round_residual = round_residual
         self.width = width
         self.patch = patch if patch is not None else 2 if self.is_image else 1
         self._check_patch(self.shape[1:] if self.is_image else self.shape[:1])
@@ -160,9 +169,10 @@ class TokenNetwork(Backbone):
     def _predict(self, x: Tensor, c: Tensor) -> Tensor:
         """What the blocks make of a sample (b, *shape) and the condition (b, width)."""
         c, tokens = F.silu(c), self._to_tokens(x)
-        tokens = self.patch_embedding(tokens) + self._positions_of(tokens).to(x.dtype)
+        patches = self.patch_embedding(tokens)
+        tokens = patches + self._positions_of(tokens).to(x.dtype)
         for block in self.blocks:
-            tokens = self.run(block, tokens, c)
+            tokens = self.run(block, tokens.to(patches.dtype) if self.round_residual else tokens, c)
         return self._from_tokens(self.head(tokens, c))
 
     def _to_tokens(self, x: Tensor) -> Tensor:

@@ -71,6 +71,7 @@ class Transformer(TokenNetwork):
         patch: side of a patch; must divide height and width, or the length. None is 2 for images, 1 for sequences.
         mlp_ratio: hidden size of a block's MLP over its width.
         guidance_input: take the guidance scale as an input, see :class:`backbones.embeddings.Condition`.
+        round_residual: see :class:`backbones.tokens.TokenNetwork`.
 
     Raises:
         ImportError: if x-transformers is not installed.
@@ -90,11 +91,13 @@ class Transformer(TokenNetwork):
         patch: int | None = None,
         mlp_ratio: float = 4.0,
         guidance_input: bool = False,
+        round_residual: bool = False,
     ) -> None:
         super().__init__(
             lambda: XBlock(width, heads, mlp_ratio),
             shape=shape, num_classes=num_classes, condition_shape=condition_shape, finest_steps=finest_steps,
             width=width, depth=depth, patch=patch, guidance_input=guidance_input,
+            round_residual=round_residual,
         )  # fmt: skip
         self.reset_parameters()
 

@@ -22,7 +22,8 @@ PRIVATE = {
     "torch._C.DispatchKey.ADInplaceOrView",
     # Shapes without numbers, to count operations. torch's own documentation names it.
     "torch._subclasses.fake_tensor.FakeTensorMode",
-    # One launch for all weights of an average.
+    # A few launches for all weights of a network.
+    "torch._foreach_copy_",
     "torch._foreach_lerp_",
     # What an exported graph is made of.
     "torch._ops.OpOverload",

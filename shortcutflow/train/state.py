@@ -22,7 +22,7 @@ from shortcutflow.posthoc import write_snapshot
 from shortcutflow.train.checkpoint_writer import CheckpointWriter
 from shortcutflow.train.init_from import load_start, open_teacher
 from shortcutflow.train.metrics import forward_flops
-from shortcutflow.train.parallel import compile_options, mesh_of, place, replicate
+from shortcutflow.train.parallel import RoundedCopy, compile_options, mesh_of, place, replicate
 from shortcutflow.train.resume import Position
 from shortcutflow.types import Network
 
@@ -37,6 +37,7 @@ class TrainState(NamedTuple):
         teacher: the network that the objective learns from, as it is saved; None without one.
         net, target_net, teacher_net: the networks as an objective calls them: compiled, in DistributedDataParallel, or
             as they are.
+        rounded_target: what target_net is a call of, if not of the network or an EMA itself.
         teacher_finest_steps: M of the network that the teacher is built as; None without one.
         info: shape and conditions of the data, which lie in a file, perhaps a remote one: read once.
         forward_flops: of one sample; None if unknown.
@@ -50,6 +51,7 @@ class TrainState(NamedTuple):
     net: Network
     target_net: Network
     teacher_net: Network | None
+    rounded_target: RoundedCopy | None
     teacher_finest_steps: int | None
     info: DataInfo
     forward_flops: int | None
@@ -59,9 +61,11 @@ class TrainState(NamedTuple):
         return self.network if name == CURRENT else self.emas[name].network
 
     def update_emas(self, step: int) -> None:
-        """Average the weights of optimizer step ``step``, counted from 0, into each EMA."""
+        """Average the weights of optimizer step ``step``, counted from 0, into each EMA; new weights make targets."""
         for ema in self.emas.values():
             ema.update(self.network, step)
+        if self.rounded_target is not None:
+            self.rounded_target.refresh()
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Every tensor that a checkpoint holds, by group and name; the very ones that training changes."""
@@ -123,7 +127,8 @@ def build_train_state(config: RunConfig, world: World, last: Checkpoint | None =
     place(network, config, world, mesh)
     optimizer = build_optimizer(network.parameters(), config.optimizer)
     target = network if config.target_weights == CURRENT else emas[config.target_weights].network
-    called: list[Any] = [network, target, teacher]
+    rounded_target = rounded_target_of(config, target)
+    called: list[Any] = [network, target if rounded_target is None else rounded_target.network, teacher]
     if settings.compile and not sharded:
         # All are called with fixed batch shapes: no dynamic ones.
         options = {"dynamic": False, **compile_options(world.device)}
@@ -133,12 +138,23 @@ def build_train_state(config: RunConfig, world: World, last: Checkpoint | None =
     if world.size > 1 and not sharded:
         net = replicate(net, world)
     state = TrainState(
-        network, emas, optimizer, stream, teacher, net, target_net, teacher_net, teacher_finest_steps, info, flops
-    )
+        network, emas, optimizer, stream, teacher, net, target_net, teacher_net, rounded_target, teacher_finest_steps,
+        info, flops,
+    )  # fmt: skip
     if last is not None:
         last.restore(state.tensors(), optimizer, network)
+        if rounded_target is not None:
+            rounded_target.refresh()
         stream.load_state_dict(last.state()["data"])
     return state
+
+
+def rounded_target_of(config: RunConfig, target: nn.Module) -> RoundedCopy | None:
+    """The copy of a network on its device that makes targets under autocast; FSDP2 rounds what it gathers itself."""
+    settings = config.training
+    if settings.precision != "bfloat16" or settings.parallel == "fsdp":
+        return None
+    return RoundedCopy(target) if config.objective.target_evaluations(settings.global_batch_size) else None
 
 
 def open_stream(config: RunConfig, world: World) -> BatchStream:

@@ -17,7 +17,6 @@ from shortcutflow.dtensor import full_tensor, to_local
 from shortcutflow.ema import copy_weights
 from shortcutflow.seeds import generator_for
 from shortcutflow.train.heartbeat import Heartbeat
-from shortcutflow.train.nonfinite import mean_loss
 from shortcutflow.train.resume import Position
 from shortcutflow.train.state import TrainState
 from shortcutflow.types import Batch, BatchSlice, LossReport, Network
@@ -48,7 +47,7 @@ def forward_backward(
                     null_y=state.info.null_y, generator=draws, batch_slice=here, noise=select(batch.noise, rows),
                 )  # fmt: skip
             heartbeat.beat(step, "backward")
-            (report.loss / settings.accumulation).backward()
+            report.loss.backward(torch.full_like(report.loss, 1 / settings.accumulation))
         reports.append(report)
     return reports
 
@@ -97,8 +96,10 @@ def step_if_finite(
     Returns:
         Whether the step was not finite, and whether any rank has received a signal.
     """
-    bad = ~torch.stack([mean_loss(reports), grad_norm]).isfinite().all()
-    flags = world.max(torch.stack([bad.float(), bad.new_full((), stop_requested).float()]))
+    values = torch.stack([*(report.loss.detach() for report in reports), grad_norm])
+    flags = torch.full((2,), float(stop_requested), device=values.device)
+    flags[0] = (values - values).any()  # 0 for what is finite, NaN otherwise; isfinite() would be four kernels
+    flags = world.max(flags)
     on_host = flags.to("cpu", non_blocking=True)
     copied = torch.cuda.current_stream(flags.device).record_event() if flags.is_cuda else None
     optimizer.found_inf = flags[0]  # type: ignore[attr-defined]
