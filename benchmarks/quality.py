@@ -36,6 +36,7 @@ CURRENT = "target_weights=current"
 COARSE = ("objective.finest_steps=32", "objective.time_steps=128")
 WEIGHT = "objective.bootstrap_weight=8"
 COUPLING = "coupling.kind=transport"
+BFLOAT16 = "training.precision=bfloat16"
 
 OPTIONS: dict[str, tuple[str, ...]] = {
     "base": (),
@@ -64,6 +65,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "mean_flow": ("objective.kind=mean_flow", CURRENT),
     "lagrangian": ("objective.kind=lagrangian", CURRENT),
     "consistency_training": ("objective.kind=consistency_training",),
+    "bfloat16": (BFLOAT16,),
+    "bfloat16, rounded residual": (BFLOAT16, "backbone.options.round_residual=true"),
 }
 """By name, the overrides of the recipe ``digits_paper``, which is the base: the paper's shortcut model."""
 
