@@ -33,15 +33,10 @@ class UnreadableShardError(DamagedSampleError):
 
 
 class ShardReader:
-    """The samples of a folder of shards, each by the indexes of its shard and of the sample in it.
-
-    Args:
-        folder: of shards, local or remote.
-    """
+    """The samples of a folder of shards, each by the indexes of its shard and of the sample in it."""
 
     def __init__(self, folder: ShardFolder) -> None:
-        self.folder = folder
-        self.manifest = folder.manifest
+        self.folder, self.manifest = folder, folder.manifest
         self._shards: OrderedDict[int, tuple[Index, BufferedReader] | str] = OrderedDict()
 
     def __getstate__(self) -> dict[str, object]:

@@ -94,13 +94,13 @@ class ShardFolder:
 
     def path_of(self, entry: ShardEntry, tries: int = TRIES) -> Path:
         """The local file of a shard, fetched if it is not there yet."""
-        return local_copy(self.place_of(entry), self._cache, **self._fetched_as(entry), tries=tries)
+        return local_copy(self.place_of(entry), self._cache, **self._expected(entry), tries=tries)
 
     def open_shard(self, entry: ShardEntry) -> BufferedReader:
         """The same, opened."""
-        return open_copy(self.place_of(entry), self._cache, **self._fetched_as(entry))
+        return open_copy(self.place_of(entry), self._cache, **self._expected(entry))
 
-    def _fetched_as(self, entry: ShardEntry) -> dict[str, Any]:
+    def _expected(self, entry: ShardEntry) -> dict[str, Any]:
         version = self._files[entry.name].version
         return {"version": version, "sha256": entry.sha256, "at_most": entry.bytes, "limit": self._limit}
 
@@ -124,9 +124,8 @@ class ShardFolder:
     def wrong_sizes(self) -> list[str]:
         """A sentence for each local shard whose file has not the size in the manifest."""
         local = [entry for entry in self.manifest.shards if not is_url(self.place_of(entry))]
-        sizes = [(self.place_of(entry), os.path.getsize(self.place_of(entry)), entry.bytes) for entry in local]
         return [
-            f"shard {path} has {size} bytes, {MANIFEST} says {expected}: it is damaged or cut off"
-            for path, size, expected in sizes
-            if size != expected
+            f"shard {self.place_of(entry)} has {size} bytes, {MANIFEST} says {entry.bytes}: it is damaged or cut off"
+            for entry in local
+            if (size := os.path.getsize(self.place_of(entry))) != entry.bytes
         ]

@@ -12,29 +12,12 @@ from typing import NamedTuple
 from shortcutflow.data.images import ImageError
 from shortcutflow.data.index import Skipped
 from shortcutflow.data.manifest import MANIFEST, Manifest
+from shortcutflow.data.sources import labels, webdataset
 from shortcutflow.data.sources.archives import Listing, is_tar
-from shortcutflow.data.sources.labels import (
-    NoLabel,
-    dataset_json,
-    how_to_choose,
-    is_bucket_layout,
-    label_column,
-    metadata_labels,
-    number_labels,
-)
+from shortcutflow.data.sources.labels import NoLabel, how_to_choose, is_bucket_layout
 from shortcutflow.data.sources.readers import RawItem, RawSource, Reader
 from shortcutflow.data.sources.splits import check_tree
-from shortcutflow.data.sources.webdataset import (
-    IMAGE_SUFFIXES,
-    Read,
-    Sample,
-    json_field,
-    label_field,
-    label_members,
-    label_value,
-    samples_of,
-    suffix_of,
-)
+from shortcutflow.data.sources.webdataset import IMAGE_SUFFIXES, Read, Sample, json_field, samples_of, suffix_of
 
 SUPPORTED = (
     "a folder of images or of class folders; a zip or uncompressed tar of either; ImageNet's tar of a tar for each "
@@ -87,7 +70,7 @@ def images_of(
 
     tables = _tables(listing.files)
     files = [file for file in listing.files if file not in tables.values()]
-    beside = label_members(files)
+    beside = webdataset.label_members(files)
     chosen = isinstance(choice, str) and choice != "folder" and not tables
     by_key = bool(shards and beside) or chosen or (choice is True and bool({"cls", "class"} & beside))
     samples, skipped = samples_of(files) if by_key else _by_suffix(files)
@@ -95,35 +78,33 @@ def images_of(
     if not images:
         raise nothing_usable(path, Listing(files, [*listing.skipped, *(skipped if by_key else [])], set()))
     inner = [file.name[len(prefixes[int(file.place[0])]) :] if prefixes else file.name for file in images]
+    found = _Labels([None] * len(images)) if choice is False else None
     if choice != "folder":
         check_tree(inner, path)
-    labels = _Labels([None] * len(images)) if choice is False else None
-    if labels is None and choice != "folder":
-        labels = _by_table(tables, images, path, choice, read) if tables else None
-        if labels is None and by_key:
-            labels = _by_field(samples, path, choice, read)
+        if found is None and tables:
+            found = _by_table(tables, images, path, choice, read)
+        if found is None and by_key:
+            found = _by_field(samples, path, choice, read)
         may_be_json = choice is True and not by_key and "json" in beside and not _folders_tell(inner)
-        if labels is None and may_be_json and json_field(samples_of(files)[0], read, path) is not None:
+        if found is None and may_be_json and json_field(samples_of(files)[0], read, path) is not None:
             return images_of(kind, reader, listing, path, "json", shards=shards, prefixes=prefixes)
-    if labels is None:
-        labels = _by_folder(inner, Listing([], [], set()) if prefixes else listing, path, choice)
-    notes = labels.notes
-    if choice is True and not labels.names:
+    if found is None:
+        found = _by_folder(inner, Listing([], [], set()) if prefixes else listing, path, choice)
+    notes = found.notes
+    if choice is True and not found.names:
         if prefixes:
             notes += ("no labels: numbered archives are parts of one set; --labels folder takes them as classes",)
         if "json" in beside:
             notes += ("no labels; --labels json:FIELD takes a field of KEY.json",)
         if not tables:
             notes += _other_tables(files, path, read)
-    items, unlabelled = [], []
-    for file, label in zip(images, labels.values, strict=True):
-        if isinstance(label, NoLabel):
-            unlabelled.append(Skipped(file.name, label.reason))
-        else:
-            items.append(file._replace(label=label))
-    left_out = sorted([*listing.skipped, *skipped, *labels.skipped, *unlabelled])
-    kind = "webdataset shards" if shards and by_key else kind
-    return RawSource(kind, reader, items, labels.names, tuple(left_out), notes=notes)
+    labelled = list(zip(images, found.values, strict=True))
+    items = [file._replace(label=label) for file, label in labelled if not isinstance(label, NoLabel)]
+    without = [Skipped(file.name, label.reason) for file, label in labelled if isinstance(label, NoLabel)]
+    left_out = tuple(sorted([*listing.skipped, *skipped, *found.skipped, *without]))
+    return RawSource(
+        "webdataset shards" if shards and by_key else kind, reader, items, found.names, left_out, notes=notes
+    )
 
 
 def _by_suffix(files: Iterable[RawItem]) -> tuple[list[Sample], list[Skipped]]:
@@ -145,15 +126,10 @@ def _tables(files: Iterable[RawItem]) -> dict[str, RawItem]:
 
 
 def _other_tables(files: Iterable[RawItem], path: str, read: Read) -> tuple[str, ...]:
-    """A note about files that may hold the labels of images without any.
-
-    Raises:
-        ValueError: if one is a table with a column of labels.
-    """
+    """A note about files that may hold the labels of images without any; raises ValueError for a table that does."""
     others = [file for file in files if _LABELS_BY_NAME.search(file.name) or suffix_of(file.name) in _TABLE_SUFFIXES]
     for file in others[:20]:
-        field = label_column(read(file), suffix_of(file.name)) if suffix_of(file.name) in _TABLE_SUFFIXES else None
-        if field is not None:
+        if (field := labels.label_column(read(file), suffix_of(file.name))) is not None:
             raise ValueError(
                 f"{path} has no labels, but its {file.name} has a column {field!r}: if these are the labels, make it "
                 f"a metadata.csv with the columns file_name and {field}; else {how_to_choose('none', 'folder')}"
@@ -170,7 +146,10 @@ def _by_table(
     name = "dataset.json" if "dataset.json" in tables and field is None else sorted(tables)[-1]
     file = tables[name]
     where = f"{path}/{file.name}"
-    of = dataset_json(read(file), where) if name == "dataset.json" else metadata_labels(read(file), where, field)
+    if name == "dataset.json":
+        of = labels.dataset_json(read(file), where)
+    else:
+        of = labels.metadata_labels(read(file), where, field)
     if of is None:
         if choice is True and name != "dataset.json":
             return None
@@ -187,22 +166,22 @@ def _by_table(
         else NoLabel(f"it lies outside the folder of {name}")
         for image in images
     ]
-    numbers, names = number_labels(values, where)
+    numbers, names = labels.number_labels(values, where)
     return _Labels(numbers, names, missing, (f"labels from {where}",))
 
 
 def _by_field(samples: list[Sample], path: str, choice: bool | str, read: Read) -> _Labels | None:
     """Labels from the members of the samples; None if there are none."""
     if choice is True:
-        field = label_field(samples, read, path)
+        field = webdataset.label_field(samples, read, path)
     else:
         field = json_field(samples, read, path, must=True) if choice == "json" else str(choice)
     if field is None:
         return None
-    values = [label_value(sample.members, field, read) for sample in samples]
+    values = [webdataset.label_value(sample.members, field, read) for sample in samples]
     if field == choice and all(value is None for value in values):
         raise ValueError(f"{path} has no labels in {field!r}: {how_to_choose('auto', 'folder', 'json:FIELD', 'none')}")
-    numbers, names = number_labels(values, path, names=_names_of(Path(path)))
+    numbers, names = labels.number_labels(values, path, names=_names_of(Path(path)))
     return _Labels(numbers, names, notes=() if field == "cls" else (f"labels from KEY.{field}",))
 
 
@@ -229,11 +208,7 @@ def _folders_tell(names: Sequence[str]) -> bool:
 
 
 def _by_folder(names: Sequence[str], listing: Listing, path: str, choice: bool | str) -> _Labels:
-    """Classes by folder; none if all images lie in one.
-
-    Raises:
-        ValueError: if some images lie in no class folder, or the folders may be something else than classes.
-    """
+    """Classes by folder; none if all images lie in one. Raises ValueError if it is not clear that they are classes."""
     common, folders = _below_common(names)
     if choice == "folder" and set(folders) == {None}:
         if not common:
@@ -241,7 +216,13 @@ def _by_folder(names: Sequence[str], listing: Listing, path: str, choice: bool |
         common, folders = dirname(common), [basename(common)] * len(names)
     counts = Counter(folders)
     if set(counts) == {None}:
-        _check_empty_siblings(common, listing, path)
+        parts = common.split("/") if common else []
+        for i, name in enumerate(parts):  # one folder of images beside others without: classes that would vanish
+            if others := _empty_classes("/".join(parts[:i]), listing) - {name}:
+                raise ValueError(
+                    f"all images of {path} lie in {name!r}, but there are folders without images beside it "
+                    f"({', '.join(sorted(others)[:5])}): {how_to_choose('folder', 'none')}"
+                )
         return _Labels([None] * len(names))
     if None in counts:
         raise ValueError(
@@ -274,17 +255,6 @@ def _empty_classes(folder: str, listing: Listing) -> set[str]:
         if slash and name.startswith(prefix):
             held.setdefault(inner, set()).add(suffix_of(rest))
     return {name for name in found | held.keys() if name not in held or not held[name] <= _DOCUMENTS}
-
-
-def _check_empty_siblings(folder: str, listing: Listing, path: str) -> None:
-    """Refuse one folder of images beside others without: they may be classes that would vanish."""
-    parts = folder.split("/") if folder else []
-    for i, name in enumerate(parts):
-        if others := _empty_classes("/".join(parts[:i]), listing) - {name}:
-            raise ValueError(
-                f"all images of {path} lie in {name!r}, but there are folders without images beside it "
-                f"({', '.join(sorted(others)[:5])}): {how_to_choose('folder', 'none')}"
-            )
 
 
 def nothing_usable(path: str, listing: Listing) -> ValueError:

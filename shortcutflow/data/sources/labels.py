@@ -73,17 +73,13 @@ def number_labels(
     found = [plain_label(value) for value in values]
     counts = Counter(type(value) for value in found)
     if counts[str] > (0 if words else counts[int]) or not counts[int]:
-        texts = [
-            value if isinstance(value, NoLabel) else str(raw).strip()
-            for value, raw in zip(found, values, strict=True)
-        ]  # fmt: skip
+        pairs = zip(found, values, strict=True)
+        texts = [value if isinstance(value, NoLabel) else str(raw).strip() for value, raw in pairs]
         class_names = tuple(sorted({text for text in texts if isinstance(text, str)}))
         number = {name: i for i, name in enumerate(class_names)}
         numbers = [number[text] if isinstance(text, str) else text for text in texts]
     else:
-        numbers = [
-            NoLabel(f"its label is {v[:40]!r}, others are numbers") if isinstance(v, str) else v for v in found
-        ]  # fmt: skip
+        numbers = [NoLabel(f"its label is {v[:40]!r}, others are numbers") if isinstance(v, str) else v for v in found]
         highest = max(value for value in numbers if isinstance(value, int))
         class_names = tuple(names) if len(names) > highest else tuple(map(str, range(highest + 1)))
     if not class_names:
@@ -191,8 +187,10 @@ def label_column(content: bytes, suffix: str) -> str | None:
     try:
         if suffix == ".jsonl":
             columns = list(json.loads(head[0]))
-        else:
+        elif suffix in (".csv", ".tsv"):
             columns = next(csv.reader(head, delimiter="\t" if suffix == ".tsv" else ","))
+        else:
+            return None
     except (ValueError, IndexError, TypeError, StopIteration, RecursionError, csv.Error):
         return None
     found = [str(name).strip() for name in columns]
@@ -203,9 +201,9 @@ def is_bucket_layout(names: Sequence[str]) -> bool:
     """Whether folders only number parts of a set: 00000, 00001, ..., FFHQ's 00000, 01000, ..., or part1, part2, ..."""
     if len(names) > 1 and all(_PART.fullmatch(name) for name in names):
         return True
-    if len(names) < 2 or len(names[0]) < 2 or not all(re.fullmatch(r"[0-9]+", name) for name in names):
+    if len(names) < 2 or not 2 <= len(names[0]) <= 18 or len({len(name) for name in names}) > 1:
         return False
-    if len({len(name) for name in names}) > 1 or len(names[0]) > 18:
+    if not all(re.fullmatch(r"[0-9]+", name) for name in names):
         return False
     numbers = sorted(map(int, names))
     gaps = [b - a for a, b in pairwise(numbers)]

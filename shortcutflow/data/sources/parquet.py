@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import count, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shortcutflow.data.images import ImageError
 from shortcutflow.data.index import Skipped
@@ -87,14 +87,23 @@ def open_parquet(named: Mapping[str, Path], root: str, choice: bool | str = True
     tables = [_open(file) for file in files]
     column = _image_column(tables[0], path)
     label_column = _label_column(tables[0], path, column, choice)
-    _check_columns(tables, files, [name for name in (column, label_column) if name is not None], label_column)
+    given = _class_names(tables[0], label_column)
+    for table, file in zip(tables, files, strict=True):
+        if missing := {column, label_column or column} - _columns(table).keys():
+            raise ValueError(
+                f"{file} has no column {min(missing)!r}, {files[0].name} has one: they are no one data set"
+            )
+        if _class_names(table, label_column) != given:
+            raise ValueError(
+                f"{file} and {files[0]} name the classes of {label_column!r} differently: prepare one alone"
+            )
     if not any(table.metadata.num_rows for table in tables):
         raise ValueError(f"{path} holds no images: its {len(files)} parquet files have no rows")
     labels: Iterator[int | NoLabel | None] = repeat(None)
     names: tuple[str, ...] = ()
     if label_column is not None:
-        values = [value for table in tables for value in _values(table, label_column)]
-        given = _class_names(tables[0], label_column)
+        columns = [table.read(columns=[label_column], use_threads=False).flatten().column(0) for table in tables]
+        values = [value for column in columns for value in column.to_pylist()]
         numbers, names = number_labels(values, f"column {label_column!r} of {path}", names=given, words=True)
         labels = iter(numbers)
     items, skipped, blocks = list[RawItem](), list[Skipped](), list[Block]()
@@ -122,28 +131,6 @@ def open_parquet(named: Mapping[str, Path], root: str, choice: bool | str = True
     return RawSource("parquet files", ParquetReader(files, column), items, names, tuple(skipped), tuple(blocks), notes)
 
 
-def _values(table: pq.ParquetFile, column: str) -> list[Any]:
-    """Of a column, or of a field of a struct, as ``label.id``."""
-    values = table.read(columns=[column], use_threads=False).column(0).to_pylist()
-    if column in table.schema_arrow.names:
-        return values
-    return [value and value[column.partition(".")[2]] for value in values]
-
-
-def _check_columns(
-    tables: Sequence[pq.ParquetFile], files: Sequence[Path], columns: Sequence[str], label_column: str | None
-) -> None:
-    """All files have the columns, and number the classes alike."""
-    for table, file in zip(tables, files, strict=True):
-        missing = [name for name in columns if name not in _kinds(table)]
-        if missing:
-            raise ValueError(f"{file} has no column {missing[0]!r}, {files[0].name} has one: they are no one data set")
-        if label_column is not None and _class_names(table, label_column) != _class_names(tables[0], label_column):
-            raise ValueError(
-                f"{file} and {files[0]} name the classes of {label_column!r} differently: prepare one alone"
-            )
-
-
 def _open(path: Path) -> pq.ParquetFile:
     try:
         import pyarrow as pa
@@ -158,83 +145,73 @@ def _open(path: Path) -> pq.ParquetFile:
         raise ValueError(f"{path} is not a readable parquet file: {error}") from error
 
 
-def _image_column(table: pq.ParquetFile, path: str) -> str:
-    import pyarrow as pa
-
-    def is_image(kind: pa.DataType) -> bool:
-        if pa.types.is_struct(kind):
-            place = kind.get_field_index("bytes")
-            return place >= 0 and is_image(kind.field(place).type)
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
+def _columns(table: pq.ParquetFile) -> dict[str, pa.DataType]:
+    """The types of columns and, as ``label.id``, of the fields of structs."""
     schema = table.schema_arrow
-    found = [field.name for field in schema if is_image(field.type)]
+    return {field.name: field.type for field in (*schema, *schema.empty_table().flatten().schema)}
+
+
+def _image_column(table: pq.ParquetFile, path: str) -> str:
+    from pyarrow import types
+
+    columns = _columns(table)
+    found = [
+        name
+        for name in table.schema_arrow.names
+        if types.is_binary(kind := columns.get(f"{name}.bytes", columns[name])) or types.is_large_binary(kind)
+    ]
     chosen = next((name for name in IMAGE_COLUMNS if name in found), found[0] if len(found) == 1 else None)
     if chosen is None:
-        columns = ", ".join(f"{field.name}: {field.type}" for field in schema)
+        listed = ", ".join(f"{field.name}: {field.type}" for field in table.schema_arrow)
         raise ValueError(
-            f"{path} has no column of images. Its columns: {columns}. One called 'image' is due, of bytes or of "
+            f"{path} has no column of images. Its columns: {listed}. One called 'image' is due, of bytes or of "
             "struct<bytes, path>"
         )
     return chosen
 
 
 def _label_column(table: pq.ParquetFile, path: str, image: str, choice: bool | str) -> str | None:
-    """The column of the labels, None for no labels.
+    """The column of the labels, by the choice, its type of classes or its name; None for no labels.
 
-    Raises:
-        ValueError: if the choice is no column, or it is not clear which one it is.
+    Raises ValueError if the choice is no column, or it is not clear which one it is.
     """
-    import pyarrow as pa
+    from pyarrow import types
 
-    kinds = {name: kind for name, kind in _kinds(table).items() if name.partition(".")[0] != image}
     if choice is False:
         return None
+    kinds = {name: kind for name, kind in _columns(table).items() if name.partition(".")[0] != image}
     if choice is not True and choice not in kinds:
         raise ValueError(f"{path} has no column {choice!r} of labels: {how_to_choose(*list(kinds)[:8], 'none')}")
-    column = str(choice) if choice is not True else _likely_label(table, path, kinds)
-    if column is not None and pa.types.is_struct(kinds[column]):
+    columns = [name for name in kinds if name in table.schema_arrow.names]
+    of_classes = [name for name in columns if _class_names(table, name)]
+    if choice is not True:
+        column: str | None = str(choice)
+    elif len(of_classes) == 1:
+        column = of_classes[0]
+    else:
+        column = choose_field(of_classes or columns, path)
+    if column is None and of_classes:
+        raise ValueError(f"{path} has several columns of classes: {how_to_choose(*of_classes, 'none')}")
+    if column is None:
+        usual = (types.is_integer, types.is_string, types.is_large_string, types.is_boolean, types.is_dictionary,
+                 types.is_decimal, types.is_struct)  # fmt: skip
+        others = [
+            name
+            for name in columns
+            if name.lower() not in _NO_LABELS and any(is_kind(kinds[name]) for is_kind in usual)
+        ]
+        if others:
+            raise ValueError(
+                f"{path} has no column called label; its columns: {', '.join(columns)}. If one holds it, "
+                + how_to_choose(*others[:8], "none")
+            )
+    elif types.is_struct(kinds[column]):
         fields = [name for name in kinds if name.startswith(column + ".")]
         raise ValueError(f"column {column!r} of {path} has several fields: {how_to_choose(*fields[:8], 'none')}")
     return column
 
 
-def _likely_label(table: pq.ParquetFile, path: str, kinds: Mapping[str, pa.DataType]) -> str | None:
-    """The column that its type of classes or its name says to be the label; None if no column may be one."""
-    from pyarrow import types
-
-    columns = [name for name in kinds if name in table.schema_arrow.names]
-    of_classes = [name for name in columns if _class_names(table, name)]
-    if len(of_classes) == 1:
-        return of_classes[0]
-    if (found := choose_field(of_classes or columns, path)) is not None:
-        return found
-    if of_classes:
-        raise ValueError(f"{path} has several columns of classes: {how_to_choose(*of_classes, 'none')}")
-    usual = (types.is_integer, types.is_string, types.is_large_string, types.is_boolean, types.is_dictionary,
-             types.is_decimal, types.is_struct)  # fmt: skip
-    others = [
-        name for name in columns if name.lower() not in _NO_LABELS and any(is_kind(kinds[name]) for is_kind in usual)
-    ]
-    if others:
-        raise ValueError(f"{path} has no column called label; its columns: {', '.join(columns)}. If one holds it, "
-                         + how_to_choose(*others[:8], "none"))  # fmt: skip
-    return None
-
-
-def _kinds(table: pq.ParquetFile) -> dict[str, pa.DataType]:
-    """The types of columns and, as ``label.id``, of the fields of structs."""
-    import pyarrow as pa
-
-    found: dict[str, pa.DataType] = {}
-    for column in table.schema_arrow:
-        found[column.name] = column.type
-        if pa.types.is_struct(column.type):
-            found |= {f"{column.name}.{field.name}": field.type for field in column.type.fields}
-    return found
-
-
-def _class_names(table: pq.ParquetFile, column: str) -> tuple[str, ...]:
+def _class_names(table: pq.ParquetFile, column: str | None) -> tuple[str, ...]:
     """From the metadata that Hugging Face writes into the schema; empty where there are none."""
     metadata = (table.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
     with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -54,11 +54,7 @@ def split_of(name: str, *, anywhere: bool = False) -> str | None:
 
 
 def check_folders(names: Iterable[str], where: str) -> None:
-    """Refuse folders beside each other that are splits of one data set, or its images and their masks.
-
-    Raises:
-        ValueError: naming them.
-    """
+    """Raise ValueError for folders beside each other that are splits of one data set, or its images and their masks."""
     names = sorted(names)
     found = {name: split for name in names if (split := split_of(name)) is not None}
     if len(found) < len(names):
@@ -93,11 +89,7 @@ def check_tree(files: Iterable[str], where: str) -> None:
 
 
 def check_files(files: Iterable[str], where: str) -> None:
-    """Refuse parquet files or shards (names below ``where``) of several splits.
-
-    Raises:
-        ValueError: naming the splits and a way to give one.
-    """
+    """Raise ValueError for parquet files or shards (names below ``where``) of several splits, saying how to give one."""
     found: dict[str, str] = {}
     parts: dict[str, str] = {}
     for name in sorted(files):

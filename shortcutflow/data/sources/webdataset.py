@@ -87,9 +87,8 @@ def _image_of(members: dict[str, RawItem]) -> tuple[RawItem | None, list[Skipped
     plain = [extension for extension in images if "." not in extension]
     if not plain and len(images) > 1:
         reason = (
-            f"one of {len(images)} images of one sample, "
-            "whose key ends at the first dot of a name, and none is plainly called "
-            "KEY.jpg"
+            f"one of {len(images)} images of one sample, whose key ends at the first dot of a name, and none is "
+            "plainly called KEY.jpg"
         )
         return None, [Skipped(file.name, reason) for file in images.values()]
     chosen = images[min(plain) if plain else next(iter(images))]
@@ -106,8 +105,7 @@ def label_field(samples: list[Sample], read: Read, where: str) -> str | None:
     for kind in ("cls", "class"):
         if any(_member(sample.members, kind) for sample in samples):
             return kind
-    field = json_field(samples, read, where)
-    if field is not None:
+    if (field := json_field(samples, read, where)) is not None:
         return field
     texts = [file for sample in samples if (file := _member(sample.members, "txt"))][:_LOOKED_AT]
     numbers = texts and all(_text(read(file)[:LARGEST_LABEL]).removeprefix("-").isdecimal() for file in texts)
@@ -120,15 +118,13 @@ def json_field(samples: list[Sample], read: Read, where: str, *, must: bool = Fa
     Raises:
         ValueError: if several may; if none does and it ``must``.
     """
-    fields: set[str] = set()
-    for file in [file for sample in samples if (file := _member(sample.members, "json"))][:_LOOKED_AT]:
-        found = _json(read(file))
-        fields.update(found if isinstance(found, dict) else ())
+    files = [file for sample in samples if (file := _member(sample.members, "json"))][:_LOOKED_AT]
+    fields = {str(field) for file in files if isinstance(found := _json(read(file)), dict) for field in found}
     field = choose_field(fields, f"KEY.json in {where}", "json:")
     if field is None and must:
         listed = ", ".join(sorted(fields)[:20]) or "none"
-        raise ValueError(f"no field of KEY.json in {where} is called label (fields: {listed}): "
-                         + how_to_choose("json:FIELD", "none"))  # fmt: skip
+        choose = how_to_choose("json:FIELD", "none")
+        raise ValueError(f"no field of KEY.json in {where} is called label (fields: {listed}): {choose}")
     return None if field is None else f"json:{field}"
 
 
