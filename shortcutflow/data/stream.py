@@ -271,56 +271,45 @@ class RankBatches(Dataset[HostBatch]):
         self._cache: dict[tuple[int, int, int], Sample] | None = {} if cached else None
         self._sizes = [shard.samples for shard in reader.manifest.shards]
         self._first = np.cumsum([0, *self._sizes[:-1]])
-        # By copy: whether one is readable must not depend on which was read before.
-        self._damaged: set[tuple[int, int, int]] = set()
-        self._unreadable: set[int] = set()
-        self._errors: list[str] = []
 
     def __getitem__(self, position: int) -> HostBatch:
         positions = np.arange(position, position + self._batch_size)[self._slice.rows]
         epochs, places = self._order.at(positions)
         self._fetch_ahead(position)
         draws = self._augmentation.draw(epochs, self._first[places[:, 0]] + places[:, 1])
-        known = len(self._errors)
+        damaged: list[str] = []
         wanted = zip(places.tolist(), self._augmentation.copies(draws), strict=True)
-        samples = [self._sample((shard, number, copy)) for (shard, number), copy in wanted]
+        samples = [self._sample((shard, number, copy), damaged) for (shard, number), copy in wanted]
         data = self._augmentation.apply([sample.data for sample in samples], draws)
         keys = tuple(sample.key for sample in samples)
-        return HostBatch(data, self._conditions(samples), keys, tuple(self._errors[known:]))
+        return HostBatch(data, self._conditions(samples), keys, tuple(damaged))
 
-    def _sample(self, place: tuple[int, int, int]) -> Sample:
+    def _sample(self, place: tuple[int, int, int], damaged: list[str]) -> Sample:
         if self._cache is None:
-            return self._readable(*place)
+            return self._readable(*place, damaged)
         if place not in self._cache:
-            self._cache[place] = self._readable(*place)
+            self._cache[place] = self._readable(*place, damaged)
         return self._cache[place]
 
-    def _readable(self, shard: int, number: int, copy: int) -> Sample:
-        """This sample, or else the next one that can be read."""
-        for place in self._from(shard, number):
-            if (*place, copy) in self._damaged:
-                continue
-            try:
-                return self._reader.read(*place, copy=copy)
-            except DamagedSampleError as error:
-                if not self._skip:
-                    raise
-                if isinstance(error, UnreadableShardError):
-                    self._unreadable.add(place[0])
-                else:
-                    self._damaged.add((*place, copy))
-                self._errors.append(str(error))
-        raise DamagedSampleError(f"none of the {sum(self._sizes)} samples can be read: {self._errors[0]}")
+    def _readable(self, shard: int, number: int, copy: int, damaged: list[str]) -> Sample:
+        """This sample, or else the first that can be read of those after it in its shard and in the next shards.
 
-    def _from(self, shard: int, number: int) -> Iterator[tuple[int, int]]:
-        """All samples from this one on: the rest of its shard, its beginning, the shards after it."""
+        ``damaged`` takes what could not be read. Nothing is remembered: what takes a sample's place must not depend on
+        what was read before.
+        """
         for step in range(len(self._sizes)):
             now = (shard + step) % len(self._sizes)
             first = number if step == 0 else 0
             for i in range(self._sizes[now]):
-                if now in self._unreadable:
-                    break
-                yield now, (first + i) % self._sizes[now]
+                try:
+                    return self._reader.read(now, (first + i) % self._sizes[now], copy=copy)
+                except DamagedSampleError as error:
+                    if not self._skip:
+                        raise
+                    damaged.append(str(error))
+                    if isinstance(error, UnreadableShardError):
+                        break
+        raise DamagedSampleError(f"none of the {sum(self._sizes)} samples can be read: {damaged[0]}")
 
     def _conditions(self, samples: list[Sample]) -> torch.Tensor | None:
         if self._reader.manifest.condition_shape is not None:

@@ -241,10 +241,8 @@ class WebdatasetShards(ShardFolder):
         stem = _NOT_PLAIN.sub("_", Path(place).name.removesuffix(".tar")).lstrip(".-")[:100]
         name = f"{stem or 'shard'}-{_digest(where)}.tar"
         path = self._folder / f"{name}.{_digest(repr(self._fields))}.index"
-        if (shard := _read(place, path, version)) is not None:
-            return shard
         with FileLock(path.with_name(f".{path.name}.lock")):
-            if (shard := _read(place, path, version)) is not None:  # another process has written it meanwhile
+            if (shard := _read(place, path, version)) is not None:
                 return shard
             if path.exists():
                 logger.warning("%s has changed since it was indexed; it is indexed anew", place)
@@ -256,7 +254,7 @@ class WebdatasetShards(ShardFolder):
                 sha256 = hashlib.file_digest(file, "sha256") if is_url(place) else hashlib.sha256(version.encode())
             digest = sha256.hexdigest()
             write_index(path, rows, name=name, size=size, sha256=digest, skipped=skipped, version=version)
-        shard = _read(place, path, version)
+            shard = _read(place, path, version)
         assert shard is not None
         return shard
 

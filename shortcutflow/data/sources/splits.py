@@ -89,7 +89,7 @@ def check_tree(files: Iterable[str], where: str) -> None:
 
 
 def check_files(files: Iterable[str], where: str) -> None:
-    """Raise ValueError for parquet files or shards (names below ``where``) of several splits, saying how to give one."""
+    """Raise ValueError for parquet files or shards (names below ``where``) of several splits, naming a way out."""
     found: dict[str, str] = {}
     parts: dict[str, str] = {}
     for name in sorted(files):
