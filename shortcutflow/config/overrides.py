@@ -57,33 +57,23 @@ def _set(values: dict[str, Any], path: str, text: str) -> None:
     # A section that has changed its kind lacks the fields that have no default.
     fields = kinds(here["kind"]).model_fields if kinds is not None and here.get("kind") is not None else {}
     if field not in here and not free_form and field not in fields:
-        raise ValueError(_unknown(path, field, here, sections))
+        raise ValueError(_unknown(path, field, here | fields, sections))
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = text
     if field == "kind" and kinds is not None and value != here.get("kind"):
-        _change_kind(here, kinds(value))
-    else:
-        here[field] = value
+        # What the new kind of a section also has is kept; the rest gets its defaults.
+        new = kinds(value).model_fields
+        for name in here.keys() - new.keys():
+            del here[name]
+    here[field] = value
 
 
 def _unknown(path: str, field: str, here: dict[str, Any], sections: list[str]) -> str:
     close = difflib.get_close_matches(field.rpartition(".")[2], list(here), n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{path!r}: {'.'.join(sections) or 'a run'} has no field {field!r}; {hint}it has: {', '.join(here)}"
-
-
-def _change_kind(here: dict[str, Any], to: type[BaseModel]) -> None:
-    """Keep what the new kind of a section also has."""
-    defaults = {
-        name: field.get_default(call_default_factory=True)
-        for name, field in to.model_fields.items()
-        if not field.is_required()
-    }
-    kept = {name: value for name, value in here.items() if name in to.model_fields and name != "kind"}
-    here.clear()
-    here.update(defaults | kept)
 
 
 def _kinds_of(sections: list[str]) -> Callable[[object], type[BaseModel]] | None:

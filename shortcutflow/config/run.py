@@ -94,7 +94,7 @@ class RunConfig(BaseModel):
         return getattr(self.objective, "finest_steps", 128)
 
     def check_conditions(self, info: DataInfo) -> None:
-        """Raise ValueError where something is asked of conditions and the data has none."""
+        """Raise ValueError for settings that need conditions where the data has none."""
         if info.null_y is not None:
             return
         settings = {"objective.condition_dropout": self.objective.condition_dropout > 0}
@@ -113,7 +113,7 @@ class RunConfig(BaseModel):
         """The run's network at step 0, fitting its data and objective.
 
         Args:
-            info: what it fits; None asks the data.
+            info: what it fits; None for what the data says.
             finest_steps: M; None is the objective's.
             wrapped: with the parameters of the objective's own, if it has any.
         """

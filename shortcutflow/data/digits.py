@@ -20,7 +20,7 @@ class DigitsData(DataSettings):
     folder: Path = Path("data/digits")
 
     def prepare(self) -> Path:
-        """Write the shards unless they are there; gives their folder."""
+        """Write the shards unless they are there; returns their folder."""
         return build_once(self.folder, write_digits, marker=MANIFEST)
 
     def describe(self) -> DataInfo:

@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from shortcutflow.data.images import Crop, ImageFormat
 from shortcutflow.data.manifest import MANIFEST, Manifest
-from shortcutflow.data.prepare import ImageOptions, Preparation, prepare
-from shortcutflow.data.remote import is_url
+from shortcutflow.data.prepare import ImageOptions, Preparation, absolute, prepare
+from shortcutflow.data.remote import PathOrUrl, is_url
 from shortcutflow.data.source import DataInfo, DataSettings
 from shortcutflow.data.sources import open_source
 from shortcutflow.data.sources.labels import LabelChoice
@@ -24,7 +24,7 @@ class ImageFolderData(DataSettings):
     """
 
     kind: Literal["imagefolder"] = "imagefolder"
-    path: str | Path = Field(description="folder, archive or parquet files of images; URLs of these")
+    path: PathOrUrl = Field(description="folder, archive or parquet files of images; URLs of these")
     size: int = Field(ge=1, le=4096, description="side in pixels")
     crop: Crop = "released"
     format: ImageFormat | None = Field(default=None, description="null: png up to 64 pixels, jpg above")
@@ -35,11 +35,6 @@ class ImageFolderData(DataSettings):
     samples_per_shard: int = Field(default=4096, ge=1)
     folder: Path | None = Field(default=None, description="for the shards; null: data/NAME-SIZE")
     cache: Path = Field(default=Path("data/cache"), description="for the files of URLs")
-
-    @field_validator("path")
-    @classmethod
-    def _path_unless_url(cls, value: Path | str) -> Path | str:
-        return str(value) if is_url(value) else Path(value)
 
     @property
     def shards(self) -> Path:
@@ -58,8 +53,7 @@ class ImageFolderData(DataSettings):
         """
         found = Preparation.read(self.shards) if (self.shards / MANIFEST).is_file() else None
         if found is not None and (is_url(self.path) or not Path(self.path).exists()):
-            here = str(self.path if is_url(self.path) else Path(self.path).resolve())
-            if found.path not in ("", here):
+            if found.path not in ("", absolute(self.path)):
                 raise ValueError(
                     f"{self.shards} holds the images of {found.path}, data.path is {self.path}: name another "
                     f"data.folder, or train on these with data.kind=shards data.folder={self.shards}"

@@ -20,7 +20,7 @@ Crop = Literal["released", "adm", "stretch", "none"]
 ImageFormat = Literal["png", "jpg", "webp"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-"""What is read, told by content, never by name; Pillow knows many more, which only widen what a file can attack."""
+"""What is read, by content, never by name; Pillow knows many more, which only widen what a file can attack."""
 
 MOST_PIXELS = 178_956_970
 """The largest image that is decoded, in pixels: where Pillow too stops (about 13,377 x 13,377)."""
@@ -34,7 +34,7 @@ class ImageError(ValueError):
 
 
 def read_image(content: bytes, *, most_pixels: int = MOST_PIXELS) -> Image.Image:
-    """Decode a file's bytes to an RGB image, turned upright as its EXIF data asks.
+    """Decode a file's bytes to an RGB image, turned upright as its EXIF data says.
 
     Grey of 16 bits is scaled to 8, transparent parts are laid on white, of an animation the first frame is taken.
 
@@ -96,7 +96,7 @@ def _grey_of_16_bits(image: Image.Image) -> Image.Image:
 
 
 def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
-    """Pixels turned as the EXIF data of their image asks, or not at all where that is damaged."""
+    """Pixels turned as the EXIF data of their image says, or not at all where that is damaged."""
     from PIL.Image import Transpose
 
     turns = {

@@ -204,6 +204,11 @@ def image_encoder(**options: Any) -> Encoder:
     return Encoder(chosen, ("shortcutflow", "pillow"), manifest, lambda files, names: files)
 
 
+def absolute(source: str | Path) -> str:
+    """A URL as it is, a path from the root on."""
+    return str(source if is_url(source) else Path(source).resolve())
+
+
 class Preparation(BaseModel):
     """``preparation.json``: what is being made in a folder, written before the first shard.
 
@@ -262,7 +267,15 @@ class _Job:
         with FileLock(self.folder / LOCK):
             if (done := self._complete()) is not None:
                 return done
-            self._begin()
+            if (found := Preparation.read(self.folder)) is not None:
+                self._require_same("versions", found.versions, self.versions)
+            remove_leftovers(self.folder)
+            (self.folder / MANIFEST).unlink(missing_ok=True)
+            if found is None:
+                made = Preparation(
+                    options=self.options, source=self.fingerprint, path=absolute(self.path), versions=self.versions
+                )
+                write_whole(self.folder / PREPARATION, made.model_dump_json(indent=2) + "\n")
         if self.progress:
             self.source.print_notes()
         self._write_missing()
@@ -307,17 +320,6 @@ class _Job:
                 f"{self.folder} was begun with other {what}: {differing}. Use the same again, remove the folder, or "
                 "name another"
             )
-
-    def _begin(self) -> None:
-        """Record what is made, or see that the same was begun; remove what dead processes left half written."""
-        if (found := Preparation.read(self.folder)) is not None:
-            self._require_same("versions", found.versions, self.versions)
-        remove_leftovers(self.folder)
-        (self.folder / MANIFEST).unlink(missing_ok=True)
-        if found is None:
-            path = self.path if is_url(self.path) else str(Path(self.path).resolve())
-            made = Preparation(options=self.options, source=self.fingerprint, path=path, versions=self.versions)
-            write_whole(self.folder / PREPARATION, made.model_dump_json(indent=2) + "\n")
 
     def _finish(self) -> Manifest:
         """Write the list of skipped items and, last, the manifest, which makes the folder complete."""

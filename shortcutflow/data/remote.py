@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Annotated, Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 
 from filelock import FileLock
+from pydantic import AfterValidator
 
 from shortcutflow.io.atomic import atomic_file
 
@@ -56,6 +57,12 @@ def is_url(place: str | Path) -> bool:
     if separator and scheme not in SCHEMES:
         raise ValueError(f"{place}: files are local or have a URL of {', '.join(SCHEMES)}, not {scheme!r}")
     return bool(separator)
+
+
+PathOrUrl = Annotated[
+    str | Path, AfterValidator(lambda place: str(place).rstrip("/") if is_url(place) else Path(place))
+]
+"""A field of a config; in this order of types, or a URL in JSON would be made a path."""
 
 
 def local_copy(

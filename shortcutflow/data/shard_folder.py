@@ -118,7 +118,7 @@ class ShardFolder:
                 continue
             if not cached_path(place, self._cache, version).exists():
                 self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="shards")
-                # One try: whoever needs it tries again and says what is wrong.
+                # One try: the read that needs it tries again and reports the error.
                 self._ahead[entry.name] = self._pool.submit(self.path_of, entry, 1)
 
     def wrong_sizes(self) -> list[str]:

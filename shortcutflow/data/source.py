@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from shortcutflow.conditions import select
 from shortcutflow.data.autoencoder import load_autoencoder
 from shortcutflow.data.manifest import LatentsInfo
-from shortcutflow.data.remote import is_url
+from shortcutflow.data.remote import PathOrUrl
 from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.stream import BatchStream, ShardStream
 from shortcutflow.io.atomic import write_whole
@@ -188,15 +188,10 @@ class ShardsData(DataSettings):
     """
 
     kind: Literal["shards"] = "shards"
-    folder: str | Path  # in this order, or a URL in JSON would be made a path
+    folder: PathOrUrl
     vae: str | None = None
     cache: Path = Path("data/cache")
     cache_limit: int | None = Field(default=None, ge=0)
-
-    @field_validator("folder")
-    @classmethod
-    def _path_unless_url(cls, value: Path | str) -> Path | str:
-        return str(value).rstrip("/") if is_url(value) else Path(value)
 
     def open_folder(self) -> ShardFolder:
         """The folder, which must exist, with latents of the right autoencoder.

@@ -1,6 +1,6 @@
 """Batches from a folder of shards, in an order that depends on (seed, epoch) alone.
 
-The position is one number, the samples that all processes together have been handed. Batches run on over the end of an
+The position is one number, the samples that all processes together have received. Batches run on over the end of an
 epoch, so every sample is seen exactly once an epoch, all batches have the same size, and nothing is dropped or padded.
 Of the global batch, which holds positions p ... p + B - 1, rank r of w gets every w-th from the r-th on. So a run can
 go on with another number of processes, or of workers, and see the very same global batches.

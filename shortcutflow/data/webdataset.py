@@ -32,7 +32,7 @@ from shortcutflow.data.sources import braced
 from shortcutflow.data.sources.archives import refuse_compressed, tar_members
 from shortcutflow.data.sources.labels import NoLabel, plain_label
 from shortcutflow.data.sources.readers import RawItem
-from shortcutflow.data.sources.webdataset import LARGEST_LABEL, key_and_extension, label_value
+from shortcutflow.data.sources.webdataset import LARGEST_LABEL, by_key, key_and_extension, label_value
 from shortcutflow.distributed import Rank
 from shortcutflow.io.atomic import write_whole
 
@@ -132,28 +132,23 @@ def scan(file: BinaryIO, name: str, image: str, label: str | None) -> tuple[list
     Raises:
         ValueError: if it is compressed, so that samples cannot be read in any order.
     """
-    samples: dict[str, dict[str, RawItem]] = {}
-    skipped: list[Skipped] = []
+    files, damage = list[RawItem](), list[Skipped]()
     refuse_compressed(name, file.read(8))
     try:
         for member in tar_members(file, 0, os.fstat(file.fileno()).st_size, name):
-            key, extension = key_and_extension(member.name)
-            if not extension or _META.match(member.name) or not member.isreg() or member.issparse():
-                continue
-            members = samples.setdefault(key, {})
-            if extension in members:
-                skipped.append(Skipped(member.name, "a member of this name comes before it, which is used"))
-            else:
-                members[extension] = RawItem(member.name, None, (member.offset_data, member.size))
+            is_member = key_and_extension(member.name)[1] and not _META.match(member.name)
+            if is_member and member.isreg() and not member.issparse():
+                files.append(RawItem(member.name, None, (member.offset_data, member.size)))
     except ValueError as error:
-        skipped.append(Skipped(name, f"{error}; {len(samples)} samples before that are used"))
+        damage.append(Skipped(name, f"{error}; {len(files)} members before that are used"))
+    samples, skipped = by_key(files)
     rows = []
     for key, members in samples.items():
         try:
             rows.append(IndexRow([_image(members, image)], _label(file.fileno(), members, label), None, key))
         except ValueError as error:
             skipped.append(Skipped(key, str(error)))
-    return rows, skipped
+    return rows, damage + skipped
 
 
 def _image(members: dict[str, RawItem], image: str) -> ByteRange:

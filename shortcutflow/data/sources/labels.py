@@ -41,7 +41,7 @@ def checked_choice(labels: bool | str) -> bool | str:
 
 
 def how_to_choose(*choices: str) -> str:
-    """The end of a message that asks for a choice of labels."""
+    """The end of an error that a choice of labels would resolve."""
     named = " or ".join(f"--labels {choice}" for choice in choices)
     return f"choose with {named} (in a recipe: data.labels={choices[0]})"
 
@@ -154,8 +154,8 @@ def dataset_json(content: bytes, where: str) -> dict[str, object] | None:
         return labels
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
-            f'{where} is not {{"labels": [["00000/img.png", 3], ...]}} as EDM and StyleGAN write it ({error}): mend or '
-            "remove it"
+            f'{where} is not {{"labels": [["00000/img.png", 3], ...]}} as EDM and StyleGAN write it ({error}): repair '
+            "or remove it"
         ) from error
 
 
@@ -174,7 +174,7 @@ def metadata_labels(content: bytes, where: str, field: str | None) -> dict[str, 
         names = [row["file_name"] for row in table]
         fields = {str(name) for row in table for name in row if name}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
-        raise ValueError(f"{where} is no table with a field 'file_name' ({error}): mend or remove it") from error
+        raise ValueError(f"{where} is no table with a field 'file_name' ({error}): repair or remove it") from error
     chosen = field or choose_field(fields, where)
     if field is not None and field not in fields:
         raise ValueError(f"{where} has no field {field!r}, it has {', '.join(sorted(fields))}")

@@ -57,20 +57,26 @@ def label_members(files: Iterable[RawItem]) -> set[str]:
     return {kind for kind, keys in labels.items() if not images.isdisjoint(keys)}
 
 
+def by_key(files: Iterable[RawItem]) -> tuple[dict[str, dict[str, RawItem]], list[Skipped]]:
+    """The members of each key by their extensions, in the order of the files; and those that are part of no sample."""
+    samples: dict[str, dict[str, RawItem]] = {}
+    skipped = []
+    for file in files:
+        key, extension = key_and_extension(file.name)
+        if not extension or not key.rpartition("/")[2]:
+            skipped.append(Skipped(file.name, "not an image: suffix (none)"))
+        elif extension in (members := samples.setdefault(key, {})):
+            skipped.append(Skipped(file.name, "a member of this name comes before it, which is used"))
+        else:
+            members[extension] = file
+    return samples, skipped
+
+
 def samples_of(files: Iterable[RawItem]) -> tuple[list[Sample], list[Skipped]]:
     """Samples in the order of their names, and what is part of none."""
-    by_key: dict[str, dict[str, RawItem]] = {}
-    samples, skipped = [], []
-    for file in sorted(files):
-        key, extension = key_and_extension(file.name)
-        if extension and key.rpartition("/")[2]:
-            members = by_key.setdefault(key, {})
-            if extension in members:
-                skipped.append(Skipped(file.name, f"{members[extension].name} has the same key and extension"))
-            members.setdefault(extension, file)
-        else:
-            skipped.append(Skipped(file.name, "not an image: suffix (none)"))
-    for members in by_key.values():
+    found, skipped = by_key(sorted(files))
+    samples = []
+    for members in found.values():
         image, left_out = _image_of(members)
         skipped += left_out
         if image is not None:
