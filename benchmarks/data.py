@@ -32,7 +32,6 @@ from benchmarks.record import print_rows, put_into_page, seconds_in_turn, write_
 from shortcutflow.data.images import encode_image, to_square
 from shortcutflow.data.manifest import LatentsInfo
 from shortcutflow.data.prepare import prepare
-from shortcutflow.data.reader import ShardReader
 from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.shards import Sample, shard_name, write_shards
 from shortcutflow.data.sources import open_source
@@ -74,7 +73,7 @@ def decode(folder: Path, photographs: Path, options: argparse.Namespace) -> list
     """256x256 JPEGs: the stream against Pillow decoding the same bytes, and other loaders."""
     shards = folder / "jpeg"
     manifest = prepare(photographs, shards, size=256, format="jpg", workers=0, progress=False)
-    reader = ShardReader(ShardFolder(shards))
+    reader = ShardFolder(shards)
     contents = [reader.stored(0, number) for number in range(manifest.shards[0].samples)]
     files = _as_image_folder(contents, "jpg", folder / "jpeg_files")
     return _images_in_turn(shards, contents, files, manifest.shards[0].samples, options.rounds)
@@ -100,7 +99,7 @@ def latents(folder: Path, photographs: Path, options: argparse.Namespace) -> lis
     count = max(128, int(4096 * options.scale))
     shards = _made_latents(folder / "latents", count, count, LATENT)
     stream = ShardStream(shards, batch_size=256, seed=0, horizontal_flip=True, cache_bytes=0, workers=0)
-    reader = ShardReader(ShardFolder(shards))
+    reader = ShardFolder(shards)
     runs = {
         "tarfile": partial(_read_tar, shards / shard_name(0)),
         "stored moments": partial(_read_stored, reader, count),
@@ -159,7 +158,7 @@ def _take_bytes(stream: ShardStream, positions: Iterable[int]) -> None:
         stream.batches[position]
 
 
-def _read_stored(reader: ShardReader, count: int) -> None:
+def _read_stored(reader: ShardFolder, count: int) -> None:
     for number in range(count):
         reader.stored(0, number)
 

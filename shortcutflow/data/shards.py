@@ -2,7 +2,7 @@
 
 A shard is a plain tar: ``KEY.jpg`` and ``KEY.cls`` for an image and its class, ``KEY.npy`` for
 an array or for the moments of a latent, ``KEY.y.npy`` for the tensor it is conditioned on. The index makes each sample
-readable by itself (:mod:`shortcutflow.data.reader`).
+readable by itself (:mod:`shortcutflow.data.shard_folder`).
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from copy import copy
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
@@ -23,8 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from shortcutflow import conditions
 from shortcutflow.data.augment import Augmentation
 from shortcutflow.data.order import EpochOrder
-from shortcutflow.data.reader import DamagedSampleError, ShardReader, UnreadableShardError
-from shortcutflow.data.shard_folder import ShardFolder
+from shortcutflow.data.shard_folder import DamagedSampleError, ShardFolder, UnreadableShardError
 from shortcutflow.data.shards import Sample
 from shortcutflow.distributed import cores_per_process
 from shortcutflow.types import Batch, BatchSlice
@@ -193,12 +193,12 @@ class ShardStream(PositionStream[HostBatch]):
     ) -> None:
         if batch_size % world_size:
             raise ValueError(f"a global batch of {batch_size} cannot be shared equally by {world_size} processes")
-        shards = folder if isinstance(folder, ShardFolder) else ShardFolder(folder)
+        # A copy has files of its own, which no other stream's thread closes.
+        shards = copy(folder) if isinstance(folder, ShardFolder) else ShardFolder(folder)
         for message in shards.wrong_sizes():
             if on_error == "raise":
                 raise ValueError(message)
             logger.warning(message)
-        reader = ShardReader(shards)
         self.manifest, self.samples = shards.manifest, shards.manifest.samples
         self.damaged: set[str] = set()
         """Of each sample, or shard, that could not be read so far: its name and why."""
@@ -208,7 +208,7 @@ class ShardStream(PositionStream[HostBatch]):
         cached = self.manifest.samples * augmentation.bytes_per_sample <= cache_bytes
         # By position; the map-style data set behind the stream, for a DataLoader of one's own.
         share, skip = BatchSlice(rank, world_size), on_error == "skip"
-        self.batches = RankBatches(reader, order, augmentation, batch_size, share, skip=skip, cached=cached)
+        self.batches = RankBatches(shards, order, augmentation, batch_size, share, skip=skip, cached=cached)
         self._batch_size, self._device = batch_size, torch.device(device)
         self._cached, self._workers = cached, (0 if cached else workers_to_spare()) if workers is None else workers
 
@@ -262,20 +262,22 @@ class RankBatches(Dataset[HostBatch]):
     """A rank's batch as a function of the position where its global batch starts: what workers compute."""
 
     def __init__(
-        self, reader: ShardReader, order: EpochOrder, augmentation: Augmentation, batch_size: int,
+        self, shards: ShardFolder, order: EpochOrder, augmentation: Augmentation, batch_size: int,
         batch_slice: BatchSlice, *, skip: bool, cached: bool,
     ) -> None:  # fmt: skip
-        self._reader, self._order, self._augmentation, self._skip = reader, order, augmentation, skip
-        self._is_remote = reader.folder.is_remote
+        self._shards, self._order, self._augmentation, self._skip = shards, order, augmentation, skip
         self._batch_size, self._slice = batch_size, batch_slice
         self._cache: dict[tuple[int, int, int], Sample] | None = {} if cached else None
-        self._sizes = [shard.samples for shard in reader.manifest.shards]
+        self._sizes = [shard.samples for shard in shards.manifest.shards]
         self._first = np.cumsum([0, *self._sizes[:-1]])
 
     def __getitem__(self, position: int) -> HostBatch:
         positions = np.arange(position, position + self._batch_size)[self._slice.rows]
         epochs, places = self._order.at(positions)
-        self._fetch_ahead(position)
+        if self._shards.is_remote:
+            epoch, place = divmod(position, self._order.samples)
+            coming = self._order.block_after(epoch, self._order.block_at(epoch, place))
+            self._shards.fetch_ahead([self._shards.manifest.shards[i] for i in coming.shards.tolist()])
         draws = self._augmentation.draw(epochs, self._first[places[:, 0]] + places[:, 1])
         damaged: list[str] = []
         wanted = zip(places.tolist(), self._augmentation.copies(draws), strict=True)
@@ -302,7 +304,7 @@ class RankBatches(Dataset[HostBatch]):
             first = number if step == 0 else 0
             for i in range(self._sizes[now]):
                 try:
-                    return self._reader.read(now, (first + i) % self._sizes[now], copy=copy)
+                    return self._shards.read(now, (first + i) % self._sizes[now], copy=copy)
                 except DamagedSampleError as error:
                     if not self._skip:
                         raise
@@ -312,16 +314,8 @@ class RankBatches(Dataset[HostBatch]):
         raise DamagedSampleError(f"none of the {sum(self._sizes)} samples can be read: {damaged[0]}")
 
     def _conditions(self, samples: list[Sample]) -> torch.Tensor | None:
-        if self._reader.manifest.condition_shape is not None:
+        if self._shards.manifest.condition_shape is not None:
             return torch.from_numpy(np.stack([np.asarray(sample.y) for sample in samples]))
-        if self._reader.manifest.num_classes is not None:
+        if self._shards.manifest.num_classes is not None:
             return torch.tensor([sample.y for sample in samples])
         return None
-
-    def _fetch_ahead(self, position: int) -> None:
-        """Of a remote folder: have the shards that come after the present ones fetched meanwhile."""
-        if not self._is_remote:
-            return
-        epoch, place = divmod(position, self._order.samples)
-        after = self._order.block_after(epoch, self._order.block_at(epoch, place))
-        self._reader.folder.fetch_ahead([self._reader.manifest.shards[i] for i in after.shards.tolist()])

@@ -80,7 +80,7 @@ class WebdatasetData(DataSettings):
             ValueError: with ``on_error="raise"``, if some sample cannot be used.
         """
         shards = super().opened()
-        if self.on_error == "raise" and isinstance(shards, WebdatasetShards) and shards.skipped:
+        if self.on_error == "raise" and shards.skipped:
             raise ValueError(f"{_left_out(shards.skipped)}; data.on_error=skip trains without them")
         return shards
 
@@ -188,15 +188,11 @@ class _Shard(NamedTuple):
 
 
 class WebdatasetShards(ShardFolder):
-    """Shards without a manifest: it is made from their indexes, which the cache keeps.
-
-    Attributes:
-        skipped: what is no usable sample.
-    """
+    """Shards without a manifest: it is made from their indexes, which the cache keeps."""
 
     def __init__(self, settings: WebdatasetData, places: Sequence[str]) -> None:
         self.place = settings.urls if isinstance(settings.urls, str) else ", ".join(settings.urls)
-        self.crop, self._cache, self._limit, self._ahead = settings.crop, settings.cache, settings.cache_limit, {}
+        self.crop, self._cache, self._limit = settings.crop, settings.cache, settings.cache_limit
         self._fields = (settings.image, settings.label)
         self._folder = settings.cache / "webdataset"
         self._folder.mkdir(parents=True, exist_ok=True)

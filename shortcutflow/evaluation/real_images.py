@@ -15,7 +15,6 @@ import numpy as np
 from shortcutflow.data.digits import load_digits
 from shortcutflow.data.images import Crop, ImageError, read_image, to_square
 from shortcutflow.data.manifest import MANIFEST
-from shortcutflow.data.reader import ShardReader
 from shortcutflow.data.remote import is_url
 from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.sources import open_source
@@ -62,8 +61,8 @@ def shard_images(folder: Path | str | ShardFolder, cache: Path = Path("data/cach
     Raises:
         ValueError: if they hold no images.
     """
-    reader = ShardReader(folder if isinstance(folder, ShardFolder) else ShardFolder(folder, cache=cache))
-    manifest = reader.manifest
+    shards = folder if isinstance(folder, ShardFolder) else ShardFolder(folder, cache=cache)
+    manifest = shards.manifest
     if manifest.values != "uint8":
         held = "latents" if manifest.latents is not None else "numbers that are no images"
         raise ValueError(f"{folder} holds {held}: a reference is made of images; name those that they were made from")
@@ -72,7 +71,7 @@ def shard_images(folder: Path | str | ShardFolder, cache: Path = Path("data/cach
     def read(index: range) -> Iterator[np.ndarray]:
         for i in index:
             shard = bisect_right(ends, i)
-            pixels = np.moveaxis(reader.read(shard, i - (ends[shard - 1] if shard else 0)).data, 0, -1)
+            pixels = np.moveaxis(shards.read(shard, i - (ends[shard - 1] if shard else 0)).data, 0, -1)
             yield np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
 
     fingerprint = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest

@@ -12,7 +12,7 @@ import torch
 
 from shortcutflow.data.index import read_index
 from shortcutflow.data.manifest import Manifest
-from shortcutflow.data.reader import DamagedSampleError
+from shortcutflow.data.shard_folder import DamagedSampleError
 from shortcutflow.data.shards import EncodedSample, Sample, write_shards
 from shortcutflow.data.source import ShardsData
 from shortcutflow.data.stream import ShardStream

@@ -18,8 +18,8 @@ import pytest
 
 from shortcutflow.data.index import read_index
 from shortcutflow.data.manifest import Manifest
-from shortcutflow.data.reader import DamagedSampleError
 from shortcutflow.data.remote import ReadError
+from shortcutflow.data.shard_folder import DamagedSampleError
 from shortcutflow.data.shards import EncodedSample, write_shard
 from shortcutflow.data.stream import ShardStream
 from tests.data.test_stream import write_numbers

@@ -15,11 +15,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from shortcutflow.data import reader
+from shortcutflow.data import shard_folder
 from shortcutflow.data.index import read_index
 from shortcutflow.data.manifest import MOST_SAMPLES, Manifest
-from shortcutflow.data.reader import DamagedSampleError, ShardReader
-from shortcutflow.data.shard_folder import ShardFolder
+from shortcutflow.data.shard_folder import DamagedSampleError, ShardFolder
 from shortcutflow.data.shards import Sample, write_shards
 from shortcutflow.data.stream import ShardStream
 from tests.data.hostile import limited, mutated, peak_memory, rewritten_index, with_hostile_value
@@ -147,7 +146,7 @@ def test_every_flipped_bit_in_a_sample_is_noticed(folders: dict[str, Folder], tm
             index = read_index(path / f"shard-00000{shard}.index")
             place = int(index.offset[number, 0] + rng.integers(0, index.size[number, 0]))
             bit = 1 << int(rng.integers(0, 8))
-            shards = ShardReader(ShardFolder(path))
+            shards = ShardFolder(path)
             flip_byte(path / f"shard-00000{shard}.tar", place, bit)
             with pytest.raises(DamagedSampleError, match="checksum"):
                 shards.read(shard, number)
@@ -183,7 +182,7 @@ def test_control_what_is_around_the_samples_does_not_matter(
 def test_control_a_reader_without_checksums_is_noticed(
     folders: dict[str, Folder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader, "_bytes", lambda file, offset, size, crc: os.pread(file.fileno(), size, offset))
+    monkeypatch.setattr(shard_folder, "_bytes", lambda file, offset, size, crc: os.pread(file.fileno(), size, offset))
     with copied(folders["arrays"], tmp_path / "copy") as path:
         assert check_losses(folders["arrays"], path, "whole") == 0
         index = read_index(path / "shard-000000.index")

@@ -14,8 +14,7 @@ import pytest
 
 from shortcutflow.data.index import read_index
 from shortcutflow.data.manifest import Manifest
-from shortcutflow.data.reader import DamagedSampleError, ShardReader
-from shortcutflow.data.shard_folder import ShardFolder
+from shortcutflow.data.shard_folder import DamagedSampleError, ShardFolder
 from shortcutflow.data.shards import EncodedSample, encode_array, write_shard
 from shortcutflow.data.stream import ShardStream
 from tests.data.hostile import hostile_npy, limited, mutated, peak_memory
@@ -73,7 +72,7 @@ def write_stored(folder: Path, form: Format, contents: list[bytes]) -> Path:
 def check_contents(folder: Path, form: Format, contents: list[bytes]) -> list[int]:
     """Each is decoded to what the manifest says, or refused and reported; gives the numbers of the refused ones."""
     write_stored(folder, form, [*contents, form.content])
-    reader = ShardReader(ShardFolder(folder))
+    reader = ShardFolder(folder)
     refused, messages = [], []
     for number in range(len(contents) + 1):
         try:

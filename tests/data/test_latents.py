@@ -23,7 +23,6 @@ from shortcutflow.data.autoencoder import Autoencoder, load_autoencoder
 from shortcutflow.data.latents import encode_images
 from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.prepare import prepare
-from shortcutflow.data.reader import ShardReader
 from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.shards import Sample
 from shortcutflow.data.sources import open_source
@@ -92,8 +91,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if not path.name.startswith(".lock")}
 
 
-def reader_of(folder: Path) -> ShardReader:
-    return ShardReader(ShardFolder(folder))
+def reader_of(folder: Path) -> ShardFolder:
+    return ShardFolder(folder)
 
 
 def start(source: Path, folder: Path, vae: Path, *, killed_at: int = 0, **environment: str) -> BaseProcess:

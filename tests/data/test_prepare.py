@@ -21,7 +21,6 @@ from shortcutflow.data.images import encode_image, read_image, to_square
 from shortcutflow.data.index import read_index
 from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.prepare import prepare, shuffled_order
-from shortcutflow.data.reader import ShardReader
 from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.sources import open_source
 from shortcutflow.data.sources.readers import Block, FolderReader, RawItem, RawSource
@@ -33,7 +32,7 @@ SHARED = Path(os.environ.get("SHORTCUTFLOW_DATA", Path(__file__).parents[3] / "s
 def read_all(folder: Path) -> list[tuple[str, np.ndarray, int | None]]:
     """Name in the source, pixels and label of every sample, in the order of the shards."""
     shards = ShardFolder(folder)
-    reader, found = ShardReader(shards), []
+    reader, found = shards, []
     for number, entry in enumerate(shards.manifest.shards):
         names = read_index(shards.index_of(entry), entry).names
         for i, name in enumerate(names):

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shortcutflow.data.reader import ShardReader
 from shortcutflow.data.shard_folder import ShardFolder
 from shortcutflow.data.shards import Sample, write_shards
 from tests.data.test_order import write_moments
@@ -18,7 +17,7 @@ webdataset = pytest.importorskip("webdataset")
 
 
 def read_here(folder: Path) -> list[Sample]:
-    reader = ShardReader(ShardFolder(folder))
+    reader = ShardFolder(folder)
     return [
         reader.read(shard, number)
         for shard, entry in enumerate(reader.manifest.shards)
