@@ -30,7 +30,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class Stage(nn.Module):
-    """A residual block, then self-attention over all places if asked for: the repeated part of the U-Net.
+    """A residual block, then, in some levels, self-attention over all places: the repeated part of the U-Net.
 
     Args:
         dimensions: 1 for sequences, 2 for images.

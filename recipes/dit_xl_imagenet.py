@@ -20,7 +20,7 @@ network (237.2 GFLOP a forward pass; 3 passes' worth a sample and 0.58 for the t
 
 Expected FID-50k at 128 / 4 / 1 steps: 3.8 / 7.8 / 10.6, as the authors' README has it, with the protocol of
 ``dit_b_imagenet``. The name of the authors' checkpoint ends in "continue200000": theirs was trained in stages, and how
-many steps it has in all cannot be told; the README's command says 810,000. Independent re-runs: none with this network
+many steps it has in all is not known; the README's command says 810,000. Independent re-runs: none with this network
 is known. Of a shortcut model of this size another text (iSM, arXiv 2510.21250) reports, quoted and not checked here, an
 inception score of 102.66 / 125.66 / 136.79 and a distance in DINOv2 features of 500.92 / 329.53 / 265.90 at 1 / 2 / 4
 steps.

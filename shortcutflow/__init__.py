@@ -40,7 +40,7 @@ load: Any
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded when asked for: whoever only trains or samples needs no configs and no files of models.
+    # Loaded at first use: training and sampling alone need no configs and no files of models.
     if name == "load":
         return import_module("shortcutflow.models.model").load
     return renamed_attribute(__name__, name)

@@ -67,7 +67,7 @@ app.add_typer(plot_app, name="plot")
 def launch(config: RunConfig, argv: Sequence[str] | None = None, loggers: Sequence[Logger] = ()) -> None:
     """Run a recipe file: the command line of ``shortcutflow train``, without the recipe's name.
 
-    ``loggers`` receive numbers and images beside those that the config names; see shortcutflow/train/loggers.py.
+    ``loggers`` receive numbers and images besides those that the config names; see shortcutflow/train/loggers.py.
     """
     recipe_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 

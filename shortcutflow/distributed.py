@@ -71,7 +71,7 @@ class Rank(NamedTuple):
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if device.index >= gpus:
             raise ValueError(
-                f"device {device} was asked for and this machine has {gpus} GPUs: name another device, or start no "
+                f"there is no device {device}, this machine has {gpus} GPUs: name another device, or start no "
                 "more processes than there are GPUs"
             )
         return device
@@ -102,7 +102,7 @@ class World:
     Attributes:
         rank, size: of this process, and how many there are.
         device: of this process.
-        cpu_group: a gloo group, for checkpoints beside training and for barriers; None where there are no groups.
+        cpu_group: a gloo group, for checkpoints during training and for barriers; None where there are no groups.
         groups: all groups besides the default one, which are aborted on an error; add new ones here.
     """
 

@@ -119,7 +119,7 @@ class EMA:
             torch._foreach_lerp_(list(compress(ema, whole)), list(compress(online, whole)), weight)
         for i, (p, other) in enumerate(zip(ema, online, strict=True)):
             if _is_half(p):
-                # A small change rounds away in 16 bits: what is lost is kept beside the weights and added next time.
+                # A small change rounds away in 16 bits: what is lost is kept next to the weights and added next time.
                 exact = p.float() + self._rounded_off.get(i, 0.0)
                 exact.lerp_(other.float(), weight)
                 p.copy_(exact)

@@ -22,7 +22,7 @@ def predict(net: Network, x_t: Tensor, t: Tensor, d: Tensor, y: Condition) -> Te
 
 
 def predict_with_aux(net: Network, x_t: Tensor, t: Tensor, d: Tensor, y: Condition) -> tuple[Tensor, Any]:
-    """As :func:`predict`, and what a network that returns ``(v, aux)`` returns beside its velocity, else None."""
+    """As :func:`predict`, and what a network that returns ``(v, aux)`` returns with its velocity, else None."""
     output = net(x_t, t, d, y)
     v, aux = output if isinstance(output, tuple) else (output, None)
     if v.shape != x_t.shape:

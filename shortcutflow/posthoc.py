@@ -119,7 +119,7 @@ def posthoc_ema(snapshots: Sequence[Snapshot], *, sigma_rel: float, step: int) -
         float32 tensors by name; the others in their own type.
 
     Raises:
-        ValueError: for no snapshots, a step outside theirs, an impossible width, or snapshots of different networks.
+        ValueError: for no snapshots, a step outside their range, a wrong width, or snapshots of different networks.
 
     Warns:
         UserWarning: if the snapshots cannot make up the wanted profile; the result is then another EMA.
@@ -176,7 +176,7 @@ def _warn_of_poor_fit(
         near = sorted(set(steps), key=lambda s: abs(s - step))[:2]
         advice.append(f"choose a step that has snapshots, such as {' or '.join(map(str, sorted(near)))}")
     if not min(widths) <= sigma_rel <= max(widths):
-        advice.append(f"a sigma_rel in the range of theirs, {min(widths):g} to {max(widths):g}, is nearer")
+        advice.append(f"a sigma_rel in their range, {min(widths):g} to {max(widths):g}, is nearer")
     advice.append("more snapshots help")
     warnings.warn(
         f"the {len(steps)} snapshots make up sigma_rel {sigma_rel:g} at step {step} only to {error:.0%} of its "

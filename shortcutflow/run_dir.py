@@ -56,7 +56,7 @@ def find_run(path: Path) -> Path:
         return inside[-1].parent
     if not path.exists():
         nearby = sorted({str(p.parent) for p in path.parent.glob(f"*/{CONFIG_FILE}")})
-        hint = f"; runs beside it: {', '.join(nearby[:5])}" if nearby else ""
+        hint = f"; runs in the same folder: {', '.join(nearby[:5])}" if nearby else ""
         raise FileNotFoundError(f"there is no run at {path}{hint}")
     raise FileNotFoundError(f"{path} holds no run: no {CONFIG_FILE} in it or in a folder inside it")
 
@@ -80,7 +80,7 @@ def info_of_run(folder: Path, config: RunConfig) -> DataInfo:
 def read_weights(folder: Path, config: RunConfig, weights: str | None = None) -> Weights:
     """A run's weights: those of its newest checkpoint. Every way of opening a run takes them from here.
 
-    ``weights.safetensors`` is read only where there is no checkpoint: beside one it is the same or older.
+    ``weights.safetensors`` is read only where there is no checkpoint: with one it is the same or older.
 
     Args:
         folder: the run's.
@@ -109,8 +109,8 @@ def read_weights(folder: Path, config: RunConfig, weights: str | None = None) ->
 def write_weights(folder: Path) -> Path:
     """Write the weights that a run samples with, from its newest checkpoint, as one file of whole tensors.
 
-    Config and data file beside it are all else that sampling needs. Its header says which EMA, step and version
-    it is.
+    The config and the data file next to it are all else that sampling needs. Its header says which EMA, step and
+    version it is.
     """
     read = read_weights(folder, RunConfig.load(folder))
     header = {"weights": read.name, "step": str(read.step), "shortcutflow": shortcutflow.__version__}
@@ -120,7 +120,7 @@ def write_weights(folder: Path) -> Path:
 
 
 def read_weights_file(file: Path, name: str) -> Weights:
-    """All tensors of a safetensors file; ``name`` is theirs where its header says none.
+    """All tensors of a safetensors file; ``name`` is that of the weights where the header says none.
 
     Raises:
         FileNotFoundError, ValueError: if it is not there, or damaged.

@@ -105,7 +105,7 @@ def step_sizes(steps: int | Sequence[float], finest_steps: int = 128) -> list[fl
 
     * a power of two up to M: equal steps, as in training;
     * any other number below M: steps of two neighbouring dyadic sizes, each starting at a multiple of itself, so
-      that the network is still asked only for steps it was trained on: of the 2^k coarse steps so many are halved
+      that the network still makes only steps it was trained on: of the 2^k coarse steps so many are halved
       as are missing, evenly spread (3 steps: 1/2, 1/4, 1/4);
     * more than M: equal steps, finer than any step of training (the flow is followed);
     * a sequence: the step sizes themselves.

@@ -31,7 +31,7 @@ from shortcutflow.conditions import Condition
 class Network(Protocol):
     """Anything that predicts the average velocity s(x_t, t, d, y), of the shape of x_t.
 
-    It may return ``(velocity, aux)``: samplers use the velocity, and an objective may use what comes beside it, such as
+    It may return ``(velocity, aux)``: samplers use the velocity, and an objective may use what comes with it, such as
     an uncertainty for each row.
     """
 

@@ -1,4 +1,4 @@
-"""What the demo's page asks for and what it shows: settings in, images, network calls and milliseconds out."""
+"""The demo's answers: settings in, images, network calls and milliseconds out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ALL_CLASSES = "all in turn"
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked for; :meth:`Demo.settings` checks it.
+    """What the page sends; :meth:`Demo.settings` checks it.
 
     Attributes:
         steps: of the sampler.

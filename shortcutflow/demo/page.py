@@ -74,7 +74,7 @@ def build_page(demo: Demo) -> gr.Blocks:
                 second_seed = gr.Number(start.second_seed, label="Second seed", elem_id="second-seed")
                 u = gr.Slider(0, 1, start.u, step=0.01, label="From the seed to the second seed", elem_id="between")
         inputs = [steps, seed, label, guidance_scale, count, second_seed, u]
-        # While one answer is on its way, of all further changes only the last is asked for.
+        # While one answer is on its way, only the last of all further changes is sent.
         gr.on(
             [page.load, *(control.change for control in inputs)], show_with(demo), inputs, pictures,
             trigger_mode="always_last", concurrency_limit=1, show_progress="hidden", api_visibility="private",

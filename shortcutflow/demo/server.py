@@ -23,7 +23,7 @@ NEEDED = {
     ),
     "POST": re.compile(r"/gradio_api/(queue/join|cancel)"),
 }
-"""All that the page asks for. Gradio has many more routes: files, uploads, proxies, an editor of the page's code."""
+"""All that the page needs. Gradio has many more routes: files, uploads, proxies, an editor of the page's code."""
 MOST_BYTES = 2**16
 """Of a request: a page's settings take less than one hundredth."""
 HEADERS = {
@@ -36,7 +36,7 @@ HEADERS = {
 
 
 class OnlyThePage:
-    """ASGI middleware that lets through what the page needs and tells the browser to load nothing from elsewhere."""
+    """ASGI middleware that lets through what the page needs and forbids the browser to load anything from elsewhere."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -79,7 +79,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Context:
-    """What an objective may use beside the network and the batch.
+    """What an objective may use in addition to the network and the batch.
 
     Attributes:
         target_net: makes targets where the network itself would: usually its EMA; None is the network itself.
@@ -160,7 +160,7 @@ class Objective(BaseModel, ABC):
     def weigh(self, error: Tensor, targets: Targets, aux: Any) -> Tensor:
         """What is averaged to the loss, (r,): the mean squared error of each row (r,), times its weight.
 
-        Override it for weights that depend on the error or are learned; ``aux`` is what the network returned beside its
+        Override it for weights that depend on the error or are learned; ``aux`` is what the network returned with its
         velocity, or None.
         """
         weighted = error if targets.weight is None else targets.weight * error

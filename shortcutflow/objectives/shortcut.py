@@ -196,7 +196,7 @@ class ShortcutObjective(Objective):
         x_t, v, y = self.path_rows(net, data, y, draw, context)
         n = draw.n_bootstrap
         if teacher is not None:
-            # A slice without flow rows calls the teacher too, on one row in vain: if it is sharded all must call it.
+            # A slice without flow rows calls the teacher on one row all the same: all ranks call a sharded one.
             first = min(n, len(x_t) - 1)
             flow = torch.zeros_like(draw.d)
             followed = predict(

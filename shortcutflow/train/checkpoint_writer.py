@@ -1,4 +1,4 @@
-"""Writes checkpoints beside training: a folder gets its name when all of it is on the disk."""
+"""Writes checkpoints while training goes on: a folder gets its name when all of it is on the disk."""
 
 from __future__ import annotations
 

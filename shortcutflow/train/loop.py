@@ -47,7 +47,7 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False, loggers: Se
         run_dir: its folder; made if missing.
         resume: continue from the folder's newest checkpoint, if it has one. Processes that torchrun has started again
             do so in any case. Until everything is loaded and fits, nothing in the folder changes.
-        loggers: receive numbers and images beside those that the config names; used on rank 0, and closed at the end.
+        loggers: receive numbers and images besides those that the config names; used on rank 0, and closed at the end.
 
     Raises:
         NonFiniteError: naming the step, what is not finite and the last good checkpoint; nothing of the bad step

@@ -1,4 +1,4 @@
-"""A signal asks a run to stop: the loop saves, and ends with an exit status that means "try again later"."""
+"""A signal stops a run: the loop saves, and ends with an exit status that means "try again later"."""
 
 from __future__ import annotations
 

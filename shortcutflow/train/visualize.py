@@ -48,7 +48,7 @@ def visualize(
 ) -> dict[str, np.ndarray]:
     """Sample the network and draw it: "samples", "reconstruction" and "interpolation", each (height, width, 3) uint8.
 
-    Reconstruction and interpolation cost three evaluations of the network, little beside the samples.
+    Reconstruction and interpolation cost three evaluations of the network, little compared with the samples.
 
     Args:
         config: the run.

@@ -148,7 +148,7 @@ def test_what_stands_still_stays(tmp_path: Path) -> None:
         ([0], 0.05, STEPS, None),
         ([0, 1], 0.07, STEPS, None),
         ([0, 1], 0.07, STEPS - EVERY // 2, f"choose a step that has snapshots, such as {STEPS - EVERY} or {STEPS}"),
-        ([0, 1], 0.01, STEPS, r"a sigma_rel in the range of theirs, 0\.05 to 0\.1"),
+        ([0, 1], 0.01, STEPS, r"a sigma_rel in their range, 0\.05 to 0\.1"),
     ],
     ids=["one_width", "its_own_width", "two_widths", "between_steps", "too_narrow"],
 )

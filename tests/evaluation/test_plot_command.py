@@ -102,7 +102,7 @@ def test_a_run_and_its_model_are_drawn_alike(inside: Path, tmp_path: Path) -> No
         (["trajectory", "runs/first", "--labels", "1", "--count", "2"], "either labels or a count"),
         (["trajectory", "runs/first", "--out", "t.jpg"], "--out must name a .png file, got t.jpg"),
         (["trajectory", "runs/first", "--out", "no/t.png"], "there is no folder no"),
-        (["trajectory", "runs/none"], "there is no run at runs/none; runs beside it: runs/first"),
+        (["trajectory", "runs/none"], "there is no run at runs/none; runs in the same folder: runs/first"),
         (["trajectory", "runs/first", "--device", "tpu"], "there is no device 'tpu'"),
         (["trajectory", "runs/first", "--guidance-scale", "nan"], "guidance_scale must be a finite number, got nan"),
         (["neighbours", "runs/first", "--guidance-scale", "inf"], "guidance_scale must be a finite number, got inf"),
