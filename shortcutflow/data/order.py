@@ -9,6 +9,7 @@ batches mix other samples in each epoch.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -75,8 +76,7 @@ class EpochOrder:
     def block_at(self, epoch: int, place: int) -> Block:
         """The block that holds a place of an epoch."""
         shards, bounds = self._epoch(epoch)
-        starts = [start for start, _, _ in bounds]
-        number = int(np.searchsorted(starts, place, side="right")) - 1
+        number = bisect_right(bounds, place, key=lambda bound: bound[0]) - 1
         key = (epoch, number)
         if key not in self._blocks:
             start, begin, end = bounds[number]

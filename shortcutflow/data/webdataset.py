@@ -145,37 +145,36 @@ def scan(file: BinaryIO, name: str, image: str, label: str | None) -> tuple[list
     rows = []
     for key, members in samples.items():
         try:
-            rows.append(IndexRow([_image(members, image)], _label(file.fileno(), members, label), None, key))
+            rows.append(_row(file.fileno(), key, members, image, label))
         except ValueError as error:
             skipped.append(Skipped(key, str(error)))
     return rows, damage + skipped
 
 
-def _image(members: dict[str, RawItem], image: str) -> ByteRange:
+def _row(file: int, key: str, members: dict[str, RawItem], image: str, label: str | None) -> IndexRow:
+    """A sample's image and label; raises ValueError if it lacks one or they cannot be used."""
+
+    def read(member: RawItem) -> bytes:
+        offset, size = (int(value) for value in member.place)
+        return os.pread(file, min(size, LARGEST_LABEL + 1), offset)
+
     extension = next((extension for extension in image.lower().split(";") if extension in members), None)
     if extension is None:
         raise ValueError(f"no image ({image}) among its members: {', '.join(members)}"[:200])
     offset, size = (int(value) for value in members[extension].place)
     if size > LARGEST_SAMPLE:
         raise ValueError(f"its image has {size} bytes, at most {LARGEST_SAMPLE} are read")
-    return ByteRange(offset, size, -1)
-
-
-def _label(file: int, members: dict[str, RawItem], label: str | None) -> int | None:
-    if not label:
-        return None
-
-    def read(member: RawItem) -> bytes:
-        offset, size = (int(value) for value in member.place)
-        return os.pread(file, min(size, LARGEST_LABEL + 1), offset)
-
-    value = label_value(members, label, read)
-    if value is None:
-        raise ValueError(f"no label ({label}) among its members: {', '.join(members)}"[:200])
-    found = plain_label(value)
-    if isinstance(found, int):
-        return found
-    raise ValueError(found.reason if isinstance(found, NoLabel) else f"its label is {found[:40]!r}, not a number")
+    number: int | None = None
+    if label:
+        if (value := label_value(members, label, read)) is None:
+            raise ValueError(f"no label ({label}) among its members: {', '.join(members)}"[:200])
+        found = plain_label(value)
+        if isinstance(found, NoLabel):
+            raise ValueError(found.reason)
+        if isinstance(found, str):
+            raise ValueError(f"its label is {found[:40]!r}, not a number")
+        number = found
+    return IndexRow([ByteRange(offset, size, -1)], number, None, key)
 
 
 class _Shard(NamedTuple):
