@@ -30,14 +30,14 @@ for name in {blocked}:
 from pathlib import Path
 from shortcutflow.cli import main
 from shortcutflow.models.config import ModelConfig
-from shortcutflow.models.model import Model, save_model
+from shortcutflow.models.model import Model
 from shortcutflow.network import BackboneConfig
 
 backbone = BackboneConfig(name="dit", options={{"patch": 2, "width": 16, "depth": 1, "heads": 2}})
 config = ModelConfig(
     backbone=backbone, shape=(1, 8, 8), num_classes=10, weights=("current",), default_weights="current"
 )
-save_model(Model(config.build_network().eval(), config, "current", Path("."), "small"), Path("model"))
+Model(config.build_network().eval(), config, "current", Path("."), "small").save("model")
 Path("images").mkdir()
 Path("images/a.png").touch()
 result = {{}}

@@ -73,11 +73,25 @@ def convert(
         weights=tuple(sets), default_weights="ema" if "ema" in sets else CURRENT, step=conversion.step,
         vae=conversion.vae, about=about,
     )  # fmt: skip
-    tensors = _added_params(config, conversion)
+    with torch.device("meta"):
+        network: Any = config.build_network()
+    specs = {name: TensorSpec(tuple(tensor.shape)) for name, tensor in network.state_dict().items()}
+    added = _step_embedding(network) if specs.keys() - conversion.params.keys() else {}
+    if specs.keys() != conversion.params.keys() | added.keys():
+        raise ValueError(
+            f"the installed backbone {config.backbone.name!r} has other parameters than a {conversion.source}"
+        )
+
+    def tensors(read: ReadTensor) -> Iterator[tuple[str, Tensor]]:
+        for name in specs:
+            yield name, added[name] if name in added else conversion.params[name].read(read)
+
+    step = "" if conversion.step is None else str(conversion.step)
     with atomic_dir(out) as folder:
         for name, read in sets.items():
+            header = {"weights": name, "step": step, "shortcutflow": __version__}
             try:
-                _write_weights(folder / weights_file(name), name, conversion, read, tensors)
+                write_tensors(folder / weights_file(name), specs, tensors(read), metadata=header)
             except ValueError as error:
                 raise ValueError(f"{source}, weights {name!r}: {error}") from None
         config.save(folder)
@@ -102,49 +116,13 @@ def _read(
     return read_jax_checkpoint(source, heads=heads, image_size=image_size)
 
 
-def _added_params(config: ModelConfig, conversion: Conversion) -> dict[str, Tensor]:
-    """Parameters of the network that the source lacks: those of a step-size embedding that contributes zero.
-
-    Raises:
-        ValueError: if the network has other parameters than these and the source's.
-    """
-    with torch.device("meta"):
-        network = config.build_network()
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    added: dict[str, Tensor] = {}
-    if expected.keys() - conversion.params.keys():
-        added = _step_embedding(network)
-    shapes = {name: param.target_shape() for name, param in conversion.params.items()}
-    if expected != shapes | {name: tuple(tensor.shape) for name, tensor in added.items()}:
-        raise ValueError(
-            f"the installed backbone {config.backbone.name!r} has other parameters than a {conversion.source}"
-        )
-    return added
-
-
 def _step_embedding(network: Any) -> dict[str, Tensor]:
-    """Parameters by name of the embedding of d: zero for every d, with a gradient that is not."""
-    embedding: nn.Module = network.step_embedding
+    """Parameters by name of a network's embedding of d: zero for every d, with a gradient that is not."""
+    embedding = network.step_embedding
     prefix = next(name for name, module in network.named_modules() if module is embedding)
     embedding.to_empty(device="cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(0, "network"))
-        network.step_embedding.reset_parameters()
-    nn.init.zeros_(network.step_embedding.out.weight)
+        embedding.reset_parameters()
+    nn.init.zeros_(embedding.out.weight)
     return {f"{prefix}.{name}": tensor for name, tensor in embedding.state_dict().items()}
-
-
-def _write_weights(
-    path: Path, name: str, conversion: Conversion, read: ReadTensor, added: Mapping[str, Tensor]
-) -> None:
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for target, param in conversion.params.items():
-            yield target, param.read(read)
-        yield from added.items()
-
-    specs = {target: TensorSpec(param.target_shape()) for target, param in conversion.params.items()}
-    specs |= {target: TensorSpec(tuple(tensor.shape)) for target, tensor in added.items()}
-    step = "" if conversion.step is None else str(conversion.step)
-    write_tensors(
-        path, specs, tensors(), metadata={"weights": name, "step": step, "shortcutflow": __version__}
-    )  # fmt: skip

@@ -27,6 +27,7 @@ from shortcutflow.interop.conversion import Conversion, ReadTensor
 from shortcutflow.interop.diffusers_params import check_ignored, current_name, describe_dit, describe_unet
 from shortcutflow.interop.torch_file import read_state_dicts
 from shortcutflow.io.json import read_object
+from shortcutflow.models.model import download
 
 CONFIG, INDEX, SCHEDULER = "config.json", "model_index.json", "scheduler_config.json"
 WEIGHTS_NAME = re.compile(
@@ -64,9 +65,11 @@ def read_folder(source: Path, *, image_size: int | None = None) -> tuple[Convers
     tensors, variant = _weights(folder)
     notes += [f"weights: those of the variant {variant}; there are no others"] if variant else []
     conversion, read = _described(folder, config, tensors, diffusion, image_size)
-    about = {"predicts": str(diffusion["predicts"])}
+    vae = DEFAULT_VAE if conversion.shape[0] == 4 else None
+    if (source / "vae" / CONFIG).is_file():
+        vae = str((source / "vae").absolute())
     conversion = dataclasses.replace(
-        conversion, notes=(*notes, *conversion.notes), vae=_vae(source, conversion.shape), about=about
+        conversion, notes=(*notes, *conversion.notes), vae=vae, about={"predicts": str(diffusion["predicts"])}
     )
     sets = {"current": read}
     ema = folder.with_name(f"{folder.name}_ema")
@@ -96,28 +99,11 @@ def _described(
 
 
 def downloaded(hub_id: str) -> Path:
-    """The folder of a hub repository's configs and weights, from the cache or downloaded.
-
-    Raises:
-        ImportError: without huggingface_hub.
-        OSError: if there is no such repository, or it cannot be reached.
-    """
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise ImportError(
-            f"there is no file or folder {hub_id}; a hub id needs huggingface_hub: pip install 'shortcutflow[hub]'"
-        ) from error
-    parts = ["", *(f"{part}/" for part in (*MODELS, "scheduler"))]
-    patterns = [f"{part}{name}" for part in parts for name in ("*.json", "*pytorch_model*.safetensors")]
-    try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=patterns))
-        if not any(folder.rglob("*.safetensors")):
-            patterns += [f"{part}*pytorch_model*.bin" for part in parts]
-            folder = Path(snapshot_download(hub_id, allow_patterns=patterns))
-    except Exception as error:  # of the hub's client and of its network library
-        reason = " ".join(str(error).split())[:200]
-        raise OSError(f"there is no file or folder {hub_id}, and it cannot be had from the hub: {reason}") from error
+    """The folder of a hub repository's configs and weights, from the cache or downloaded; see :func:`download`."""
+    patterns = ["*.json", "*pytorch_model*.safetensors"]
+    folder = download(hub_id, allow_patterns=patterns)
+    if not any(folder.rglob("*.safetensors")):
+        folder = download(hub_id, allow_patterns=[*patterns, "*pytorch_model*.bin"])
     return folder
 
 
@@ -137,9 +123,7 @@ def _snapshot(source: Path) -> Path:
 
 def _model_folder(source: Path) -> Path:
     """The folder of the network: the source itself, or its only part that is one."""
-    if (source / INDEX).is_file():
-        read_object(source / INDEX, "a diffusers model")
-    elif (source / CONFIG).is_file():
+    if (source / CONFIG).is_file() and not (source / INDEX).is_file():
         return source
     found = [source / name for name in MODELS if (source / name / CONFIG).is_file()]
     if len(found) == 1:
@@ -182,12 +166,6 @@ def _weights(folder: Path) -> tuple[dict[str, Tensor], str | None]:
     if missing := sorted(placed.keys() - tensors.keys()):
         raise ValueError(f"{path}: its files lack {', '.join(missing[:3])}")
     return tensors, variant
-
-
-def _vae(source: Path, shape: tuple[int, ...]) -> str | None:
-    if (source / "vae" / CONFIG).is_file():
-        return str((source / "vae").absolute())
-    return DEFAULT_VAE if shape[0] == 4 else None
 
 
 def _diffusion(source: Path, folder: Path) -> tuple[dict[str, Any], list[str]]:

@@ -9,8 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shortcutflow.interop.conversion import Conversion, ParamSource, count_blocks
-from shortcutflow.interop.dit_layout import DiTSizes, check_positions, dit_backbone, dit_params
+from shortcutflow.interop.conversion import (
+    Conversion,
+    DiTSizes,
+    ParamSource,
+    check_positions,
+    count_blocks,
+    dit_backbone,
+    dit_params,
+)
 from shortcutflow.network import BackboneConfig, build_network
 
 FIRST = "transformer_blocks.0.norm1.emb"

@@ -18,8 +18,31 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
+from shortcutflow.data.autoencoder import Autoencoder
+from shortcutflow.interop.exportable import difference, example_inputs, without_warnings
 from shortcutflow.models.config import ModelConfig
 from shortcutflow.models.model import Model
+
+README = """---
+library_name: diffusers
+tags:
+- shortcut-models
+- few-step
+---
+# {name}
+
+A shortcut model: one network that samples in any number of steps. Needs `shortcutflow` and diffusers:
+
+```python
+from shortcutflow.interop.diffusers_pipeline import ShortcutPipeline
+
+pipe = ShortcutPipeline.from_pretrained("DIR or hub id")
+images = pipe({call}num_inference_steps=4).images
+```
+
+Nothing in this repository is code: the config names a network of the installed library, the weights are safetensors.
+It computes in float32; `torch.autocast` works.
+"""
 
 
 class ShortcutNetwork(ModelMixin, ConfigMixin):
@@ -104,7 +127,7 @@ class ShortcutPipeline(DiffusionPipeline):
         if self.network.dtype != torch.float32:
             raise ValueError(f"this network computes in float32, not {self.network.dtype}; use torch.autocast for less")
         output_type = self._output_type(output_type)
-        count = _count(class_labels=class_labels, condition=condition, latents=latents, batch_size=batch_size)
+        count = _count(batch_size, class_labels=class_labels, condition=condition, latents=latents)
         y = self._conditions(class_labels, condition, count)
         if latents is None:
             latents = randn_tensor((count, *config.shape), generator=generator, device=device, dtype=torch.float32)
@@ -114,8 +137,11 @@ class ShortcutPipeline(DiffusionPipeline):
             latents.to(device, torch.float32), y, steps=num_inference_steps, guidance_scale=guidance_scale,
             generator=generator[0] if isinstance(generator, list) else generator,
         )  # fmt: skip
+        if output_type != "latent" and self.vae is not None:
+            x = x / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+            x = self.vae.decode(x.to(self.vae.dtype), return_dict=False)[0].float()
         if output_type != "latent":
-            x = self._images(x, output_type)
+            x = self.image_processor.postprocess(x, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=x) if return_dict else (x,)
 
@@ -133,38 +159,61 @@ class ShortcutPipeline(DiffusionPipeline):
 
     def _conditions(self, class_labels: Any, condition: Tensor | None, count: int) -> Tensor | None:
         """y (count, ...), or None if none is given."""
-        config = self.network.model_config
+        config, device = self.network.model_config, self._execution_device
         if class_labels is not None and config.num_classes is None:
             raise ValueError("class_labels: this model has no labels")
-        if condition is not None and config.condition_shape is None:
-            raise ValueError("condition: this model is not conditioned on tensors")
-        if condition is not None and tuple(condition.shape) != (count, *config.condition_shape):
-            shape = (count, *config.condition_shape)
-            raise ValueError(f"condition must have shape {shape}, got {tuple(condition.shape)}")
-        device = self._execution_device
         if class_labels is not None:
             return torch.as_tensor(class_labels, dtype=torch.int64, device=device).expand(count)
-        return None if condition is None else condition.to(device, torch.float32)
+        if condition is None:
+            return None
+        if config.condition_shape is None:
+            raise ValueError("condition: this model is not conditioned on tensors")
+        if tuple(condition.shape) != (shape := (count, *config.condition_shape)):
+            raise ValueError(f"condition must have shape {shape}, got {tuple(condition.shape)}")
+        return condition.to(device, torch.float32)
 
-    def _images(self, x: Tensor, output_type: str) -> Any:
-        """Images of samples in [-1, 1], or of scaled latents."""
-        if self.vae is not None:
-            unscaled = x / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-            x = self.vae.decode(unscaled.to(self.vae.dtype), return_dict=False)[0].float()
-        return self.image_processor.postprocess(x, output_type=output_type)
 
-
-def _count(**given: Any) -> int:
-    """How many samples there are to be.
-
-    Raises:
-        ValueError: if the arguments contradict each other.
-    """
-    counts = {
-        name: value if name == "batch_size" else len(value)
-        for name, value in given.items()
-        if value is not None and (name == "batch_size" or not isinstance(value, int))
-    }
+def _count(batch_size: int | None, **given: Any) -> int:
+    """How many samples there are to be; raises ValueError if the arguments contradict each other."""
+    counts = {name: len(value) for name, value in given.items() if value is not None and not isinstance(value, int)}
+    if batch_size is not None:
+        counts["batch_size"] = batch_size
     if len(set(counts.values())) > 1 or any(count < 1 for count in counts.values()):
         raise ValueError(f"there must be as many of each, and at least 1: {counts}")
     return next(iter(counts.values()), 1)
+
+
+def write_pipeline(model: Model, autoencoder: Autoencoder | None, folder: Path) -> None:
+    """Write a model as a pipeline's folder, with the autoencoder whose latents its samples are, if it is given::
+
+    model_index.json                               the pipeline's parts
+    network/config.json                            the model's config
+    network/diffusion_pytorch_model.safetensors    its weights
+    vae/                                           the autoencoder
+    README.md                                      how to load it
+    """
+    config = model.config.model_copy(update={"weights": (model.weights,), "default_weights": model.weights})
+    network = ShortcutNetwork(config.model_dump(mode="json"))
+    network.network.load_state_dict(model.network.state_dict())
+    with without_warnings():
+        ShortcutPipeline(network, None if autoencoder is None else autoencoder._network).save_pretrained(folder)
+    call = "0, " if model.num_classes is not None else ""
+    (folder / "README.md").write_text(README.format(name=folder.name, call=call))
+
+
+def pipeline_difference(model: Model, folder: Path) -> float:
+    """The largest difference of a written pipeline's samples to the library's, as :func:`difference`."""
+    with without_warnings():
+        pipeline: Any = ShortcutPipeline.from_pretrained(folder)
+    found = []
+    for rows, steps, scale in ((1, 1, 1.0), (2, 3, 1.0 if model.null_y is None else 1.5)):
+        noise, y = example_inputs(model, rows)
+        generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+        (samples,) = pipeline(
+            latents=noise, num_inference_steps=steps, guidance_scale=scale, generator=generators[0],
+            output_type="latent", return_dict=False,
+            **{"class_labels" if model.num_classes is not None else "condition": y},
+        )  # fmt: skip
+        expected = model.sample(noise, y, steps=steps, guidance_scale=scale, generator=generators[1])
+        found.append(difference(samples, expected))
+    return max(found)

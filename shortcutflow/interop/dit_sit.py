@@ -19,9 +19,17 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from shortcutflow.data.autoencoder import DEFAULT_VAE
-from shortcutflow.interop.conversion import Conversion, ReadTensor, count_blocks
+from shortcutflow.interop.conversion import (
+    Conversion,
+    DiTSizes,
+    ReadTensor,
+    check_positions,
+    count_blocks,
+    dit_backbone,
+    dit_params,
+    usual_heads,
+)
 from shortcutflow.interop.diffusers_folder import WEIGHTS_NAME
-from shortcutflow.interop.dit_layout import DiTSizes, check_positions, dit_backbone, dit_params, usual_heads
 from shortcutflow.interop.torch_file import read_state_dicts
 
 Kind = Literal["sit", "dit"]
@@ -29,6 +37,10 @@ PATCHES, TABLE, POSITIONS = "x_embedder.proj.weight", "y_embedder.embedding_tabl
 HIDDEN, LAST = "blocks.0.mlp.fc1.weight", "final_layer.linear.weight"
 DIFFUSION = {"predicts": "noise", "schedule": "linear", "steps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
 """DiT's, and the one of DDPM."""
+PREDICTIONS = {
+    "sit": "velocity of the linear path, as in the published models",
+    "dit": "noise of the linear schedule of 1000 times, as in the published models",
+}
 LATENT_CHANNELS, SCALING = 4, "0.18215"
 LAYERS = {
     "patch_embedding": "x_embedder.proj",
@@ -90,18 +102,16 @@ def _describe(tensors: Mapping[str, Tensor], kind: Kind, heads: int | None, imag
     if kind not in get_args(Kind):
         raise ValueError(f"unknown kind {kind!r}; known: {', '.join(get_args(Kind))}")
     name = {"sit": "SiT", "dit": "DiT"}[kind]
-    sizes, notes = _sizes(tensors, name), []
+    sizes = _sizes(tensors, name)
     side = math.isqrt(tensors[POSITIONS].shape[1]) * sizes.patch
     if image_size not in (None, side):
         raise ValueError(f"image_size {image_size}: its positions are those of samples of side {side}")
+    notes = []
     if heads is None:
-        heads = usual_heads(sizes.hidden_size)
-        notes.append(f"heads: {heads}, usual for hidden size {sizes.hidden_size}; the file does not say (--heads)")
+        heads, assumed = usual_heads(sizes.hidden_size)
+        notes.append(assumed)
     notes.append(f"labels: {sizes.num_classes}, and the last row of the table is that of no label")
-    notes.append({
-        "sit": "prediction: velocity of the linear path, as in the published models",
-        "dit": "prediction: noise of the linear schedule of 1000 times, as in the published models",
-    }[kind])  # fmt: skip
+    notes.append(f"prediction: {PREDICTIONS[kind]}")
     diffusion = {"diffusion": DIFFUSION} if kind == "dit" else {}
     latents = sizes.channels == LATENT_CHANNELS
     return Conversion(
@@ -119,15 +129,12 @@ def _sizes(tensors: Mapping[str, Tensor], name: str) -> DiTSizes:
             raise ValueError(f"it is no {name} checkpoint: {needed} {what}")
     hidden_size, channels, patch, _ = tensors[PATCHES].shape
     side = math.isqrt(tensors[POSITIONS].shape[1])
-    values = patch**2 * channels
-    rows = tensors[LAST].shape[0]
+    values, rows = patch**2 * channels, len(tensors[LAST])
     impossible = min(hidden_size, values, side) < 1 or hidden_size % 4 or side**2 != tensors[POSITIONS].shape[1]
     if impossible or len(tensors[TABLE]) < 2:
         raise ValueError(f"it is no {name} checkpoint: its patches, positions or labels have impossible sizes")
     if rows not in (values, 2 * values):
         raise ValueError(f"{LAST} has {rows} rows; the patches make it {values}, or {2 * values} with a variance")
-    if tuple(tensors[POSITIONS].shape) != (1, side**2, hidden_size):
-        raise ValueError(f"{POSITIONS} has shape {tuple(tensors[POSITIONS].shape)}, not (1, n, {hidden_size})")
     return DiTSizes(
         hidden_size=hidden_size, depth=count_blocks(tensors, "blocks."), mlp_size=len(tensors[HIDDEN]), patch=patch,
         channels=channels, out_channels=rows // patch**2, num_classes=len(tensors[TABLE]) - 1,

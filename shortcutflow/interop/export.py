@@ -1,17 +1,39 @@
-"""From a model's or a run's folder to what other code reads."""
+"""From a model's or a run's folder to what other code reads, compared with the library's own sampler first."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from importlib import import_module
+import json
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-FORMATS: Mapping[str, tuple[str, ...]] = {
-    "diffusers": ("weights", "decoder"), "onnx": ("weights", "steps", "guidance_scale", "decoder"),
-    "torch": ("weights", "steps", "guidance_scale", "decoder"),
-}  # fmt: skip
-"""Formats and the options that each has: a diffusers pipeline, ONNX, torch.export."""
+import torch
+from torch import Tensor
+
+from shortcutflow.data.autoencoder import load_autoencoder
+from shortcutflow.interop.exportable import TOLERANCE, ExportableSampler, without_warnings
+from shortcutflow.io.atomic import atomic_output
+from shortcutflow.models.model import load
+
+METADATA_FILE = "shortcutflow.json"
+"""What a .pt2 file holds beside the program, see :meth:`ExportableSampler.metadata`."""
+
+
+class Format(NamedTuple):
+    """The end of a file's name, the packages that write it, and the extra that installs them."""
+
+    suffix: str
+    packages: tuple[str, ...] = ()
+    extra: str = ""
+
+
+FORMATS: Mapping[str, Format] = {
+    "diffusers": Format("", ("diffusers",), "latents"),
+    "onnx": Format(".onnx", ("onnx", "onnxscript"), "onnx"),
+    "torch": Format(".pt2"),
+}
+"""A diffusers pipeline, ONNX, torch.export. Steps and guidance are options of the last two, which fix them."""
 
 
 def export_model(
@@ -20,37 +42,93 @@ def export_model(
     format: str,
     *,
     weights: str | None = None,
-    steps: Sequence[float] | None = None,
+    steps: int | Sequence[float] | None = None,
     guidance_scale: float | None = None,
     decoder: str | None = None,
 ) -> str:
     """Write a model in a format that other code reads; returns a summary in one line.
 
+    ONNX and .pt2 files are functions (noise, y) -> samples: ``noise`` (batch, *shape) float32 and, if the model has
+    conditions, ``y``: labels (batch,) int64 or (batch, *condition_shape) float32.
+
     Args:
         folder: a model folder or run folder.
-        out: the file or folder, which must not exist.
+        out: the file or folder, which must not exist; it appears when it is complete and compared.
         format: one of :data:`FORMATS`.
         weights: which of the folder's weights; None takes the config's.
-        steps: one whole number, or step sizes that add up to 1; None is one step.
+        steps: a number of steps, or step sizes that add up to 1; None is one step.
         guidance_scale: of classifier-free guidance; None is none.
-        decoder: an autoencoder's folder or hub id, for models of latents.
+        decoder: folder or hub id of the autoencoder whose latents the samples are, whose decoder goes along.
 
     Raises:
-        ValueError: for an unknown format, an option that it does not have, and as the format's own function.
+        ValueError: for an unknown format or an option that it does not have, a network that cannot be traced, steps or
+            guidance that the model cannot do, an autoencoder of other latents, or if what was written gives other
+            samples than the library.
+        ImportError: without the packages that the format needs.
+        FileExistsError: if something of that name exists.
     """
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
-    given: dict[str, Any] = {"weights": weights, "steps": steps, "guidance_scale": guidance_scale, "decoder": decoder}
-    given = {name: value for name, value in given.items() if value is not None}
-    if wrong := [name for name in given if name not in FORMATS[format]]:
-        takes = ", ".join(FORMATS[format])
-        raise ValueError(f"format {format!r} has no option {', '.join(wrong)}; its options: {takes}")
-    if steps is not None and len(steps) == 1 and steps[0] == int(steps[0]):
-        given["steps"] = int(steps[0])
-    # Each loads packages that the others do not need.
-    module, function = {
-        "diffusers": ("exports.to_diffusers", "export_diffusers"),
-        "onnx": ("exports.to_onnx", "export_onnx"),
-        "torch": ("exports.to_program", "export_program"),
-    }[format]
-    return getattr(import_module(f"shortcutflow.interop.{module}"), function)(folder, out, **given)
+    suffix, packages, extra = FORMATS[format]
+    fixed = {"steps": steps, "guidance_scale": guidance_scale}
+    if format == "diffusers" and (wrong := [name for name, value in fixed.items() if value is not None]):
+        raise ValueError(f"format {format!r} has no option {', '.join(wrong)}; its options: weights, decoder")
+    if suffix and out.suffix != suffix:
+        raise ValueError(f"--out {out}: the name of a file of format {format!r} must end in {suffix}")
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise ImportError(f"format {format!r} needs {' and '.join(missing)}: pip install 'shortcutflow[{extra}]'")
+    with atomic_output(out) as path:
+        model = load(folder, weights=weights)
+        autoencoder = None
+        if decoder is not None:
+            autoencoder = load_autoencoder(decoder, expect=model.config.latents, other_decoder=True)
+            if len(model.shape) != 3 or model.shape[0] != autoencoder.latent_channels:
+                raise ValueError(
+                    f"--decoder {decoder} decodes latents of {autoencoder.latent_channels} channels; this model makes "
+                    f"samples of shape {model.shape}"
+                )
+        if format == "diffusers":
+            from shortcutflow.interop.diffusers_pipeline import pipeline_difference, write_pipeline
+
+            what = "a diffusers pipeline"
+            write_pipeline(model, autoencoder, path)
+            found: float | None = pipeline_difference(model, path)
+        else:
+            steps = [1] if steps is None else steps
+            if not isinstance(steps, int) and len(steps) == 1 and steps[0] == int(steps[0]):
+                steps = int(steps[0])  # as the command line gives a number of steps
+            sampler = ExportableSampler(
+                model, steps=steps, guidance_scale=1.0 if guidance_scale is None else guidance_scale,
+                autoencoder=autoencoder,
+            )  # fmt: skip
+            what = f"{len(sampler.sizes)}-step sampler"
+            run = _write_program(sampler, path) if format == "torch" else _write_onnx(sampler, path)
+            found = None if run is None else sampler.difference(run)
+        if found is not None and not found <= TOLERANCE:
+            raise ValueError(
+                f"what was written gives other samples than the library's sampler, by {found:.2g} ({TOLERANCE:g} is "
+                "allowed), so it was thrown away: a defect of the export, or a network that magnifies rounding errors"
+            )
+    compared = "not compared with the library's sampler, as onnxruntime is not installed"
+    if found is not None:
+        compared = f"differs from the library's sampler by {found:.1g} at most"
+    if model.config.vae is not None and decoder is None:
+        compared += f"; its samples are latents of {model.config.vae}, for images give --decoder"
+    return f"{out}: {what}, {compared}"
+
+
+def _write_onnx(sampler: ExportableSampler, path: Path) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+    """Write an ONNX file; returns what runs it, or None without onnxruntime."""
+    from shortcutflow.interop.to_onnx import onnx_runner, write_onnx
+
+    write_onnx(sampler, path)
+    return onnx_runner(path) if find_spec("onnxruntime") is not None else None
+
+
+def _write_program(sampler: ExportableSampler, path: Path) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """Write a .pt2 file of torch.export, which PyTorch runs without this library; returns what runs it."""
+    program = sampler.trace()
+    with without_warnings():
+        torch.export.save(program, path, extra_files={METADATA_FILE: json.dumps(sampler.metadata(), indent=2)})
+        # It unpickles; this file was written a moment ago.
+        return torch.export.load(path).module()

@@ -11,7 +11,10 @@ except ImportError as error:
     raise ImportError("models on the hub need huggingface_hub: pip install 'shortcutflow[hub]'") from error
 
 from shortcutflow.interop.model_card import card_text
-from shortcutflow.models.model import Model, download, load, save_model
+from shortcutflow.models.model import Model, download, load
+
+HUB_OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+"""What the mixin passes on to the hub's client; all else is for :func:`shortcutflow.load`."""
 
 
 class HubModel(ModelHubMixin, library_name="shortcutflow"):
@@ -41,24 +44,10 @@ class HubModel(ModelHubMixin, library_name="shortcutflow"):
         return ModelCard(card_text(self.model.config, self.model.folder, name or self.model.folder.name or "model"))
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        save_model(self.model, save_directory)
+        self.model.save(save_directory)
 
     @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        **options: Any,
-    ) -> HubModel:
-        folder = Path(model_id)
-        if not folder.is_dir():
-            folder = download(
-                model_id, revision=revision, cache_dir=cache_dir, force_download=force_download,
-                local_files_only=local_files_only, token=token,
-            )  # fmt: skip
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> HubModel:
+        of_hub = {name: options.pop(name, None) for name in HUB_OPTIONS}
+        folder = Path(model_id) if Path(model_id).is_dir() else download(model_id, **of_hub)
         return cls(load(folder, **options))

@@ -7,14 +7,24 @@ kernel is (row, column, in, out); the final channels of a patch are ordered (row
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from shortcutflow.interop.conversion import Conversion, ParamSource, ReadTensor, Shapes, check_shapes, count_blocks
-from shortcutflow.interop.dit_layout import PAPER_HEADS, TIME_FEATURES, DiTSizes, dit_backbone, dit_params, usual_heads
+from shortcutflow.interop.conversion import (
+    PAPER_HEADS,
+    TIME_FEATURES,
+    Conversion,
+    DiTSizes,
+    ParamSource,
+    ReadTensor,
+    count_blocks,
+    dit_backbone,
+    dit_params,
+    usual_heads,
+)
 from shortcutflow.interop.jax_pickle import AdamState, StoredArray, load_pickle
 
 CHECKPOINT = "checkpoint of the authors' JAX code"
@@ -39,8 +49,6 @@ LAYERS: dict[str, str | tuple[str, ...]] = {
 }
 """Linear layers of the backbone "dit", and of these checkpoints."""
 
-Arrays = Mapping[str, StoredArray]
-
 
 def read_jax_checkpoint(
     path: Path, *, heads: int | None = None, image_size: int | None = None
@@ -61,49 +69,48 @@ def read_jax_checkpoint(
         _with_keys("train_state", state, "params", "params_ema", "opt_state", "step")
         if not isinstance(value["_timestamp"], float) or not math.isfinite(value["_timestamp"]):
             raise ValueError("_timestamp must be a finite number of seconds")
-        sets = {name: dict(_flat(state[key], key)) for name, key in (("current", "params"), ("ema", "params_ema"))}
-        sizes = sizes_of({name: array.shape for name, array in sets["current"].items()})
-        for key, arrays in zip(("params", "params_ema"), sets.values(), strict=True):
-            _check_arrays(arrays, key, sizes)
-        ignores_step_size = _ignores_step_size(state["opt_state"])
-        step = _step(state["step"])
+        sets = {key: dict(_flat(state[key], key)) for key in ("params", "params_ema")}
+        sizes = sizes_of({name: array.shape for name, array in sets["params"].items()})
+        ignores_step_size, notes, options = _ignores_step_size(state["opt_state"]), [], {"released": True}
+        if heads is None:
+            heads, assumed = usual_heads(sizes.hidden_size)
+            notes.append(assumed)
+        if image_size is None:
+            image_size = _usual_image_size(sizes)
+            notes.append(f"image size: {image_size}, the usual one; the file does not say (--image-size)")
+        if ignores_step_size:
+            options["ignore_step_size"] = True
+            notes.append("step size: training never gave it to the network (a flow model or another baseline)")
+        conversion = Conversion(
+            source=CHECKPOINT, backbone=dit_backbone(sizes, heads, **options),
+            shape=(sizes.channels, image_size, image_size), num_classes=sizes.num_classes, params=params_of(sizes),
+            step_conditioned=not ignores_step_size, step=_step(state["step"]), notes=tuple(notes),
+            about={"timestamp": repr(value["_timestamp"])},
+        )  # fmt: skip
+        for key, arrays in sets.items():
+            conversion.check({name: array.shape for name, array in arrays.items()}, f"{key}: ")
+            for name, array in arrays.items():
+                if array.dtype.newbyteorder("=") != "float32":
+                    raise ValueError(f"{key}: {name} must be float32, it is {array.dtype}")
     except ValueError as error:
         raise ValueError(f"{path} is no {CHECKPOINT}: {error}") from None
-    notes = []
-    if heads is None:
-        heads = usual_heads(sizes.hidden_size)
-        notes.append(f"heads: {heads}, usual for hidden size {sizes.hidden_size}; the file does not say (--heads)")
-    if image_size is None:
-        image_size = _usual_image_size(sizes)
-        notes.append(f"image size: {image_size}, the usual one; the file does not say (--image-size)")
-    options = {"released": True}
-    if ignores_step_size:
-        options["ignore_step_size"] = True
-        notes.append("step size: training never gave it to the network (a flow model or another baseline)")
-    conversion = Conversion(
-        source=CHECKPOINT, backbone=dit_backbone(sizes, heads, **options),
-        shape=(sizes.channels, image_size, image_size), num_classes=sizes.num_classes, params=params_of(sizes),
-        step_conditioned=not ignores_step_size, step=step, notes=tuple(notes),
-        about={"timestamp": repr(value["_timestamp"])},
-    )  # fmt: skip
-    return conversion, {name: _reader(arrays) for name, arrays in sets.items()}
+    return conversion, {"current": _reader(sets["params"]), "ema": _reader(sets["params_ema"])}
 
 
-def sizes_of(shapes: Shapes) -> DiTSizes:
-    """The sizes, after checking that every parameter of such a network is there with its shape, and no other.
+def sizes_of(shapes: Mapping[str, Sequence[int]]) -> DiTSizes:
+    """The sizes, from parameters whose names and shapes are checked by them.
 
     Raises:
-        ValueError: naming the parameter that is missing, unknown or of another shape.
+        ValueError: naming a parameter that is missing or of another shape.
     """
     for name, dimensions in ((f"{PATCHES}/kernel", 4), (LABELS, 2), (MLP, 1)):
         if name not in shapes or len(shapes[name]) != dimensions:
             raise ValueError(f"{name} is missing or has not {dimensions} dimensions")
-    kernel, depth = shapes[f"{PATCHES}/kernel"], count_blocks(shapes, "DiTBlock_")
-    channels = kernel[2]
-    sizes = DiTSizes(kernel[3], depth, shapes[MLP][0], kernel[0], channels, channels, shapes[LABELS][0] - 1)
-    if min(sizes) < 1 or sizes.hidden_size % 4:
+    patch, _, channels, hidden_size = shapes[f"{PATCHES}/kernel"]
+    depth, mlp_size, classes = count_blocks(shapes, "DiTBlock_"), shapes[MLP][0], shapes[LABELS][0] - 1
+    sizes = DiTSizes(hidden_size, depth, mlp_size, patch, channels, channels, classes)
+    if min(sizes) < 1 or hidden_size % 4:
         raise ValueError(f"sizes must be at least 1, and the hidden size a multiple of 4: {sizes}")
-    check_shapes(shapes, params_of(sizes), CHECKPOINT)
     return sizes
 
 
@@ -113,7 +120,7 @@ def params_of(sizes: DiTSizes) -> dict[str, ParamSource]:
     return params | {"log_variances": ParamSource(("Embed_0/embedding",), (LOG_VARIANCES, 1))}
 
 
-def _reader(arrays: Arrays) -> ReadTensor:
+def _reader(arrays: Mapping[str, StoredArray]) -> ReadTensor:
     return lambda name: torch.from_numpy(arrays[name].read())
 
 
@@ -136,16 +143,6 @@ def _flat(tree: Any, what: str, prefix: str = "") -> Iterator[tuple[str, StoredA
         if not key or "/" in key:
             raise ValueError(f"{what} has a key {key!r}; names of parameters are not empty and have no slash")
         yield from _flat(part, what, f"{prefix}/{key}" if prefix else key)
-
-
-def _check_arrays(arrays: Arrays, what: str, sizes: DiTSizes) -> None:
-    try:
-        check_shapes({name: array.shape for name, array in arrays.items()}, params_of(sizes), CHECKPOINT)
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from None
-    for name, array in arrays.items():
-        if array.dtype.newbyteorder("=") != "float32":
-            raise ValueError(f"{what}: {name} must be float32, it is {array.dtype}")
 
 
 def _ignores_step_size(opt_state: Any) -> bool:

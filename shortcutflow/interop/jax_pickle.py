@@ -20,7 +20,7 @@ import numpy as np
 NUMBERS = ("b1", "f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")
 """Types of the numbers of an array."""
 LONGEST_STRING = 256
-"""Bytes of a string or a name."""
+"""Bytes of a string or a name; longer bytes, those of arrays, are left in the file."""
 MOST_READS = 500_000
 """Of a file; a network of 28 blocks with its optimizer has about 100,000."""
 DEEPEST, MOST_VALUES = 16, 200_000
@@ -35,17 +35,30 @@ def load_pickle(path: Path) -> Any:
             need, lengths that do not fit the file, values that are too many or nested too deep.
     """
     with path.open("rb") as opened:
-        file = _BoundedFile(opened, path.stat().st_size)
+        file = _BoundedFile(opened, path)
         try:
             if file.read(1) != pickle.PROTO or file.read(1)[0] not in (3, 4, 5):
                 raise ValueError("not a pickle of protocol 3, 4 or 5")
-            value = _Unpickler(file, path).load()
-            if file.tell() != file.size:
-                raise ValueError(f"{file.size - file.tell()} bytes follow its end")
-            return _checked(value)
+            value = _Unpickler(file).load()
+            if (rest := file.size - opened.tell()) > 0:
+                raise ValueError(f"{rest} bytes follow its end")
+            # A file of a few bytes can name one value many times over, in itself even.
+            for count, (part, depth) in enumerate(_walk(value, 0)):
+                if count > MOST_VALUES or depth > DEEPEST:
+                    raise ValueError(f"it stands for more than {MOST_VALUES} values, or is nested {DEEPEST} deep")
+                if isinstance(part, StoredArray) and not hasattr(part, "shape"):
+                    raise ValueError("it holds a half-built array")
         except Exception as error:  # a made-up file can make an unpickler fail in any way
             reason = " ".join(str(error).split())[:400] or type(error).__name__
-            raise ValueError(f"{path}: refused at byte {file.tell()}: {reason}") from None
+            raise ValueError(f"{path}: refused at byte {opened.tell()}: {reason}") from None
+    return value
+
+
+def _walk(value: Any, depth: int) -> Iterator[tuple[Any, int]]:
+    yield value, depth
+    if isinstance(value, dict | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _walk(part, depth + 1)
 
 
 class StoredBytes(NamedTuple):
@@ -72,7 +85,7 @@ class Dtype:
 
 
 class StoredArray:
-    """``numpy.ndarray`` whose numbers are still in the file.
+    """``numpy.ndarray`` whose numbers are still in the file, unless they are few.
 
     Attributes:
         shape: of the array.
@@ -91,23 +104,27 @@ class StoredArray:
         _, shape, dtype, fortran, content = state
         if type(shape) is not tuple or len(shape) > 8 or not all(type(size) is int and size >= 0 for size in shape):
             raise ValueError("an array's shape is no short tuple of whole numbers")
-        if not isinstance(dtype, Dtype) or not isinstance(content, StoredBytes):
+        if not isinstance(dtype, Dtype) or not isinstance(content, bytes | StoredBytes):
             raise ValueError("an array has no type or no bytes")
         needed = math.prod(shape) * dtype.dtype.itemsize  # of whole numbers without a limit: nothing overflows
-        if needed != content.length:
-            raise ValueError(f"an array of shape {shape} takes {needed} bytes, the file holds {content.length} for it")
+        held = len(content) if isinstance(content, bytes) else content.length
+        if needed != held:
+            raise ValueError(f"an array of shape {shape} takes {needed} bytes, the file holds {held} for it")
         self.shape, self.dtype, self._content, self._fortran = shape, dtype.dtype, content, bool(fortran)
 
     def read(self) -> np.ndarray:
         """The array, in memory of its own, in this machine's byte order."""
-        path, offset, _ = self._content
-        numbers = np.fromfile(path, self.dtype, math.prod(self.shape), offset=offset)
-        numbers = numbers.astype(self.dtype.newbyteorder("="), copy=False)
+        if isinstance(self._content, bytes):
+            numbers = np.frombuffer(self._content, self.dtype)
+        else:
+            path, offset, _ = self._content
+            numbers = np.fromfile(path, self.dtype, math.prod(self.shape), offset=offset)
+        numbers = numbers.astype(self.dtype.newbyteorder("="), copy=isinstance(self._content, bytes))
         return numbers.reshape(self.shape[::-1]).T if self._fortran else numbers.reshape(self.shape)
 
 
 class FrozenDict(dict[str, Any]):
-    """flax's dictionary."""
+    """flax's dictionary, made of its entries or of the state of its class, which may have slots."""
 
     def __init__(self, values: Any = None) -> None:
         super().__init__()
@@ -115,7 +132,7 @@ class FrozenDict(dict[str, Any]):
             self.restore({"_dict": values})
 
     def restore(self, state: Any) -> None:
-        """Take the entries from the state of flax's class, or of one with slots."""
+        """Take the entries."""
         values = (state[1] if type(state) is tuple else state)["_dict"]
         if type(values) is not dict:
             raise ValueError("a FrozenDict holds something that is no dictionary")
@@ -142,7 +159,7 @@ def _reconstruct(*_: Any) -> StoredArray:
     return StoredArray()
 
 
-def _frombuffer(content: StoredBytes, dtype: Dtype, shape: tuple[int, ...], order: str) -> StoredArray:
+def _frombuffer(content: Any, dtype: Any, shape: Any, order: Any) -> StoredArray:
     """numpy's, from protocol 5 on."""
     array = StoredArray()
     array.restore((1, shape, dtype, order == "F", content))
@@ -180,15 +197,12 @@ class _Unpickler(_PythonUnpickler):
         for code in (
             pickle.MARK, pickle.STOP, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1,
             pickle.BININT2, pickle.LONG1, pickle.BINFLOAT, pickle.SHORT_BINUNICODE, pickle.BINUNICODE,
-            pickle.EMPTY_DICT, pickle.EMPTY_TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.TUPLE,
-            pickle.MEMOIZE, pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET, pickle.GLOBAL,
-            pickle.STACK_GLOBAL, pickle.REDUCE, pickle.NEWOBJ,
+            pickle.SHORT_BINBYTES, pickle.BINBYTES, pickle.BINBYTES8, pickle.EMPTY_DICT, pickle.EMPTY_TUPLE,
+            pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.TUPLE, pickle.MEMOIZE, pickle.BINPUT,
+            pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET, pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.REDUCE,
+            pickle.NEWOBJ,
         )
     })  # fmt: skip
-
-    def __init__(self, file: _BoundedFile, path: Path) -> None:
-        super().__init__(file)
-        self._bounded, self._path = file, path
 
     def find_class(self, module: str, name: str) -> Any:
         """What stands for a name.
@@ -202,11 +216,6 @@ class _Unpickler(_PythonUnpickler):
 
     def _load_frame(self) -> None:
         self.read(8)  # a hint at how much to read at once
-
-    def _load_bytes(self, width: int) -> None:
-        """Leave bytes in the file, which begin with their length in so many bytes."""
-        length = int.from_bytes(self.read(width), "little")
-        self.append(StoredBytes(self._path, self._bounded.skip(length), length))
 
     def _load_items(self) -> None:
         self._set_items(self.pop_mark())
@@ -227,62 +236,32 @@ class _Unpickler(_PythonUnpickler):
 
     dispatch |= {
         pickle.FRAME[0]: _load_frame, pickle.SETITEM[0]: _load_item, pickle.SETITEMS[0]: _load_items,
-        pickle.BUILD[0]: _load_state, pickle.SHORT_BINBYTES[0]: lambda self: self._load_bytes(1),
-        pickle.BINBYTES[0]: lambda self: self._load_bytes(4), pickle.BINBYTES8[0]: lambda self: self._load_bytes(8),
-        pickle.BYTEARRAY8[0]: lambda self: self._load_bytes(8),
+        pickle.BUILD[0]: _load_state, pickle.BYTEARRAY8[0]: dispatch[pickle.BINBYTES8[0]],
     }  # fmt: skip
 
 
 class _BoundedFile:
     """A file of which only so many short pieces are read."""
 
-    def __init__(self, file: Any, size: int) -> None:
-        self._file, self.size, self._reads = file, size, 0
-        self.tell = file.tell
+    def __init__(self, file: Any, path: Path) -> None:
+        self._file, self._path, self.size, self._reads = file, path, path.stat().st_size, 0
 
-    def read(self, count: int) -> bytes:
-        """So many bytes."""
+    def read(self, count: int) -> Any:
+        """So many bytes, or where they are if they are too many for a string."""
         self._reads += 1
         if self._reads > MOST_READS:
             raise ValueError(f"it has more than {MOST_READS} parts, which no checkpoint has")
-        if count > LONGEST_STRING:
-            raise ValueError(f"a string of {count} bytes; {LONGEST_STRING} are allowed")
-        content = self._file.read(count)
-        if len(content) < count:
-            raise ValueError("the file is cut off")
-        return content
+        offset = self._file.tell()
+        if count > self.size - offset:
+            raise ValueError(f"it claims {count} bytes where {self.size - offset} are left: cut off or made up")
+        if count <= LONGEST_STRING:
+            return self._file.read(count)
+        self._file.seek(count, 1)
+        return StoredBytes(self._path, offset, count)
 
     def readline(self) -> bytes:
         """A line, which is the name of a module or of something in it."""
-        line = self._file.readline(LONGEST_STRING)
+        line: bytes = self._file.readline(LONGEST_STRING)
         if not line.endswith(b"\n"):
             raise ValueError(f"a name is cut off, or longer than {LONGEST_STRING} bytes")
         return line
-
-    def skip(self, count: int) -> int:
-        """Pass over bytes; returns their offset."""
-        offset = self.tell()
-        if count > self.size - offset:
-            raise ValueError(f"it claims {count} bytes where {self.size - offset} are left: cut off or made up")
-        self._file.seek(count, 1)
-        return offset
-
-
-def _checked(value: Any) -> Any:
-    """The value, if it is no deeper and stands for no more than a checkpoint does.
-
-    A file of a few bytes can name one value many times over, in itself even, so that what it stands for has no end.
-    """
-    for count, (part, depth) in enumerate(_walk(value, 0)):
-        if count > MOST_VALUES or depth > DEEPEST:
-            raise ValueError(f"it stands for more than {MOST_VALUES} values, or is nested more than {DEEPEST} deep")
-        if isinstance(part, StoredArray) and not hasattr(part, "shape"):
-            raise ValueError("it holds a half-built array")
-    return value
-
-
-def _walk(value: Any, depth: int) -> Iterator[tuple[Any, int]]:
-    yield value, depth
-    if isinstance(value, dict | tuple):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _walk(part, depth + 1)

@@ -48,44 +48,35 @@ def card_text(config: ModelConfig, folder: Path, name: str) -> str:
     if (folder / "samples.png").is_file():
         parts.append("![samples](samples.png)\n")
     call = "16, steps=4" if config.num_classes is None else "16, y=0, steps=4"
-    parts += [USE.format(name=name, call=call), "## Network\n", _table(["", ""], _facts(config))]
-    if about := [[topic, words] for topic, words in config.about.items()]:
-        parts += ["## Data and training\n", _table(["", ""], about)]
+    parts += [USE.format(name=name, call=call), "## Network\n"]
+    facts: list[list[Any]] = [["backbone", f"`{config.backbone.name}`"], *map(list, config.backbone.options.items())]
+    facts += [
+        ["shape of a sample", config.shape], ["finest steps in training", config.finest_steps],
+        ["labels", config.num_classes], ["latents of", f"`{config.vae}`" if config.vae else None],
+        ["optimizer steps", config.step], ["weights", ", ".join(config.weights)],
+        ["loaded by default", config.default_weights],
+    ]  # fmt: skip
+    parts.append(_table(["", ""], [fact for fact in facts if fact[1] is not None]))
+    if config.about:
+        parts += ["## Data and training\n", _table(["", ""], [list(item) for item in config.about.items()])]
     if reports := [report for path in sorted(folder.glob(REPORTS)) if (report := _report(path))]:
         parts += ["## Quality by number of steps\n", *reports]
     return "\n".join(parts)
-
-
-def _facts(config: ModelConfig) -> list[list[object]]:
-    facts: list[list[object]] = [["backbone", f"`{config.backbone.name}`"]]
-    facts += [[option, value] for option, value in config.backbone.options.items()]
-    facts += [["shape of a sample", config.shape], ["finest steps in training", config.finest_steps]]
-    facts += [["labels", config.num_classes]] if config.num_classes is not None else []
-    facts += [["latents of", f"`{config.vae}`"]] if config.vae is not None else []
-    facts += [["optimizer steps", config.step]] if config.step is not None else []
-    return [*facts, ["weights", ", ".join(config.weights)], ["loaded by default", config.default_weights]]
 
 
 def _report(path: Path) -> str | None:
     """A table of an evaluation's rows, and how they were measured; None for a file that is no report."""
     try:
         report = read_object(path, "an evaluation")
-    except ValueError:
+        rows = [{"steps": row["steps"]} | row["values"] for row in report["rows"]]
+    except (ValueError, KeyError, TypeError):
         return None
-    rows = report.get("rows")
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+    if not rows:
         return None
-    # The report of a protocol keeps its numbers together, and seconds apart.
-    rows = [
-        {"steps": row.get("steps", ""), **row["values"]} if isinstance(row.get("values"), dict) else row for row in rows
-    ]
-    names = list(rows[0])
-    table = _table(names, [[row.get(name, "") for name in names] for row in rows])
+    table = _table(list(rows[0]), [[row.get(name, "") for name in rows[0]] for row in rows])
+    subject = report["subject"] if isinstance(report.get("subject"), dict) else {}
     topics = ("protocol", "samples", "guidance_scale", "weights", "step")
-    facts: dict[str, Any] = {topic: report[topic] for topic in topics if topic in report}
-    subject = report.get("subject")
-    if isinstance(subject, dict):
-        facts |= {topic: subject[topic] for topic in topics if topic in subject}
+    facts: dict[str, Any] = {topic: (report | subject)[topic] for topic in topics if topic in report | subject}
     if isinstance(facts.get("protocol"), dict):
         facts["protocol"] = f"{facts['protocol'].get('name')} ({facts['protocol'].get('description')})"
     return table + "\n" + "; ".join(f"{topic}: {words}" for topic, words in facts.items()) + "\n"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shortcutflow.config import CURRENT
+from shortcutflow.io.safetensors import read_tensors
 
 KEYS = {
     **dict.fromkeys(("ema", "ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "params_ema"), "ema"),
@@ -44,7 +45,7 @@ def read_state_dicts(path: Path) -> dict[str, dict[str, Tensor]]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     if path.suffix == ".safetensors":
-        return {CURRENT: _checked(_of_safetensors(path), path)}
+        return {CURRENT: _checked(read_tensors(path, "get it again from where it came from")[0], path)}
     _check_archive(path)
     content = _loaded(path)
     if not isinstance(content, Mapping):
@@ -116,16 +117,6 @@ def _loaded(path: Path) -> Any:
             reason = reason.rpartition("WeightsUnpickler error:")[2] if "WeightsUnpickler" in reason else ""
         reason = reason.strip().partition(" Check the documentation")[0][:200] or type(error).__name__
         raise ValueError(f"{path}: refused, it is damaged or no dictionary of tensors: {reason}") from None
-
-
-def _of_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file, or damaged: {error}") from None
 
 
 def _checked(tensors: Mapping[str, Any], path: Path) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ A run's folder is one too: its config says the same in more words, and its weigh
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import nn
@@ -115,7 +115,12 @@ def read_config(folder: Path) -> ModelConfig | RunConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no model: there is no {CONFIG_FILE} in it")
     values = read_object(path, "a model")
-    return _model_config(values, path) if "format" in values else RunConfig.load(folder)
+    if "format" not in values:
+        return RunConfig.load(folder)
+    try:
+        return ModelConfig.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{path} describes no model: {wrong_fields(error, most=5)}") from error
 
 
 def config_of_run(run: RunConfig, info: DataInfo, *, weights: str, step: int | None) -> ModelConfig:
@@ -125,10 +130,3 @@ def config_of_run(run: RunConfig, info: DataInfo, *, weights: str, step: int | N
         weights=(weights,), default_weights=weights, step=step,
         about={"run": run.name, "objective": run.objective.kind, "data": run.data.kind},
     )  # fmt: skip
-
-
-def _model_config(values: dict[str, Any], path: Path) -> ModelConfig:
-    try:
-        return ModelConfig.model_validate(values)
-    except ValidationError as error:
-        raise ValueError(f"{path} describes no model: {wrong_fields(error, most=5)}") from error

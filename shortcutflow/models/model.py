@@ -106,28 +106,6 @@ class Model:
             "finest_steps": config.finest_steps, "flow_only": config.flow_only,
         }  # fmt: skip
 
-    @property
-    def is_conditional(self) -> bool:
-        """Whether the network takes labels or other conditions."""
-        return self.num_classes is not None or self.config.condition_shape is not None
-
-    @property
-    def null_condition(self) -> float | None:
-        """What y is without a condition: the null label as an integer, what fills a tensor, or None."""
-        if self.num_classes is not None:
-            return self.num_classes if self.null_y is None else int(self.null_y)
-        return None if self.config.condition_shape is None else (self.null_y or 0.0)
-
-    def example_inputs(self, rows: int) -> tuple[Tensor, Tensor | None]:
-        """Noise (rows, *shape) and conditions to try the model with, always the same; labels include the null label."""
-        generator = Generator().manual_seed(rows)
-        noise = torch.randn(rows, *self.shape, generator=generator)
-        if self.num_classes is not None:
-            return noise, (torch.arange(rows) + self.num_classes - 1) % (self.num_classes + 1)
-        if self.config.condition_shape is not None:
-            return noise, torch.randn(rows, *self.config.condition_shape, generator=generator)
-        return noise, None
-
     def sample(
         self,
         noise: Tensor | int,
@@ -169,8 +147,29 @@ class Model:
         )  # fmt: skip
 
     def save(self, folder: Path | str) -> None:
-        """Write the model into a folder that :func:`load` reads; see ``hub.HubModel`` for one with a card."""
-        save_model(self, Path(folder))
+        """Write a folder that :func:`load` reads: config and weights, the folder's other weights, what was measured.
+
+        See ``hub.HubModel`` for a folder with a card.
+
+        Raises:
+            FileExistsError: if the folder holds something else than a model.
+        """
+        folder = Path(folder)
+        if (folder / CONFIG_FILE).is_file():
+            read_config(folder)  # a model's folder may be written again, but no other
+        elif not (folder.exists() and folder.samefile(self.folder)):
+            require_absent(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        own, kept = weights_file(self.weights), {weights_file(name) for name in self.config.weights}
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()}
+        step = "" if self.config.step is None else str(self.config.step)
+        save_file(state, folder / own, metadata={"weights": self.weights, "step": step})
+        companions = [file for pattern in COMPANIONS for file in self.folder.glob(pattern)]
+        for file in [*(self.folder / name for name in kept - {own}), *companions]:
+            target = folder / file.name
+            if not (target.exists() and target.samefile(file)):
+                shutil.copyfile(file, target)
+        self.config.save(folder)
 
 
 def load(
@@ -238,11 +237,12 @@ def _read_weights(folder: Path, config: ModelConfig | RunConfig, weights: str | 
     return read_weights_file(folder / weights_file(weights), weights)._replace(name=weights, step=config.step)
 
 
-def download(hub_id: str, **options: Any) -> Path:
-    """The folder of a hub repository's config, weights and reports, from the hub's cache or downloaded.
+def download(hub_id: str, *, allow_patterns: Sequence[str] = HUB_FILES, **options: Any) -> Path:
+    """The folder of a hub repository's files, from the hub's cache or downloaded.
 
     Args:
         hub_id: "owner/name".
+        allow_patterns: which files; by default a model's config, weights and reports.
         options: of ``huggingface_hub.snapshot_download``.
 
     Raises:
@@ -256,38 +256,9 @@ def download(hub_id: str, **options: Any) -> Path:
             "pip install 'shortcutflow[hub]'"
         ) from error
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES, **options))
-    except (OSError, ValueError) as error:
+        return Path(snapshot_download(hub_id, allow_patterns=list(allow_patterns), **options))
+    except Exception as error:  # of the hub's client and of its network library
+        reason = " ".join(str(error).split())[:200]
         raise FileNotFoundError(
-            f"there is no run or model at {hub_id}, and the hub has none of that name: {error}"
+            f"there is no run or model at {hub_id}, and the hub has none of that name: {reason}"
         ) from error
-
-
-def save_model(model: Model, folder: Path) -> None:
-    """Write config and weights, the folder's other weights too, and what was measured of them."""
-    if (folder / CONFIG_FILE).is_file():
-        read_config(folder)  # a model's folder may be written again, but no other
-    elif not (folder.exists() and folder.samefile(model.folder)):
-        require_absent(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in model.config.weights:
-        file = weights_file(name)
-        if name == model.weights:
-            _write(model, folder / file)
-        else:
-            _copy(model.folder / file, folder / file)
-    for pattern in COMPANIONS:
-        for companion in model.folder.glob(pattern):
-            _copy(companion, folder / companion.name)
-    model.config.save(folder)
-
-
-def _write(model: Model, path: Path) -> None:
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.network.state_dict().items()}
-    metadata = {"weights": model.weights, "step": "" if model.config.step is None else str(model.config.step)}
-    save_file(state, path, metadata=metadata)
-
-
-def _copy(source: Path, target: Path) -> None:
-    if not (target.exists() and target.samefile(source)):
-        shutil.copyfile(source, target)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from shortcutflow.interop.dit_layout import DiTSizes
+from shortcutflow.interop.conversion import DiTSizes
 from shortcutflow.interop.jax_checkpoint import params_of
 
 ScaleByAdamState = namedtuple("ScaleByAdamState", "count mu nu", module="optax._src.transform")

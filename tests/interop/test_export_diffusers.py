@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import shortcutflow as sf
 from shortcutflow.data.autoencoder import load_autoencoder
-from shortcutflow.interop.exports import to_diffusers as module
-from shortcutflow.interop.exports.to_diffusers import export_diffusers
+from shortcutflow.interop import export
+from shortcutflow.interop.export import export_model
 from tests.interop.exported import FAMILIES, autoencoder_in, model_in, noise_for
 
 pytest.importorskip("diffusers")
@@ -40,7 +40,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exported(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "pipe"
-    assert "differs from the library's sampler by" in export_diffusers(source, folder)
+    assert "differs from the library's sampler by" in export_model(source, folder, "diffusers")
     return folder
 
 
@@ -107,7 +107,7 @@ def test_a_changed_weight_is_seen(source: Path, exported: Path) -> None:
 def test_samplers(changes: dict[str, Any], source: Path, tmp_path: Path) -> None:
     """What the config says of the sampler is followed as the library's own sampler does."""
     model = model_in(tmp_path / "model", **changes)
-    export_diffusers(model, tmp_path / "pipe")
+    export_model(model, tmp_path / "pipe", "diffusers")
     noise = noise_for(2, 3, 4, 4)
     for steps in (1, 3, 6):
         generators = [torch.Generator().manual_seed(0) for _ in range(2)]
@@ -189,8 +189,8 @@ def test_latents_with_their_autoencoder(tmp_path: Path) -> None:
     vae = autoencoder_in(tmp_path / "vae")
     source = model_in(tmp_path / "model", shape=(4, 4, 4), vae="some/vae")
     with pytest.raises(ValueError, match="latents of 4 channels"):
-        export_diffusers(model_in(tmp_path / "pixels"), tmp_path / "no", decoder=str(vae))
-    export_diffusers(source, tmp_path / "pipe", decoder=str(vae))
+        export_model(model_in(tmp_path / "pixels"), tmp_path / "no", "diffusers", decoder=str(vae))
+    export_model(source, tmp_path / "pipe", "diffusers", decoder=str(vae))
     noise = noise_for(2, 4, 4, 4)
     want = load_autoencoder(vae).decode(sf.load(source).sample(noise, 1, steps=2)) / 2 + 0.5
     assert json.loads((tmp_path / "pipe/model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderKL"]
@@ -210,10 +210,12 @@ def test_what_gives_other_samples_is_thrown_away(source: Path, tmp_path: Path, m
         tensors["network.patch_embedding.weight"][0, 0] += 0.05
         save_file(tensors, path, metadata={"format": "pt"})
 
-    write = module._write
-    monkeypatch.setattr(module, "_write", wrong)
+    from shortcutflow.interop import diffusers_pipeline
+
+    write = diffusers_pipeline.write_pipeline
+    monkeypatch.setattr(diffusers_pipeline, "write_pipeline", wrong)
     with pytest.raises(ValueError, match="gives other samples than the library's sampler"):
-        export_diffusers(source, tmp_path / "pipe")
+        export_model(source, tmp_path / "pipe", "diffusers")
     assert not list(tmp_path.iterdir())
 
 
@@ -221,13 +223,13 @@ def test_existing_folders_stay(source: Path, tmp_path: Path, monkeypatch: pytest
     (tmp_path / "pipe").mkdir()
     (tmp_path / "pipe/notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"exists already, and holds notes\.txt"):
-        export_diffusers(source, tmp_path / "pipe")
+        export_model(source, tmp_path / "pipe", "diffusers")
     assert (tmp_path / "pipe/notes.txt").read_text() == "mine"
     with pytest.raises(FileNotFoundError, match="there is no folder"):
-        export_diffusers(source, tmp_path / "none/pipe")
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+        export_model(source, tmp_path / "none/pipe", "diffusers")
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"shortcutflow\[latents\]"):
-        export_diffusers(source, tmp_path / "other")
+        export_model(source, tmp_path / "other", "diffusers")
 
 
 @pytest.mark.slow
@@ -242,7 +244,7 @@ def test_families(family: str, tmp_path: Path) -> None:
         del cases["sequence"]  # it makes images only
     for name, changes in cases.items():
         source = model_in(tmp_path / f"{name}-model", family, **changes)
-        export_diffusers(source, tmp_path / name)
+        export_model(source, tmp_path / name, "diffusers")
         model = sf.load(source)
         noise = noise_for(5, *model.shape)
         given = {} if name == "image" else {"condition": noise_for(5, 3)}

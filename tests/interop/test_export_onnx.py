@@ -15,11 +15,9 @@ from backbones.doubling_scan import scan_by_doubling
 from backbones.selective_scan import selective_scan, selective_scan_recurrence
 from shortcutflow.cli import main
 from shortcutflow.data.autoencoder import load_autoencoder
+from shortcutflow.interop import export as module
 from shortcutflow.interop.export import FORMATS, export_model
-from shortcutflow.interop.exports import to_onnx as module
-from shortcutflow.interop.exports.exportable import ExportableSampler, trace
-from shortcutflow.interop.exports.to_onnx import export_onnx
-from shortcutflow.interop.exports.to_program import export_program
+from shortcutflow.interop.exportable import ExportableSampler, trace
 from tests.interop.exported import FAMILIES, autoencoder_in, model_in, noise_for, without_this_library
 
 pytest.importorskip("onnxscript")
@@ -45,7 +43,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def one_step(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("exported") / "one_step.onnx"
-    assert "differs from the library's sampler by" in export_onnx(source, file)
+    assert "differs from the library's sampler by" in export_model(source, file, "onnx")
     return file
 
 
@@ -80,7 +78,7 @@ def test_what_the_file_says(one_step: Path) -> None:
 def test_guided_to_pictures(tmp_path: Path) -> None:
     """A step with guidance, and the autoencoder's decoder, in one ONNX file; also for very many samples."""
     source, vae, out = latents_in(tmp_path / "model"), autoencoder_in(tmp_path / "vae"), tmp_path / "x.onnx"
-    export_onnx(source, out, guidance_scale=1.5, decoder=str(vae))
+    export_model(source, out, "onnx", guidance_scale=1.5, decoder=str(vae))
     for count in (1, 70):
         noise, y = noise_for(count, 4, 4, 4), torch.arange(count) % 5
         want = load_autoencoder(vae).decode(sf.load(source).sample(noise, y, guidance_scale=1.5))
@@ -96,7 +94,7 @@ def test_program(tmp_path: Path) -> None:
     """A .pt2 file of three steps of mixed sizes, guided, to pictures; run without this library and its networks."""
     source, vae, file = latents_in(tmp_path / "model"), autoencoder_in(tmp_path / "vae"), tmp_path / "x.pt2"
     noise, y = noise_for(5, 4, 4, 4), torch.tensor([0, 1, 2, 3, 4])
-    export_program(source, file, steps=3, guidance_scale=1.5, decoder=str(vae))
+    export_model(source, file, "torch", steps=3, guidance_scale=1.5, decoder=str(vae))
     save_file({"noise": noise, "y": y}, tmp_path / "given.safetensors")
     program = """
 import json, sys
@@ -127,7 +125,7 @@ def test_what_gives_other_samples_is_thrown_away(source: Path, tmp_path: Path, m
     expected = ExportableSampler.expected
     monkeypatch.setattr(ExportableSampler, "expected", of_another_network)
     with pytest.raises(ValueError, match="gives other samples than the library's sampler"):
-        export_program(source, tmp_path / "x.pt2")
+        export_model(source, tmp_path / "x.pt2", "torch")
     assert not list(tmp_path.iterdir())
 
 
@@ -144,24 +142,24 @@ MISTAKES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 @pytest.mark.parametrize(("changes", "options", "says"), MISTAKES.values(), ids=MISTAKES)
 def test_what_a_model_cannot_do(changes: dict[str, Any], options: dict[str, Any], says: str, tmp_path: Path) -> None:
     source = model_in(tmp_path / "model", **changes)
-    for export, name in ((export_onnx, "x.onnx"), (export_program, "x.pt2")):
+    for kind, name in (("onnx", "x.onnx"), ("torch", "x.pt2")):
         with pytest.raises(ValueError, match=says):
-            export(source, tmp_path / name, **options)
+            export_model(source, tmp_path / name, kind, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_files_that_are_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"must end in \.onnx"):
-        export_onnx(source, tmp_path / "x.bin")
+        export_model(source, tmp_path / "x.bin", "onnx")
     with pytest.raises(ValueError, match=r"must end in \.pt2"):
-        export_program(source, tmp_path / "x.onnx")
+        export_model(source, tmp_path / "x.onnx", "torch")
     (tmp_path / "x.onnx").write_bytes(b"mine")
     with pytest.raises(FileExistsError, match="exists already"):
-        export_onnx(source, tmp_path / "x.onnx")
+        export_model(source, tmp_path / "x.onnx", "onnx")
     assert (tmp_path / "x.onnx").read_bytes() == b"mine"
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"onnx and onnxscript: pip install 'shortcutflow\[onnx\]'"):
-        export_onnx(source, tmp_path / "y.onnx")
+        export_model(source, tmp_path / "y.onnx", "onnx")
 
 
 def test_formats(
@@ -173,13 +171,21 @@ def test_formats(
     with pytest.raises(ValueError, match="'diffusers' has no option steps; its options: weights, decoder"):
         export_model(source, tmp_path / "x", "diffusers", steps=[4])
     given: list[Any] = []
-    for name in ("to_program.export_program", "to_onnx.export_onnx"):
-        monkeypatch.setattr(f"shortcutflow.interop.exports.{name}", lambda *words, **more: given.append((words, more)))
-    export_model(source, tmp_path / "x", "torch", steps=[2.0])
-    export_model(source, tmp_path / "x", "onnx", steps=[0.5, 0.5], guidance_scale=2.0, weights="ema")
-    assert [more for _, more in given] == [
-        {"steps": 2}, {"steps": [0.5, 0.5], "guidance_scale": 2.0, "weights": "ema"}
-    ]  # fmt: skip
+
+    class Recorded(ExportableSampler):
+        def __init__(self, model: sf.Model, **options: Any) -> None:
+            given.append((model.weights, options["steps"], options["guidance_scale"]))
+            raise ValueError("only recorded")
+
+    monkeypatch.setattr(module, "ExportableSampler", Recorded)
+    for name, kind, options in (
+        ("x.pt2", "torch", {"steps": [2.0]}),
+        ("x.onnx", "onnx", {"steps": [0.5, 0.5], "guidance_scale": 2.0, "weights": "current"}),
+        ("x.onnx", "onnx", {}),
+    ):
+        with pytest.raises(ValueError, match="only recorded"):
+            export_model(source, tmp_path / name, kind, **options)
+    assert given == [("current", 2, 1.0), ("current", [0.5, 0.5], 2.0), ("current", 1, 1.0)]
     with pytest.raises(SystemExit):
         main(["export", str(source), "--out", str(tmp_path / "y.pt2"), "--format", "torhc"])
     assert "torhc" in capsys.readouterr().err
@@ -251,7 +257,7 @@ def test_families(family: str, tmp_path: Path) -> None:
     for name, changes in cases.items():
         source = model_in(tmp_path / f"{name}-model", family, **changes)
         scale = 1.5 if name == "sequence" else 1.0
-        export_onnx(source, tmp_path / f"{name}.onnx", steps=2, guidance_scale=scale)
+        export_model(source, tmp_path / f"{name}.onnx", "onnx", steps=2, guidance_scale=scale)
         model = sf.load(source)
         noise = noise_for(5, *model.shape)
         y = noise_for(5, 3) if name == "sequence" else None

@@ -209,7 +209,7 @@ def test_hub_ids_go_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_card_says_what_was_measured(tmp_path: Path) -> None:
     folder = model_in(tmp_path / "m", vae="some/vae", about={"data": "toys"})
-    rows = [{"steps": 1, "frechet": 2.34567}, {"steps": 4, "frechet": 1.5}]
+    rows = [{"steps": 1, "values": {"frechet": 2.34567}}, {"steps": 4, "values": {"frechet": 1.5}}]
     (folder / "evaluation.json").write_text(json.dumps({"protocol": "pixels", "rows": rows}))
     by_protocol = {
         "protocol": {"name": "adm", "description": "as ADM"}, "samples": 50_000, "subject": {"weights": "ema"},

@@ -289,7 +289,7 @@ def test_folders_as_people_have_them(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError("offline")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    assert "cannot be had from the hub: offline" in refusal(Path("a/b"), tmp_path / "none")
+    assert "the hub has none of that name: offline" in refusal(Path("a/b"), tmp_path / "none")
 
 
 def test_a_mistyped_path_is_not_looked_for_on_the_hub(

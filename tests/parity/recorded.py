@@ -15,8 +15,7 @@ from torch import Tensor
 
 import shortcutflow as sf
 from backbones.dit import DiT
-from shortcutflow.interop.conversion import count_blocks
-from shortcutflow.interop.dit_layout import DiTSizes
+from shortcutflow.interop.conversion import DiTSizes, count_blocks
 from shortcutflow.interop.jax_checkpoint import params_of, sizes_of
 from shortcutflow.objectives import Draw
 from shortcutflow.objectives.released import released_bootstrap_sizes, shortcut_rows

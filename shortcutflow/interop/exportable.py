@@ -6,7 +6,6 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +15,9 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from shortcutflow import __version__
-from shortcutflow.data.autoencoder import Autoencoder, load_autoencoder
+from shortcutflow.data.autoencoder import Autoencoder
 from shortcutflow.guidance import require_scale
-from shortcutflow.models.model import Model, load
+from shortcutflow.models.model import Model
 from shortcutflow.sampling import sample
 from shortcutflow.schedule import step_sizes
 
@@ -40,7 +39,7 @@ class ExportableSampler(nn.Module):
         autoencoder: that makes images of the samples, or None.
 
     Raises:
-        ValueError: for steps or a guidance scale that the model cannot do, or an autoencoder of other latents.
+        ValueError: for steps or a guidance scale that the model cannot do.
     """
 
     def __init__(
@@ -52,37 +51,17 @@ class ExportableSampler(nn.Module):
         autoencoder: Autoencoder | None = None,
     ) -> None:
         super().__init__()
-        config = model.config
-        self.sizes = step_sizes(steps, config.finest_steps)
-        if config.sampler == "consistency" and len(self.sizes) > 1:
+        self.sizes = step_sizes(steps, model.finest_steps)
+        if model.config.sampler == "consistency" and len(self.sizes) > 1:
             raise ValueError(
                 f"this model's sampler ('consistency') adds noise between its steps, which a file with "
                 f"{len(self.sizes)} steps cannot draw: export 1 step, or --format diffusers"
             )
-        if require_scale(guidance_scale) != 1 and (not model.is_conditional or config.null_y is None):
+        if require_scale(guidance_scale) != 1 and model.null_y is None:
             raise ValueError(f"guidance_scale {guidance_scale:g} needs a model with conditions and a null condition")
-        if autoencoder is not None:
-            check_decodes(autoencoder, config.shape)
         self.model, self.steps, self.guidance_scale = model, steps, guidance_scale
         self.network, self.autoencoder = model.network, autoencoder
         self.decoder = None if autoencoder is None else _Decoder(autoencoder)
-
-    @classmethod
-    def load(
-        cls,
-        folder: Path,
-        *,
-        weights: str | None = None,
-        steps: int | Sequence[float] = 1,
-        guidance_scale: float = 1.0,
-        decoder: str | None = None,
-    ) -> ExportableSampler:
-        """That of a model folder or run folder; ``decoder`` is an autoencoder's folder or hub id."""
-        model = load(folder, weights=weights)
-        autoencoder = None
-        if decoder is not None:
-            autoencoder = load_autoencoder(decoder, expect=model.config.latents, other_decoder=True)
-        return cls(model, steps=steps, guidance_scale=guidance_scale, autoencoder=autoencoder)
 
     def forward(self, noise: Tensor, y: Tensor | None = None) -> Tensor:
         """Samples (b, *shape), or their images in [-1, 1], of noise (b, *shape) and conditions y."""
@@ -93,20 +72,19 @@ class ExportableSampler(nn.Module):
         return samples if self.decoder is None else self.decoder(samples)
 
     def trace(self) -> ExportedProgram:
-        """Its graph, for any number of samples: noise, and y if the model has conditions.
-
-        Raises:
-            ValueError: if the network cannot be traced.
-        """
-        return trace(self, self.model.example_inputs(1), what=f"backbone {self.model.config.backbone.name!r}")
+        """Its graph; see :func:`trace`."""
+        return trace(self, example_inputs(self.model, 1), what=f"backbone {self.model.config.backbone.name!r}")
 
     def metadata(self) -> dict[str, str]:
         """What a user of the file must know, each as JSON."""
         config = self.model.config
+        null_label = None
+        if config.num_classes is not None:
+            null_label = config.num_classes if config.null_y is None else int(config.null_y)
         facts = {
             "steps": len(self.sizes), "step_sizes": self.sizes, "guidance_scale": self.guidance_scale,
             "finest_steps": config.finest_steps, "shape": config.shape, "num_classes": config.num_classes,
-            "condition_shape": config.condition_shape, "null_label": self.model.null_condition,
+            "condition_shape": config.condition_shape, "null_label": null_label,
             "value_range": [-1, 1] if self.decoder is not None or config.vae is None else None,
             "latents_of": None if self.decoder is not None else config.vae, "sampler": config.sampler,
             "backbone": config.backbone.name, "weights": self.model.weights, "training_step": config.step,
@@ -118,17 +96,14 @@ class ExportableSampler(nn.Module):
         samples = self.model.sample(noise, y, steps=self.steps, guidance_scale=self.guidance_scale)
         return samples if self.autoencoder is None else self.autoencoder.decode(samples)
 
-    def check(self, run: Callable[[Tensor, Tensor | None], Tensor]) -> float:
-        """Compare ``run(noise, y)``, which runs the file that was written, with the library's sampler.
+    @torch.no_grad()
+    def difference(self, run: Callable[[Tensor, Tensor | None], Tensor]) -> float:
+        """The largest difference of ``run(noise, y)``, which runs the file that was written, to the library's sampler.
 
-        Returns:
-            The largest difference, over the largest sample or 1.
-
-        Raises:
-            ValueError: if it is above :data:`TOLERANCE`.
+        Relative to the largest expected number, or to 1.
         """
-        inputs = [self.model.example_inputs(rows) for rows in (1, 4)]
-        return require_same(max(difference(run(noise, y), self.expected(noise, y)) for noise, y in inputs))
+        inputs = [example_inputs(self.model, rows) for rows in (1, 4)]
+        return max(difference(run(noise, y), self.expected(noise, y)) for noise, y in inputs)
 
 
 class _Decoder(nn.Module):
@@ -145,13 +120,15 @@ class _Decoder(nn.Module):
         return self.decoder(latents if self.first is None else self.first(latents)).clamp(-1, 1)
 
 
-def check_decodes(autoencoder: Autoencoder, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless samples of this shape can be the autoencoder's latents."""
-    if len(shape) != 3 or shape[0] != autoencoder.latent_channels:
-        raise ValueError(
-            f"--decoder {autoencoder.name} decodes latents of {autoencoder.latent_channels} channels; this model makes "
-            f"samples of shape {shape}"
-        )
+def example_inputs(model: Model, rows: int) -> tuple[Tensor, Tensor | None]:
+    """Noise (rows, *shape) and conditions to try a model with, always the same; labels include the null label."""
+    generator = torch.Generator().manual_seed(rows)
+    noise, config = torch.randn(rows, *model.shape, generator=generator), model.config
+    if config.num_classes is not None:
+        return noise, (torch.arange(rows) + config.num_classes - 1) % (config.num_classes + 1)
+    if config.condition_shape is not None:
+        return noise, torch.randn(rows, *config.condition_shape, generator=generator)
+    return noise, None
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
@@ -159,16 +136,6 @@ def difference(found: Tensor, expected: Tensor) -> float:
     if found.shape != expected.shape or not torch.isfinite(found).all():
         return float("inf")
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1))
-
-
-def require_same(found: float) -> float:
-    """Return a difference, or raise ValueError if it is above :data:`TOLERANCE`."""
-    if not found <= TOLERANCE:
-        raise ValueError(
-            f"what was written gives other samples than the library's sampler, by {found:.2g} ({TOLERANCE:g} is "
-            "allowed), so it was thrown away: a defect of the export, or a network that magnifies rounding errors"
-        )
-    return found
 
 
 def trace(module: nn.Module, inputs: Sequence[Tensor | None], *, what: str) -> ExportedProgram:
@@ -234,20 +201,16 @@ class _Upsample(nn.Module):
 
 @contextmanager
 def _for_any_batch(module: nn.Module) -> Iterator[None]:
-    """Exchange diffusers' upsampling, and put it back."""
+    """Exchange diffusers' upsampling, where it only enlarges and convolves, and put it back."""
     found: list[tuple[nn.Module, str, Any]] = [
         (parent, name, child) for parent in module.modules() for name, child in parent.named_children()
         if type(child).__name__ == "Upsample2D" and type(child).__module__.startswith("diffusers.")
+        and child.norm is None and child.interpolate and not child.use_conv_transpose and child.name == "conv"
     ]  # fmt: skip
-    # Those that only enlarge and convolve, with the convolution under its usual name.
-    plain = [
-        (parent, name, child) for parent, name, child in found
-        if child.norm is None and child.interpolate and not child.use_conv_transpose and child.name == "conv"
-    ]  # fmt: skip
-    for parent, name, child in plain:
+    for parent, name, child in found:
         setattr(parent, name, _Upsample(child))
     try:
         yield
     finally:
-        for parent, name, child in plain:
+        for parent, name, child in found:
             setattr(parent, name, child)

@@ -1,0 +1,81 @@
+"""A model's sampler as an ONNX file, which onnxruntime and others run without PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shortcutflow import __version__
+from shortcutflow.interop.exportable import ExportableSampler, without_warnings
+
+OPSET = 18
+"""Version of ONNX's operators; onnxruntime knows it since 1.14."""
+
+
+def write_onnx(sampler: ExportableSampler, path: Path) -> None:
+    """Write (noise, y) -> samples; weights above 2 GB lie beside the file, in NAME.data.
+
+    Raises:
+        ValueError: if the network cannot be traced or has no translation.
+    """
+    program = sampler.trace()
+    try:
+        with without_warnings():
+            written: Any = torch.onnx.export(
+                program, dynamo=True, opset_version=OPSET, output_names=["samples"], verbose=False,
+                custom_translation_table={torch.ops.aten.searchsorted.Tensor: _searchsorted},
+            )  # fmt: skip
+    except torch.onnx.errors.OnnxExporterError as error:
+        name = sampler.model.config.backbone.name
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"backbone {name!r} has no translation into ONNX: {reason[:300]}") from error
+    model = written.model
+    model.producer_name, model.producer_version = "shortcutflow", __version__
+    model.doc_string = "A shortcut model's sampler: noise, and y if there is one, to samples."
+    _name_batch(model)
+    # The exporter notes source files and lines of this machine.
+    nodes = list(model.graph.all_nodes())
+    values = [*model.graph.inputs, *model.graph.initializers.values(), *(out for node in nodes for out in node.outputs)]
+    for part in (model.graph, *nodes, *values, *model.functions.values()):
+        part.metadata_props.clear()
+    model.metadata_props.update(sampler.metadata())
+    written.save(path)
+
+
+def _searchsorted(sorted_sequence: Any, self: Any, **options: Any) -> Any:
+    """How many of the sorted numbers (n,) are below each of self (b,), for which the exporter has no translation."""
+    import onnxscript
+
+    if any(options.values()):
+        raise NotImplementedError(f"searchsorted with {options}")
+    ops: Any = onnxscript.opset18
+    last = ops.Constant(value_ints=[-1])
+    below = ops.Less(sorted_sequence, ops.Unsqueeze(self, last))
+    return ops.ReduceSum(ops.Cast(below, to=7), last, keepdims=0)  # 7 is int64
+
+
+def _name_batch(model: Any) -> None:
+    """Call the free axis of inputs and outputs "batch", which the tracer calls by a symbol."""
+    import onnx_ir
+
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.shape = onnx_ir.Shape(["batch", *value.shape[1:]])
+
+
+def onnx_runner(path: Path) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """A function that runs the file with onnxruntime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def run(noise: Tensor, y: Tensor | None) -> Tensor:
+        given = {"noise": noise.numpy()} | ({} if y is None else {"y": y.numpy()})
+        return torch.from_numpy(session.run(["samples"], given)[0])
+
+    return run
