@@ -17,17 +17,11 @@ import shortcutflow
 from shortcutflow.data.source import DataSettings
 from shortcutflow.distributed import World
 from shortcutflow.evaluation.distances.inception_score import require_scores
-from shortcutflow.evaluation.feature_set import WORK, checkpoint_file, extract_all, remove_checkpoint, timed
+from shortcutflow.evaluation.feature_set import checkpoint_file, extract_all, remove_checkpoint, timed
 from shortcutflow.evaluation.features.protocols import EvaluationProtocol
 from shortcutflow.evaluation.metrics import WITH_FEATURES, WITH_REFERENCE, check_request, compute_metrics
 from shortcutflow.evaluation.real_images import DIGITS, RealImages, open_images
-from shortcutflow.evaluation.reference import (
-    CLEAN_FID,
-    Reference,
-    clean_fid_reference,
-    load_reference,
-    reference_of,
-)
+from shortcutflow.evaluation.reference import CLEAN_FID, Reference, clean_fid_reference, load_reference, reference_of
 from shortcutflow.evaluation.report import report_of, write_report
 from shortcutflow.evaluation.samples import Sampler
 from shortcutflow.io.atomic import claim, require_place
@@ -85,7 +79,7 @@ def evaluate(
             real = _reference(sampler, protocol, reference, metrics, out.parent, world)
         if real is not None and len(real.statistics.mu) != width:
             raise ValueError(
-                f"the reference {real.record['source']} has {len(real.statistics.mu)} features, protocol "
+                f"the reference {real.record.source} has {len(real.statistics.mu)} features, protocol "
                 f"{protocol.name} has {width}: it was made by another protocol"
             )
         if images is not None:
@@ -93,15 +87,17 @@ def evaluate(
         files, rows = [], []
         for count in steps:
             key = sampler.key(count) | {
-                "protocol": protocol.name, "extractor": protocol.extractor.name, "version": shortcutflow.__version__,
+                "samples": samples, "batch_size": sampler.batch_size, "protocol": protocol.name,
+                "extractor": protocol.extractor.name, "version": shortcutflow.__version__,
             }  # fmt: skip
-            files.append(checkpoint_file(out.parent / WORK, f"steps-{count}", key, world))
-            if (folder := images / f"steps-{count}" if images is not None else None) is not None:
+            files.append(checkpoint_file(out.parent, f"steps-{count}", key, world))
+            folder = None if images is None else images / f"steps-{count}"
+            if folder is not None:
                 folder.mkdir(exist_ok=True)
             found = extract_all(
                 partial(sampler.extract, count, protocol, folder),
                 samples, batch_size=sampler.batch_size, file=files[-1], world=world,
-                keep=samples if keep_features or any(name in WITH_FEATURES for name in metrics) else 0,
+                keep=samples if keep_features or not WITH_FEATURES.isdisjoint(metrics) else 0,
                 keep_logits=keep_features or "is" in metrics,
                 folder=folder,
             )  # fmt: skip
@@ -135,10 +131,8 @@ def check_extractor(
             raise ValueError(f"metric 'is' needs class scores, which protocol {protocol.name} does not give")
         require_scores(seen.logits)
     if "label_accuracy" in metrics and (protocol.classifier is None or num_classes is None):
-        lacking = (
-            f"a classifier, which protocol {protocol.name} does not have" if num_classes else "samples with labels"
-        )
-        raise ValueError(f"metric 'label_accuracy' needs {lacking}")
+        lacks = f"a classifier, which protocol {protocol.name} does not have" if num_classes else "samples with labels"
+        raise ValueError(f"metric 'label_accuracy' needs {lacks}")
     return seen.features.shape[1]
 
 
@@ -151,15 +145,12 @@ def _reference(
     world: World,
 ) -> Reference | None:
     """What to compare with; made of images if need be, and kept beside the report."""
-    if not any(name in WITH_REFERENCE for name in metrics):
+    if WITH_REFERENCE.isdisjoint(metrics):
         return None
-    if source is None:
-        found: Reference | RealImages = training_images(sampler)
-    else:
-        found = open_reference(source, protocol, metrics, sampler.side)
+    found = training_images(sampler) if source is None else open_reference(source, protocol, metrics, sampler.side)
     if isinstance(found, Reference):
         return found
-    with_features = any(name in WITH_FEATURES for name in metrics)
+    with_features = not WITH_FEATURES.isdisjoint(metrics)
     return reference_of(found, protocol, folder, with_features=with_features, world=world, side=sampler.side)
 
 
@@ -167,7 +158,7 @@ def open_reference(
     source: str | Path, protocol: EvaluationProtocol, metrics: Sequence[str], side: tuple[int, int]
 ) -> Reference | RealImages:
     """Statistics, or the images to make them of; side is that of the samples."""
-    with_features = any(name in WITH_FEATURES for name in metrics)
+    with_features = not WITH_FEATURES.isdisjoint(metrics)
     if str(source).startswith(CLEAN_FID):
         if with_features:
             raise ValueError(f"{source} has mean and covariance alone, with which 'fid' is the only metric")

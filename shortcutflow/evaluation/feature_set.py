@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +27,6 @@ CHECKPOINT_EVERY = 2000
 """Images of a rank from one checkpoint of its features to the next."""
 WORK = "evaluation-work"
 """The folder beside a report that holds these checkpoints."""
-ARRAYS = ("index", "kept", "features", "logits")
 
 
 @contextmanager
@@ -42,60 +41,40 @@ def timed(seconds: dict[str, float], phase: str, device: torch.device | str = "c
         seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
+def _joined(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    filled = [array for array in arrays if array.size]
+    return np.concatenate(filled) if filled else np.zeros((0, 0), np.float32)
+
+
 @dataclass
 class FeatureSet:
-    """What was extracted from some images.
+    """What was extracted from the first so many images of a rank, or from all images.
 
     Attributes:
-        index: (n,) int64, the images.
-        kept: (m,) int64, the images whose features are kept.
-        features: (m, k) float32, of those.
-        logits: (n, classes) float32, or (0, 0) if they are not kept.
-        moments: of the features of all n.
+        done: how many images these are.
+        features: (m, k) float32, of those whose features are kept.
+        logits: (done, classes) float32, or (0, 0) if they are not kept.
+        moments: of the features of all.
         correct: images whose label was read as the one they were sampled with.
         seconds: spent, by phase.
     """
 
-    index: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    kept: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    done: int = 0
     features: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     logits: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     moments: Moments = field(default_factory=Moments)
     correct: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def extended(self, others: Sequence[FeatureSet]) -> FeatureSet:
-        """With those of other images after it; the moments stay its own."""
-        arrays = {}
-        for name in ARRAYS:
-            filled = [array for part in (self, *others) if (array := getattr(part, name)).size]
-            arrays[name] = np.concatenate(filled) if filled else getattr(self, name)
-        phases = dict.fromkeys(phase for part in (self, *others) for phase in part.seconds)
-        seconds = {phase: sum(part.seconds.get(phase, 0.0) for part in (self, *others)) for phase in phases}
-        correct = sum(part.correct for part in (self, *others))
-        return FeatureSet(**arrays, moments=self.moments, correct=correct, seconds=seconds)
-
-    def gathered(self, world: World) -> FeatureSet:
-        """Those of all ranks in the order of the images, on rank 0; elsewhere only the moments are of all."""
-        if world.cpu_group is None:
-            return self
-        moments = self.moments.all_reduced(world)
-        own = replace(self, moments=Moments())
-        parts: list[FeatureSet] | None = [own] * world.size if world.is_main else None
-        torch.distributed.gather_object(own, parts, group=world.cpu_group)
-        found = FeatureSet().extended(parts) if parts is not None else own
-        by_index, by_kept = np.argsort(found.index), np.argsort(found.kept)
-        return replace(
-            found, moments=moments, index=found.index[by_index], kept=found.kept[by_kept],
-            features=found.features[by_kept], logits=found.logits[by_index] if found.logits.size else found.logits,
-        )  # fmt: skip
-
     def save(self, path: Path) -> None:
         """Write it, complete or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in ARRAYS}
-        arrays |= {"mean": self.moments.mean, "scatter": self.moments.scatter}
-        write_whole(path, save(arrays, metadata={"correct": str(self.correct), "seconds": json.dumps(self.seconds)}))
+        arrays = {
+            "features": self.features, "logits": self.logits, "mean": self.moments.mean, "scatter": self.moments.scatter
+        }  # fmt: skip
+        counts = {"done": self.done, "correct": self.correct, "seconds": self.seconds}
+        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        write_whole(path, save(arrays, metadata={name: json.dumps(count) for name, count in counts.items()}))
 
     @classmethod
     def load(cls, path: Path) -> FeatureSet:
@@ -105,12 +84,13 @@ class FeatureSet:
             FileNotFoundError, ValueError: if it is not there, or damaged.
         """
         with opened(path, "the same command makes it again", framework="np") as file:
-            metadata, names = file.metadata() or {}, (*ARRAYS, "mean", "scatter")
-            if not {"correct", "seconds"} <= metadata.keys() or not set(names) <= set(file.keys()):
-                raise ValueError(f"{path} holds no features")
-            arrays = {name: np.array(file.get_tensor(name)) for name in names}
-        moments = Moments(len(arrays["index"]), arrays.pop("mean"), arrays.pop("scatter"))
-        return cls(**arrays, moments=moments, correct=int(metadata["correct"]), seconds=json.loads(metadata["seconds"]))
+            arrays = {name: np.array(file.get_tensor(name)) for name in list(file.keys())}
+            counts = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+        try:
+            moments = Moments(counts["done"], arrays.pop("mean"), arrays.pop("scatter"))
+            return cls(**arrays, **counts, moments=moments)
+        except (KeyError, TypeError):
+            raise ValueError(f"{path} holds no features") from None
 
 
 def extract_all(
@@ -133,62 +113,76 @@ def extract_all(
         extract: the features of some images, and how many of them are read as their label; adds seconds by phase.
         count: of the images.
         batch_size: images at once.
-        file: of this rank, see :func:`checkpoint_file`.
+        file: of this rank for this count and batch size, see :func:`checkpoint_file`.
         world: the ranks.
         keep: features of so many images are kept, evenly spaced.
         keep_logits: keep the logits of all.
         folder: where ``extract`` saves the images; what is in the file but not in here is made again.
 
     Returns:
-        See :meth:`FeatureSet.gathered`.
+        Those of all images in their order on rank 0; elsewhere only the moments are of all.
     """
-    starts = range(world.rank * batch_size, count, world.size * batch_size)
-    batches = [range(start, min(start + batch_size, count)) for start in starts]
     wanted = np.arange(min(keep, count)) * count // max(1, min(keep, count))
+    every = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    batches = every[world.rank :: world.size]
     found = _resumed(file, batches, wanted, keep_logits, folder)
-    pending: list[FeatureSet] = []
-    images = sum(map(len, batches))
-    with tqdm(total=images, initial=len(found.index), unit="image", mininterval=1, disable=not world.is_main) as bar:
-        for batch in batches:
-            if len(found.index) and batch.start <= found.index[-1]:
-                continue
-            seconds: dict[str, float] = {}
-            extracted, correct = extract(batch, seconds)
+    features, logits, saved, images = [found.features], [found.logits], found.done, sum(map(len, batches))
+    with tqdm(total=images, initial=saved, unit="image", mininterval=1, disable=not world.is_main) as bar:
+        for batch in batches[-(-saved // batch_size) :]:
+            extracted, correct = extract(batch, found.seconds)
             found.moments.add(extracted.features)
-            index = np.array(batch)
-            is_kept = np.isin(index, wanted)
-            part = FeatureSet(index, index[is_kept], extracted.features[is_kept], correct=correct, seconds=seconds)
+            found.done += len(batch)
+            found.correct += correct
+            features.append(extracted.features[np.isin(np.array(batch), wanted)])
             if keep_logits and extracted.logits is not None:
-                part.logits = extracted.logits
-            pending.append(part)
+                logits.append(extracted.logits)
             bar.update(len(batch))
-            if sum(len(part.index) for part in pending) >= CHECKPOINT_EVERY or batch is batches[-1]:
-                found, pending = found.extended(pending), []
+            if found.done - saved >= CHECKPOINT_EVERY or batch is batches[-1]:
+                found.features, found.logits, saved = _joined(features), _joined(logits), found.done
+                features, logits = [found.features], [found.logits]
                 found.save(file)
-    return found.gathered(world)
+    return found if world.cpu_group is None else _gathered(found, every, wanted, world)
+
+
+def _gathered(found: FeatureSet, batches: Sequence[range], wanted: np.ndarray, world: World) -> FeatureSet:
+    """Those of all ranks in the order of the images, on rank 0; elsewhere only the moments are of all."""
+    moments, own = found.moments.all_reduced(world), replace(found, moments=Moments())
+    parts: list[FeatureSet] | None = [own] * world.size if world.is_main else None
+    torch.distributed.gather_object(own, parts, group=world.cpu_group)
+    if parts is None:
+        return replace(own, moments=moments)
+    index = np.array([i for rank in range(world.size) for batch in batches[rank :: world.size] for i in batch])
+    features, logits = _joined(part.features for part in parts), _joined(part.logits for part in parts)
+    seconds: dict[str, float] = {}
+    for part in parts:
+        for phase, spent in part.seconds.items():
+            seconds[phase] = seconds.get(phase, 0.0) + spent
+    return FeatureSet(
+        len(index), features[np.argsort(index[np.isin(index, wanted)])],
+        logits[np.argsort(index)] if logits.size else logits, moments, sum(part.correct for part in parts), seconds,
+    )  # fmt: skip
 
 
 def _resumed(
     file: Path, batches: Sequence[range], wanted: np.ndarray, keep_logits: bool, folder: Path | None
 ) -> FeatureSet:
-    """What the file holds; nothing if it is of other images than the first of these batches, or not enough."""
+    """What the file holds; nothing if features, logits or images are wanted that were not kept."""
     try:
         found = FeatureSet.load(file)
     except (OSError, ValueError):
         return FeatureSet()
-    last = max(found.index, default=-1)
-    done = [i for batch in batches if batch.stop <= last + 1 for i in batch]
-    lacks_features = np.setdiff1d(np.intersect1d(wanted, found.index), found.kept).size
-    lacks_logits = keep_logits and not found.logits.size
+    done = [i for batch in batches for i in batch][: found.done]
+    if not len(wanted):
+        found.features = found.features[:0]
+    lacks_features = len(found.features) != np.isin(done, wanted).sum()
+    lacks_logits = keep_logits and len(found.logits) != found.done
     lacks_images = folder is not None and not all(png_path(folder, i).is_file() for i in done)
-    if found.index.tolist() != done or lacks_features or lacks_logits or lacks_images:
-        return FeatureSet()
-    return found
+    return FeatureSet() if lacks_features or lacks_logits or lacks_images else found
 
 
 def checkpoint_file(folder: Path, name: str, key: Mapping[str, Any], world: World) -> Path:
     """The file of a rank's features: another one for another key, which is all that determines them, as JSON."""
-    return folder / f"{name}-{hash_of(key)}-rank-{world.rank}-of-{world.size}.safetensors"
+    return folder / WORK / f"{name}-{hash_of(key)}-rank-{world.rank}-of-{world.size}.safetensors"
 
 
 def remove_checkpoint(file: Path) -> None:

@@ -22,7 +22,8 @@ def noise_of(seed: int, samples: int | range, shape: tuple[int, ...], device: to
         shape: of a sample.
         device: where it goes then.
     """
-    return _draws(seed, "noise", _numbers(samples), shape).to(device)
+    samples = range(samples) if isinstance(samples, int) else samples
+    return _draws(seed, "noise", samples, shape).to(device)
 
 
 def fresh_noise_of(seed: int, samples: Sequence[int], like: Tensor) -> FreshNoise:
@@ -49,8 +50,8 @@ def labels_of(samples: int | range, num_classes: int | None, device: torch.devic
     """Labels in turn, sample i has i mod num_classes, (n,) int64; None if there are none."""
     if num_classes is None:
         return None
-    numbers = _numbers(samples)
-    return torch.arange(numbers.start, numbers.stop, numbers.step, device=device) % num_classes
+    numbers = range(samples) if isinstance(samples, int) else samples
+    return torch.tensor(numbers, dtype=torch.int64, device=device) % num_classes
 
 
 def initial_noise(
@@ -79,19 +80,18 @@ def initial_noise(
         ValueError: for samples that are not images, labels out of range or of a network without labels, labels and a
             count together, or a count below 1.
     """
-    info, device = model.info, model.device
-    require_pictures(info)
+    require_pictures(model.info)
     if labels is not None and count is not None:
         raise ValueError("give either labels or a count: each label is one sample")
     if count is not None and count < 1:
         raise ValueError(f"the number of samples must be at least 1, got {count}")
     if labels is None:
-        n = default if count is None else count
-        y = labels_of(n, info.num_classes, device)
+        n = count or default
+        y = labels_of(n, model.num_classes, model.device)
     else:
-        check_labels(labels, info.num_classes)
-        y, n = torch.tensor(labels, device=device), len(labels)
-    return noise_of(seed, noises_per_label * n, info.shape, device), y
+        check_labels(labels, model.num_classes)
+        y, n = torch.tensor(labels, device=model.device), len(labels)
+    return noise_of(seed, noises_per_label * n, model.shape, model.device), y
 
 
 def require_pictures(info: DataInfo) -> None:
@@ -108,10 +108,6 @@ def check_labels(labels: Sequence[int], num_classes: int | None) -> None:
     wrong = [label for label in labels if not 0 <= label < num_classes]
     if wrong:
         raise ValueError(f"labels must be from 0 to {num_classes - 1}, got {', '.join(map(str, wrong))}")
-
-
-def _numbers(samples: int | range) -> range:
-    return range(samples) if isinstance(samples, int) else samples
 
 
 @torch.no_grad()
@@ -131,15 +127,14 @@ def generate(
     ``seed`` is that of the noise which the sampler "consistency" adds after its steps; sample i gets its own,
     counted from ``first``, the number of the first sample here.
     """
-    made = []
+    numbers, made = range(first, first + len(noise)), []
     for start in range(0, len(noise), batch_size):
         part = slice(start, start + batch_size)
-        numbers = range(first, first + len(noise))[part]
         made.append(
             sample(
                 model.network, noise[part], None if y is None else y[part],
                 steps=steps, guidance_scale=guidance_scale,
-                fresh_noise=fresh_noise_of(seed, numbers, noise[part]), **model.sampler_options(),
+                fresh_noise=fresh_noise_of(seed, numbers[part], noise[part]), **model.sampler_options(),
             )
         )  # fmt: skip
     return torch.cat(made)

@@ -15,8 +15,9 @@ from shortcutflow.evaluation.reference import Reference
 from shortcutflow.schedule import step_sizes
 
 MANIFOLD = ("precision", "recall", "density", "coverage")
-WITH_FEATURES = ("kid", *MANIFOLD)
-WITH_REFERENCE = ("fid", *WITH_FEATURES)
+WITH_FEATURES = frozenset({"kid", *MANIFOLD})
+"""Metrics that compare single images, not mean and covariance alone."""
+WITH_REFERENCE = WITH_FEATURES | {"fid"}
 METRICS = {
     "fid": "Fréchet distance between Gaussians fitted to the features; 0 is best",
     "kid": "kernel distance: unbiased squared MMD under (x.y/k + 1)^3, mean of 100 subsets of 1,000; 0 is best",
@@ -34,11 +35,7 @@ LEAST_SAMPLES = {"is": 10, **dict.fromkeys(MANIFOLD, 6)}
 
 
 def check_request(steps: Sequence[int], metrics: Sequence[str], samples: int) -> None:
-    """Refuse what cannot be measured; arguments are those of :func:`shortcutflow.evaluation.evaluate.evaluate`.
-
-    Raises:
-        ValueError: for unknown metrics, listing those there are, too few samples, or numbers of steps that are none.
-    """
+    """Raise ValueError for unknown metrics, listing the known, too few samples, or numbers of steps that are none."""
     unknown = [name for name in metrics if name not in METRICS]
     if unknown or not metrics:
         problem = f"unknown metric {unknown[0]!r}" if unknown else "no metric is given"
@@ -46,7 +43,7 @@ def check_request(steps: Sequence[int], metrics: Sequence[str], samples: int) ->
     if samples < 2:
         raise ValueError(f"samples must be at least 2, got {samples}")
     for name in metrics:
-        if samples < (least := LEAST_SAMPLES.get(name, 2)):
+        if samples < (least := LEAST_SAMPLES.get(name, 0)):
             raise ValueError(f"metric {name!r} needs at least {least} samples, got {samples}")
     if not steps:
         raise ValueError("no number of steps is given: give some, such as 1 4 128")
@@ -61,18 +58,14 @@ def compute_metrics(
 ) -> dict[str, float]:
     """The values by name; "kid" and "is" come with their standard deviation as "kid_std" and "is_std".
 
-    Args:
-        names: of metrics.
-        made: features of the samples, with what these metrics need.
-        real: the reference, with features for those of ``WITH_FEATURES``; None if no metric needs one.
-        device: where distances between all pairs are computed.
+    Samples and reference hold what these metrics need; distances between all pairs are computed on the device.
     """
     values: dict[str, float] = {}
     if "is" in names:
         score = inception_score(made.logits)
         values |= {"is": score.mean, "is_std": score.std}
     if "label_accuracy" in names:
-        values["label_accuracy"] = made.correct / len(made.index)
+        values["label_accuracy"] = made.correct / made.done
     if real is not None and "fid" in names:
         values["fid"] = frechet_between(made.moments.statistics(), real.statistics)
     if real is not None and real.features is not None:

@@ -1,4 +1,8 @@
-"""What plots of a network show: trajectories, reconstructions, interpolations and nearest neighbours in the data."""
+"""What plots of a network show: trajectories, reconstructions, interpolations and nearest neighbours in the data.
+
+Throughout, states and noise are (n, *shape), y holds labels (n,) or is None, ``guidance_scale`` is that of
+classifier-free guidance, and ``seed`` that of the noise which consistency models add after their steps.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +53,7 @@ def x1_predictions(
         x_t: (r, *shape).
         t: (r,) float32; multiples of 1/M where "steps" are made of dyadic sizes.
         y: labels (r,) or None.
-        guidance_scale: of classifier-free guidance.
+        guidance_scale: see above.
 
     Returns:
         x_1 by name, each (r, *shape). Rows at t = 1 are x_t itself.
@@ -103,16 +107,7 @@ def trajectory_rows(
     guidance_scale: float = 1.0,
     seed: int = 0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The states that the sampler goes through, and what the network predicts for x_1 from each.
-
-    Args:
-        model: the network.
-        noise: (n, *shape).
-        y: labels (n,) or None.
-        steps: of the sampler.
-        columns: at most so many of the steps + 1 states, evenly spaced, the first and the last among them.
-        guidance_scale: of classifier-free guidance.
-        seed: of the noise that consistency models add after their steps.
+    """The states that the sampler goes through, see :func:`path_states`, and what is predicted for x_1 from each.
 
     Returns:
         t (c,), and by name "x_t" and the :func:`x1_predictions`, each (c, n, *shape).
@@ -141,9 +136,9 @@ def path_states(
     guidance_scale: float = 1.0,
     seed: int = 0,
 ) -> sampling.Trajectory:
-    """The states that the sampler goes through, at most so many, evenly spaced, the first and the last among them.
+    """The states that the sampler goes through in so many steps, at most ``columns`` of the steps + 1, evenly spaced.
 
-    For the arguments see :func:`trajectory_rows`; any number of steps goes.
+    The first and the last are among them.
     """
     states = sampling.trajectory(
         model.network, noise, y, steps=steps, guidance_scale=guidance_scale,
@@ -168,10 +163,9 @@ def reconstruction_rows(
 
     Args:
         model: the network.
-        data, noise: (n, *shape).
-        y: labels of the data (n,) or None.
+        data, noise, y: samples, noise and labels of the data.
         columns: at most so many of these times, evenly spaced, the first and the last among them; None is all.
-        guidance_scale: of classifier-free guidance.
+        guidance_scale: see above.
 
     Returns:
         As :func:`trajectory_rows`; the last column is the data, at t = 1.
@@ -196,10 +190,25 @@ def _rows(model: Model, x_t: Tensor, t: Tensor, y: Tensor | None, guidance_scale
     return {"x_t": x_t} | {name: x_1.unflatten(0, (c, n)) for name, x_1 in flat.items()}
 
 
+def labelled_grid(
+    images: Mapping[str, Tensor], labels: Sequence[str], *, column_titles: Sequence[str], title: str
+) -> np.ndarray:
+    """Draw images (n, columns, channels, h, w) by name, (height, width, 3) uint8: a sample has a row of each name."""
+    titles = [f"{label if i == 0 else ''}  {name}".strip() for label in labels for i, name in enumerate(images)]
+    rows = [images_of[i] for i in range(len(labels)) for images_of in images.values()]
+    group = len(images) if len(images) > 1 else 0
+    return image_grid(rows, titles, column_titles=column_titles, title=title, group=group, cell=64)
+
+
+def label_names(y: Tensor | None, n: int) -> list[str]:
+    """What to write before each sample."""
+    return [""] * n if y is None else [f"label {label}" for label in y.tolist()]
+
+
 def x1_image(
     t: Tensor, rows: Mapping[str, Tensor], y: Tensor | None, *, title: str, with_step_size: bool = False
 ) -> np.ndarray:
-    """Draw :func:`trajectory_rows` or :func:`reconstruction_rows` as images, (height, width, 3) uint8.
+    """Draw :func:`trajectory_rows` or :func:`reconstruction_rows` as images, with the step size to t = 1 or without.
 
     Args:
         t: (c,), a column each.
@@ -208,14 +217,13 @@ def x1_image(
         title: above all.
         with_step_size: write the step size to t = 1 below each time.
     """
-    n = next(iter(rows.values())).shape[1]
     columns = [f"t = {_fraction(time)}" for time in t.tolist()]
     if with_step_size:
         columns = [f"{text}\nd = {_fraction(1 - time)}" for text, time in zip(columns[:-1], t.tolist(), strict=False)]
         columns.append("t = 1\ndata")
-    titles = [f"{label}  {name}".strip() if name == "x_t" else name for label in _names(y, n) for name in rows]
-    images = [row[:, i] for i in range(n) for row in rows.values()]
-    return image_grid(images, titles, column_titles=columns, title=title, group=len(rows), cell=64)
+    images = {name: row.transpose(0, 1) for name, row in rows.items()}
+    labels = label_names(y, len(next(iter(images.values()))))
+    return labelled_grid(images, labels, column_titles=columns, title=title)
 
 
 def mixed_noise(a: Tensor, b: Tensor, u: float) -> Tensor:
@@ -228,17 +236,6 @@ def mixed_noise(a: Tensor, b: Tensor, u: float) -> Tensor:
     return math.cos(math.pi / 2 * u) * a + math.sin(math.pi / 2 * u) * b
 
 
-def interpolate_noise(a: Tensor, b: Tensor, columns: int) -> Tensor:
-    """:func:`mixed_noise` for evenly spaced u in [0, 1], (columns, *a.shape).
-
-    Raises:
-        ValueError: for fewer than two columns.
-    """
-    if columns < 2:
-        raise ValueError(f"columns must be at least 2, the two ends, got {columns}")
-    return torch.stack([mixed_noise(a, b, i / (columns - 1)) for i in range(columns)])
-
-
 def interpolated_samples(
     model: Model,
     noise: Tensor,
@@ -249,7 +246,7 @@ def interpolated_samples(
     guidance_scale: float = 1.0,
     seed: int = 0,
 ) -> Tensor:
-    """Samples from :func:`interpolate_noise` between pairs of noises, (pairs, columns, *shape).
+    """Samples from :func:`mixed_noise` of pairs of noises for evenly spaced u from 0 to 1, (pairs, columns, *shape).
 
     Args:
         model: the network.
@@ -257,10 +254,14 @@ def interpolated_samples(
         y: labels (pairs,) or None.
         columns: samples of a pair, with both ends.
         steps: of the sampler.
-        guidance_scale: of classifier-free guidance.
-        seed: of the noise that consistency models add after their steps, the same along a pair.
+        guidance_scale, seed: see above; the seed's noise is the same along a pair.
+
+    Raises:
+        ValueError: for fewer than two columns.
     """
-    start = interpolate_noise(noise[0::2], noise[1::2], columns).transpose(0, 1)
+    if columns < 2:
+        raise ValueError(f"columns must be at least 2, the two ends, got {columns}")
+    start = torch.stack([mixed_noise(noise[0::2], noise[1::2], i / (columns - 1)) for i in range(columns)], dim=1)
     pairs, flat = len(start), start.flatten(0, 1)
     index = [2 * pair for pair in range(pairs) for _ in range(columns)]
     samples = sampling.sample(
@@ -271,32 +272,20 @@ def interpolated_samples(
 
 
 def interpolation_image(by_steps: Mapping[int, Tensor], y: Tensor | None) -> np.ndarray:
-    """Draw :func:`interpolated_samples` by number of steps, (height, width, 3) uint8: a row for each pair and number.
-
-    Args:
-        by_steps: images (pairs, columns, channels, h, w).
-        y: labels (pairs,) or None.
-    """
+    """Draw :func:`interpolated_samples` by number of steps as images, a row for each pair and number."""
     pairs, columns = next(iter(by_steps.values())).shape[:2]
-    between = [_fraction(i / (columns - 1)) for i in range(1, columns - 1)]
-    return image_grid(
-        [samples[i] for i in range(pairs) for samples in by_steps.values()],
-        [f"{label}  {n_steps(steps)}".strip() for label in _names(y, pairs) for steps in by_steps],
-        column_titles=["A", *between, "B"], title=INTERPOLATION_TITLE, group=len(by_steps) if len(by_steps) > 1 else 0,
-        cell=64,
-    )  # fmt: skip
+    titles = ["A", *(_fraction(i / (columns - 1)) for i in range(1, columns - 1)), "B"]
+    images = {n_steps(steps): samples for steps, samples in by_steps.items()}
+    return labelled_grid(images, label_names(y, pairs), column_titles=titles, title=INTERPOLATION_TITLE)
 
 
-def nearest_neighbours(
-    queries: Tensor, blocks: Iterable[Tensor], k: int, *, exclude_itself: bool = False
-) -> tuple[Tensor, Tensor]:
+def nearest_neighbours(queries: Tensor, blocks: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
     """The k nearest of all samples in some blocks to each query; exact, holding one block at a time.
 
     Args:
         queries: (q, *shape) on the CPU.
         blocks: (b, *shape) each.
         k: how many.
-        exclude_itself: query i is sample i of the blocks and not a neighbour of its own.
 
     Returns:
         Root mean square differences of one value (q, k), nearest first: 0 for a copy, at most 2 for images. And the
@@ -307,22 +296,20 @@ def nearest_neighbours(
     """
     if k < 1:
         raise ValueError(f"nearest must be at least 1, got {k}")
-    q, shape, start = len(queries), queries.shape[1:], 0
-    distance, position = torch.empty(q, 0), torch.empty(q, 0, dtype=torch.long)
+    shape, start = queries.shape[1:], 0
+    distance, position = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
     for block in blocks:
         if block.shape[1:] != shape:
             raise ValueError(f"samples have shape {tuple(shape)}, the data {tuple(block.shape[1:])}")
         # By differences, not by products: the distance of a copy is then 0 and not the root of a rounding error.
         new = torch.cdist(queries.flatten(1), block.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
-        places = torch.arange(start, start + len(block))
-        if exclude_itself:
-            new[places == torch.arange(q)[:, None]] = torch.inf
+        places = torch.arange(start, start + len(block)).expand(len(queries), -1)
         distance = torch.cat([distance, new / math.sqrt(shape.numel())], dim=1)
         distance, kept = distance.topk(min(k, distance.shape[1]), largest=False)
-        position = torch.cat([position, places.expand(q, -1)], dim=1).gather(1, kept)
+        position = torch.cat([position, places], dim=1).gather(1, kept)
         start += len(block)
-    if start - exclude_itself < k:
-        raise ValueError(f"nearest is {k}, but there are only {start - exclude_itself} samples to choose from")
+    if start < k:
+        raise ValueError(f"nearest is {k}, but there are only {start} samples to choose from")
     return distance, position
 
 
@@ -342,8 +329,9 @@ def neighbours_in_data(source: DataSource, samples: Tensor, k: int) -> tuple[Ten
     one_by_one = source.as_stored().open_stream(batch_size=1, seed=0)
     found = torch.cat([one_by_one.batch_at(int(place)).data for place in position.flatten()])
     some = next(source.one_epoch(batch_size=max(COMPARED, len(samples)))).data
-    among, _ = nearest_neighbours(some, (batch.data for batch in source.one_epoch()), 1, exclude_itself=True)
-    return distance, found.unflatten(0, (len(samples), k)), float(among.mean())
+    # The nearest of a training sample is itself.
+    among, _ = nearest_neighbours(some, (batch.data for batch in source.one_epoch()), 2)
+    return distance, found.unflatten(0, (len(samples), k)), float(among[:, 1].mean())
 
 
 def neighbours_image(images: Tensor, distance: Tensor, y: Tensor | None, *, title: str) -> np.ndarray:
@@ -356,13 +344,10 @@ def neighbours_image(images: Tensor, distance: Tensor, y: Tensor | None, *, titl
         title: above all.
     """
     n, k = distance.shape
-    titles = [f"{label}\n{nearest:.3f}".strip() for label, nearest in zip(_names(y, n), distance[:, 0], strict=True)]
+    nearest = [f"{near:.3f}" for near in distance[:, 0].tolist()]
+    labels = [f"{label}\n{near}".strip() for label, near in zip(label_names(y, n), nearest, strict=True)]
     columns = ["sample", *(f"no. {i + 1}" for i in range(k))]
-    return image_grid(list(images), titles, column_titles=columns, title=title, cell=64)
-
-
-def _names(y: Tensor | None, n: int) -> Sequence[str]:
-    return [""] * n if y is None else [f"label {label}" for label in y.tolist()]
+    return labelled_grid({"": images}, labels, column_titles=columns, title=title)
 
 
 def _fraction(value: float) -> str:

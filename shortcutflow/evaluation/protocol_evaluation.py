@@ -58,7 +58,7 @@ class ProtocolEvaluation(EvaluationSettings):
         Raises:
             ValueError, OSError, ImportError: as :func:`shortcutflow.evaluation.evaluate.evaluate`.
         """
-        info, needs_reference = config.data.describe(), any(name in WITH_REFERENCE for name in self.metrics)
+        info, needs_reference = config.data.describe(), not WITH_REFERENCE.isdisjoint(self.metrics)
         check_request(self.steps, self.metrics, self.samples)
         if not info.is_picture:
             raise ValueError(

@@ -94,12 +94,25 @@ def draw_quality(files: Sequence[Path], *, metric: str | None = None) -> Figure:
     if not files:
         raise ValueError("nothing to draw: give at least one run")
     reports = [read_report(file) for file in files]
-    _check_comparable(files, reports)
+    facts = [_facts(report) for report in reports]
+    for file, other in zip(files, facts, strict=True):
+        if other != facts[0]:
+            one, two = (", ".join(f"{name} {of[name]}" for name in of if of[name]) for of in (facts[0], other))
+            raise ValueError(
+                f"values that were not measured alike cannot be compared: {files[0]} by {one}; {file} by {two}. "
+                "Evaluate both alike"
+            )
     curves = [curves_of(report) for report in reports]
-    metric = _metric_of(files, curves, metric)
+    shared = [name for name in curves[0] if all(name in curve for curve in curves)]
+    if metric is None:
+        metric = next((name for name in DEFAULT_METRICS if name in shared), None)
+    if metric is None:
+        raise ValueError(f"name what to draw with --metric; these reports all have: {', '.join(shared) or 'nothing'}")
+    if lacking := [file for file, curve in zip(files, curves, strict=True) if metric not in curve]:
+        raise ValueError(f"{lacking[0]} has no metric {metric!r}; all reports have: {', '.join(shared) or 'none'}")
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
+        from matplotlib.ticker import LogLocator, NullFormatter
     except ImportError as error:
         raise ImportError("curves are drawn by matplotlib: pip install 'shortcutflow[plot]'") from error
     figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
@@ -110,14 +123,14 @@ def draw_quality(files: Sequence[Path], *, metric: str | None = None) -> Figure:
     for name, curve in zip(names, curves, strict=True):
         axes.plot(list(curve[metric]), list(curve[metric].values()), marker="o", label=name)
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(sorted({steps for curve in curves for steps in curve[metric]})))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(sorted({steps for curve in curves for steps in curve[metric]}), minor=False)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
     values = [value for curve in curves for value in curve[metric].values()]
     if metric in DISTANCES and min(values) > 0 and max(values) > WIDE_RANGE * min(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
     elif min(values) >= 0:
         axes.set_ylim(bottom=0)
@@ -127,8 +140,7 @@ def draw_quality(files: Sequence[Path], *, metric: str | None = None) -> Figure:
     # Names may hold dollars, which matplotlib would read as mathematics.
     for text in axes.legend().get_texts():
         text.set_parse_math(False)
-    facts = _facts(reports[0])
-    title = str(facts["protocol"]) + (f", {facts['samples']} samples" if facts["samples"] else "")
+    title = str(facts[0]["protocol"]) + (f", {facts[0]['samples']} samples" if facts[0]["samples"] else "")
     axes.set_title(title[:160], fontsize=8, parse_math=False, wrap=True)
     return figure
 
@@ -144,29 +156,3 @@ def _facts(report: dict[str, Any]) -> dict[str, Any]:
         "reference statistics": reference.get("statistics_sha256"),
         "samples": report.get("samples"),
     }
-
-
-def _check_comparable(files: Sequence[Path], reports: Sequence[dict[str, Any]]) -> None:
-    """Raise ValueError, naming both, if two reports were not measured alike."""
-    first = _facts(reports[0])
-    for file, report in zip(files[1:], reports[1:], strict=True):
-        facts = _facts(report)
-        if facts != first:
-            one, other = (", ".join(f"{name} {of[name]}" for name in of if of[name]) for of in (first, facts))
-            raise ValueError(
-                f"values that were not measured alike cannot be compared: {files[0]} by {one}; {file} by {other}. "
-                "Evaluate both alike"
-            )
-
-
-def _metric_of(files: Sequence[Path], curves: Sequence[dict[str, Any]], metric: str | None) -> str:
-    """The metric to draw: the one that was named, or the first usual one that all reports have."""
-    shared = [name for name in curves[0] if all(name in curve for curve in curves)]
-    if metric is None:
-        metric = next((name for name in DEFAULT_METRICS if name in shared), None)
-    if metric is None:
-        raise ValueError(f"name what to draw with --metric; these reports all have: {', '.join(shared) or 'nothing'}")
-    for file, curve in zip(files, curves, strict=True):
-        if metric not in curve:
-            raise ValueError(f"{file} has no metric {metric!r}; all reports have: {', '.join(shared) or 'none'}")
-    return metric

@@ -52,11 +52,7 @@ def digit_images() -> RealImages:
 
 
 def shard_images(folder: Path | str | ShardFolder, cache: Path = Path("data/cache")) -> RealImages:
-    """Prepared shards of images, in the order in which they lie in them.
-
-    Args:
-        folder: of the shards, or its URL, or one that is open.
-        cache: where shards of a URL are kept.
+    """Prepared shards of images, in the order in which they lie in them; those of a URL are kept in ``cache``.
 
     Raises:
         ValueError: if they hold no images.
@@ -79,12 +75,9 @@ def shard_images(folder: Path | str | ShardFolder, cache: Path = Path("data/cach
 
 
 def raw_images(path: Path, *, size: int | None = None, crop: Crop = "released") -> RealImages:
-    """Images from anywhere (:mod:`shortcutflow.data.sources`), in the order of their names.
+    """Images of a folder or archive (:mod:`shortcutflow.data.sources`), in the order of their names.
 
-    Args:
-        path: a folder or an archive.
-        size: side of the square they are made to, in pixels; None leaves each as it is.
-        crop: how, see :func:`shortcutflow.data.images.to_square`.
+    They are made squares of ``size`` pixels by :func:`shortcutflow.data.images.to_square`; None leaves each as it is.
     """
     source = open_source(path, labels=False)
     name = str(path) if size is None else f"{path}, crop {crop}, {size} pixels"

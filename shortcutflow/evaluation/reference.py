@@ -9,14 +9,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.numpy import save
 
 import shortcutflow
@@ -28,19 +29,12 @@ from shortcutflow.evaluation.distances.statistics import (
     save_statistics,
     statistics_hash,
 )
-from shortcutflow.evaluation.feature_set import (
-    WORK,
-    FeatureSet,
-    checkpoint_file,
-    extract_all,
-    hash_of,
-    remove_checkpoint,
-    timed,
-)
+from shortcutflow.evaluation.feature_set import checkpoint_file, extract_all, hash_of, remove_checkpoint, timed
 from shortcutflow.evaluation.features.extractors import Extracted
 from shortcutflow.evaluation.features.protocols import EvaluationProtocol
 from shortcutflow.evaluation.real_images import RealImages
 from shortcutflow.io.atomic import require_absent, require_ours, write_whole
+from shortcutflow.io.json import read_object
 from shortcutflow.io.safetensors import opened
 
 MOST_FEATURES = 50_000
@@ -49,22 +43,44 @@ CLEAN_FID = "clean-fid:"
 """Begins the names of clean-fid's own statistics."""
 
 
+class ReferenceRecord(BaseModel):
+    """What is known of a reference, as its JSON file and reports say it; null is what nobody wrote down.
+
+    Args:
+        source: which images.
+        protocol, extractor: names of what made the features.
+        images, features: how many images there are, and of how many the features are kept.
+        statistics_sha256: of mean and covariance.
+        fingerprint: of the images.
+        version: of this library.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    protocol: str | None = None
+    extractor: str | None = None
+    images: int | None = None
+    statistics_sha256: str
+    features: int = 0
+    fingerprint: str | None = None
+    version: str | None = None
+
+
 class Reference(NamedTuple):
     """A reference, ready to compare with.
 
     Attributes:
         statistics: mean and covariance of the features.
         features: (n, k) float32 of at most ``MOST_FEATURES`` images, or None.
-        record: what is known of it, as its JSON file and reports say it: "source" (which images), "protocol",
-            "extractor", "images" (how many), "statistics_sha256", "features" (how many), "fingerprint" (of the images)
-            and "version" (of this library). Null is what nobody wrote down.
+        record: what is known of it.
         file: of its statistics.
         reused: whether an earlier evaluation had made it of the same images.
     """
 
     statistics: Statistics
     features: np.ndarray | None
-    record: dict[str, Any]
+    record: ReferenceRecord
     file: str
     reused: bool = False
 
@@ -83,20 +99,15 @@ def reference_of(
     Another name, size or time of change of an image makes a new one. Arguments and errors: :func:`make_reference`.
     """
     digest = hash_of({"pictures": images.fingerprint(), "extractor": protocol.extractor.name})
-    path = folder / f"reference-{file_name(protocol.name)}-{digest}.npz"
+    path, reused = folder / f"reference-{file_name(protocol.name)}-{digest}.npz", False
     # Rank 0 alone decides: ranks that disagreed would wait for each other in different places.
-    reused = world.gather(_is_usable(path, protocol, with_features) if world.is_main else None)[0]
-    if not reused:
+    if world.is_main:
+        with suppress(OSError, ValueError):  # absent, damaged, or without features
+            load_reference(path, protocol, with_features=with_features)
+            reused = True
+    if not (reused := world.gather(reused)[0]):
         make_reference(images, protocol, path, with_features=with_features, world=world, side=side)
     return load_reference(path, protocol, with_features=with_features)._replace(reused=reused)
-
-
-def _is_usable(path: Path, protocol: EvaluationProtocol, with_features: bool) -> bool:
-    try:
-        load_reference(path, protocol, with_features=with_features)
-    except (OSError, ValueError):  # absent, damaged, or without features
-        return False
-    return True
 
 
 def make_reference(
@@ -128,7 +139,11 @@ def make_reference(
     """
     if images.count < 2:
         raise ValueError(f"a reference needs at least 2 images, {images.name} holds {images.count}")
-    _require_ours(path)
+    record_file, features_file = path.with_suffix(".json"), path.with_suffix(".safetensors")
+    for file in (record_file, features_file):
+        require_ours(file, b"statistics_sha256")
+    if not record_file.is_file():  # which says that the others are ours
+        require_absent(path)
 
     def extract(index: range, seconds: dict[str, float]) -> tuple[Extracted, int]:
         # Images of the same size together, in their order.
@@ -149,43 +164,30 @@ def make_reference(
         return Extracted(np.concatenate(features), None), 0
 
     key = {
-        "images": images.fingerprint(), "protocol": protocol.name, "extractor": protocol.extractor.name,
-        "version": shortcutflow.__version__,
+        "images": images.fingerprint(), "count": images.count, "batch_size": batch_size, "protocol": protocol.name,
+        "extractor": protocol.extractor.name, "version": shortcutflow.__version__,
     }  # fmt: skip
-    file = checkpoint_file(path.parent / WORK, f"reference-{file_name(protocol.name)}", key, world)
+    checkpoint = checkpoint_file(path.parent, f"reference-{file_name(protocol.name)}", key, world)
     found = extract_all(
-        extract, images.count, batch_size=batch_size, file=file, world=world,
+        extract, images.count, batch_size=batch_size, file=checkpoint, world=world,
         keep=MOST_FEATURES if with_features else 0,
     )  # fmt: skip
     if world.is_main:
-        _write(path, found, images, protocol)
+        statistics = found.moments.statistics()
+        record = ReferenceRecord(
+            source=images.name, protocol=protocol.name, extractor=protocol.extractor.name, images=images.count,
+            statistics_sha256=statistics_hash(statistics), features=len(found.features),
+            fingerprint=images.fingerprint(), version=shortcutflow.__version__,
+        )  # fmt: skip
+        path.unlink(missing_ok=True)
+        features_file.unlink(missing_ok=True)
+        if len(found.features):
+            header = {"statistics_sha256": record.statistics_sha256}
+            write_whole(features_file, save({"features": found.features}, metadata=header))
+        write_whole(record_file, record.model_dump_json(indent=2) + "\n")
+        save_statistics(path, statistics)  # last, so that a reference with them is complete
     world.wait_for_all()
-    remove_checkpoint(file)
-
-
-def _write(path: Path, found: FeatureSet, images: RealImages, protocol: EvaluationProtocol) -> None:
-    """Write the files of a reference; the statistics come last, so that a reference with them is complete."""
-    statistics = found.moments.statistics()
-    digest = statistics_hash(statistics)
-    record = _record_of(
-        images.name, digest, protocol=protocol.name, extractor=protocol.extractor.name, images=images.count,
-        features=len(found.kept), fingerprint=images.fingerprint(), version=shortcutflow.__version__,
-    )  # fmt: skip
-    path.unlink(missing_ok=True)
-    features = path.with_suffix(".safetensors")
-    features.unlink(missing_ok=True)
-    if len(found.kept):
-        write_whole(features, save({"features": found.features}, metadata={"statistics_sha256": digest}))
-    write_whole(path.with_suffix(".json"), json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    save_statistics(path, statistics)
-
-
-def _require_ours(path: Path) -> None:
-    """Refuse to replace files that are not those of a reference: its record, a .json, says that the others are."""
-    for suffix in (".json", ".safetensors"):
-        require_ours(path.with_suffix(suffix), b"statistics_sha256")
-    if not path.with_suffix(".json").is_file():
-        require_absent(path)
+    remove_checkpoint(checkpoint)
 
 
 def load_reference(path: Path, protocol: EvaluationProtocol, *, with_features: bool) -> Reference:
@@ -201,43 +203,14 @@ def load_reference(path: Path, protocol: EvaluationProtocol, *, with_features: b
         ValueError: if it was made by another protocol, or its files do not belong together.
     """
     statistics = load_statistics(path)
-    digest = statistics_hash(statistics)
-    record = _record(path, digest)
+    record = _record(path, statistics_hash(statistics))
     for what, made_by, now in (
-        ("protocol", record["protocol"], protocol.name), ("extractor", record["extractor"], protocol.extractor.name)
+        ("protocol", record.protocol, protocol.name), ("extractor", record.extractor, protocol.extractor.name)
     ):  # fmt: skip
         if made_by is not None and made_by != now:
             raise ValueError(f"{path} was made by {what} {made_by!r}, not by {now!r}: their numbers do not compare")
-    return Reference(statistics, _features(path, digest) if with_features else None, record, str(path))
-
-
-def _record(path: Path, digest: str) -> dict[str, Any]:
-    """What the file beside the statistics says of them; all is unknown without one."""
-    file = path.with_suffix(".json")
-    if not file.is_file():
-        return _record_of(str(path), digest)
-    try:
-        values = dict(json.loads(file.read_text()))
-        values.pop("probe", None)  # of earlier versions, as the name of the next
-        record = _record_of(values.pop("pictures", None) or values.pop("source"), **values)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file} does not describe a reference ({error}); remove it if it is something else") from None
-    if record["statistics_sha256"] != digest:
-        raise ValueError(f"{file} describes other statistics than {path} holds: make the reference again")
-    return record
-
-
-def _record_of(
-    source: str, statistics_sha256: str, *, protocol: str | None = None, extractor: str | None = None,
-    images: int | None = None, features: int = 0, fingerprint: str | None = None, version: str | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    return {
-        "source": source, "protocol": protocol, "extractor": extractor, "images": images,
-        "statistics_sha256": statistics_sha256, "features": features, "fingerprint": fingerprint, "version": version,
-    }  # fmt: skip
-
-
-def _features(path: Path, digest: str) -> np.ndarray:
+    if not with_features:
+        return Reference(statistics, None, record, str(path))
     file = path.with_suffix(".safetensors")
     if not file.is_file():
         raise FileNotFoundError(
@@ -246,9 +219,28 @@ def _features(path: Path, digest: str) -> np.ndarray:
             "SOURCE --out FILE.npz --with-features` writes; or name the images themselves"
         )
     with opened(file, "make the reference again", framework="np") as tensors:
-        if (tensors.metadata() or {}).get("statistics_sha256") != digest:
+        if (tensors.metadata() or {}).get("statistics_sha256") != record.statistics_sha256:
             raise ValueError(f"{file} belongs to other statistics than {path} holds: make the reference again")
-        return np.asarray(tensors.get_tensor("features"))
+        return Reference(statistics, np.asarray(tensors.get_tensor("features")), record, str(path))
+
+
+def _record(path: Path, digest: str) -> ReferenceRecord:
+    """What the file beside the statistics says of them; all is unknown without one."""
+    file = path.with_suffix(".json")
+    if not file.is_file():
+        return ReferenceRecord(source=str(path), statistics_sha256=digest)
+    values: dict[str, Any] = read_object(file, "a reference")
+    values.pop("probe", None)  # of version 0.1, as the name of the next
+    if "pictures" in values:
+        values["source"] = values.pop("pictures")
+    try:
+        record = ReferenceRecord(**values)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()[:3])
+        raise ValueError(f"{file} does not describe a reference ({wrong}); remove it if it is something else") from None
+    if record.statistics_sha256 != digest:
+        raise ValueError(f"{file} describes other statistics than {path} holds: make the reference again")
+    return record
 
 
 def clean_fid_reference(name: str, protocol: EvaluationProtocol, side: tuple[int, int]) -> Reference:
@@ -264,9 +256,9 @@ def clean_fid_reference(name: str, protocol: EvaluationProtocol, side: tuple[int
         FileNotFoundError: if clean-fid has no such statistics, or they cannot be fetched.
         ImportError: without clean-fid.
     """
+    source, parts = f"{CLEAN_FID}{name}", re.fullmatch(r"(\w+)-(\w+?)(?:-(\d+|na))?", name)
     if protocol.name != "clean-fid":
-        raise ValueError(f"{CLEAN_FID}{name} goes with --protocol clean-fid, not {protocol.name}")
-    parts = re.fullmatch(r"(\w+)-(\w+?)(?:-(\d+|na))?", name)
+        raise ValueError(f"{source} goes with --protocol clean-fid, not {protocol.name}")
     if parts is None:
         raise ValueError(f"clean-fid's statistics are named as {CLEAN_FID}cifar10-train or -train-32, got {name!r}")
     try:
@@ -283,9 +275,9 @@ def clean_fid_reference(name: str, protocol: EvaluationProtocol, side: tuple[int
             f"clean-fid's statistics of {parts[1]}, split {parts[2]}, size {size} cannot be read or fetched ({error})"
         ) from error
     statistics = Statistics(np.asarray(mu, np.float64), np.asarray(sigma, np.float64))
-    require_statistics(f"{CLEAN_FID}{name}", statistics)
-    source = f"{CLEAN_FID}{name}"
-    return Reference(statistics, None, _record_of(source, statistics_hash(statistics)), source)
+    require_statistics(source, statistics)
+    record = ReferenceRecord(source=source, statistics_sha256=statistics_hash(statistics))
+    return Reference(statistics, None, record, source)
 
 
 def file_name(text: str) -> str:

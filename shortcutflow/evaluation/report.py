@@ -49,17 +49,14 @@ def report_of(
         seconds: of this call on rank 0: the whole, and of making the reference.
     """
     model, vae, classes = sampler.model, sampler.autoencoder, sampler.model.num_classes
-    metrics = [name for name in rows[0]["values"] if name in METRICS]
     facts = _facts_of(model, sampler.seed)
     return facts | {
         "subject": facts["subject"] | model.identity,
         "protocol": {
             "name": protocol.name, "description": protocol.description, "extractor": protocol.extractor.name,
         },
-        "reference": (
-            reference.record | {"file": reference.file, "reused": reference.reused} if reference is not None else None
-        ),
-        "metrics": {name: METRICS[name] for name in metrics},
+        "reference": reference and reference.record.model_dump() | {"file": reference.file, "reused": reference.reused},
+        "metrics": {name: METRICS[name] for name in rows[0]["values"] if name in METRICS},
         "samples": samples,
         "labels": "none" if classes is None else f"in turn: sample i has label i mod {classes}",
         "guidance_scale": sampler.guidance_scale,
@@ -79,25 +76,22 @@ def report_of(
 
 def _facts_of(model: Model, seed: int) -> dict[str, Any]:
     """What every report says: which weights, which seed, where and when."""
+    device = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    if model.device.type == "cuda":
+        device = torch.cuda.get_device_name(model.device)
     return {
         "format": "shortcutflow-evaluation",
         "subject": {
             "name": model.name, "folder": str(model.folder), "weights": model.weights, "step": model.config.step,
         },
         "seed": seed,
-        "device": _device_name(model.device),
+        "device": device,
         "versions": {
             "shortcutflow": shortcutflow.__version__, "torch": torch.__version__, "numpy": np.__version__,
             "python": platform.python_version(),
         },
         "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def finish_report(measured: Mapping[str, Any], model: Model, config: RunConfig) -> dict[str, Any]:

@@ -115,8 +115,6 @@ def sample_grid(
     Raises:
         ValueError: for a network whose samples are not images, fewer than one step, or labels that do not fit.
     """
-    if not all(number >= 1 for number in steps):
-        raise ValueError(f"steps must be at least 1, got {', '.join(map(str, steps))}")
     noise, y = initial_noise(model, labels=labels, count=count, seed=seed)
     rows = [generate(model, noise, y, steps=number, guidance_scale=guidance_scale, seed=seed) for number in steps]
     return image_grid(ImageDecoder(model.info, model.device)(*rows), [n_steps(number) for number in steps])

@@ -91,21 +91,6 @@ class Sampler:
                 seed=self.seed, first=index.start,
             )  # fmt: skip
 
-    def decoded(self, samples: Tensor, index: range) -> Tensor:
-        """Samples as images (n, 1 or 3, h, w) around [-1, 1], latents decoded.
-
-        Raises:
-            ValueError: if a sample is not finite, naming the first.
-        """
-        finite = samples.flatten(1).isfinite().all(1)
-        if not finite.all():
-            bad = (~finite).nonzero().flatten()
-            raise ValueError(
-                f"{len(bad)} of {len(index)} samples hold values that are not finite; the first is sample "
-                f"{index[int(bad[0])]} of seed {self.seed}"
-            )
-        return samples if self.autoencoder is None else self.autoencoder.decode(samples)
-
     def extract(
         self, steps: int, protocol: EvaluationProtocol, folder: Path | None, index: range, seconds: dict[str, float]
     ) -> tuple[Extracted, int]:
@@ -117,19 +102,29 @@ class Sampler:
             folder: to save the images in, or None.
             index: of the samples.
             seconds: to add to, by phase.
+
+        Raises:
+            ValueError: if a sample is not finite, naming the first.
         """
-        with timed(seconds, "sampling", self.model.device):
+        device = self.model.device
+        with timed(seconds, "sampling", device):
             samples = self.samples(steps, index)
-        with timed(seconds, "decoding", self.model.device):
-            images = self.decoded(samples, index)
+        with timed(seconds, "decoding", device):
+            bad = (~samples.flatten(1).isfinite().all(1)).nonzero().flatten()
+            if len(bad):
+                raise ValueError(
+                    f"{len(bad)} of {len(index)} samples hold values that are not finite; the first is sample "
+                    f"{index[int(bad[0])]} of seed {self.seed}"
+                )
+            images = samples if self.autoencoder is None else self.autoencoder.decode(samples)
             pixels = to_uint8(images) if protocol.eight_bit or folder is not None else np.zeros(0)
         if folder is not None:
             with timed(seconds, "saving"):
                 save_pngs(pixels, folder, index.start)
-        with timed(seconds, "extraction", self.model.device):
+        with timed(seconds, "extraction", device):
             if not protocol.eight_bit:
                 pixels = images.float().permute(0, 2, 3, 1).cpu().numpy()
-            labels = labels_of(index, self.model.info.num_classes)
+            labels = labels_of(index, self.model.num_classes)
             correct = 0
             if protocol.classifier is not None and labels is not None:
                 correct = int((protocol.classifier(pixels) == labels.numpy()).sum())

@@ -50,10 +50,6 @@ SCHEDULERS = (
 def read_folder(source: Path, *, image_size: int | None = None) -> tuple[Conversion, dict[str, ReadTensor]]:
     """What a folder holds, and its weights by name: "current", and "ema" where a training script left them.
 
-    Args:
-        source: the folder.
-        image_size: side of a sample; None takes the config's.
-
     Raises:
         FileNotFoundError: if a file is missing.
         ValueError: if the network, its scheduler or its options are of a kind that is not supported.

@@ -60,13 +60,9 @@ LAYERS = {
 def read_dit_sit(
     path: Path, kind: Kind | None = None, *, heads: int | None = None, image_size: int | None = None
 ) -> tuple[Conversion, dict[str, ReadTensor]]:
-    """What a file holds, and its weights by name: "current", "ema" or both.
+    """What a file of torch.save or safetensors holds, and its weights by name: "current", "ema" or both.
 
-    Args:
-        path: a file of torch.save or safetensors.
-        kind: "sit" or "dit"; None takes it from the name of the file.
-        heads: of attention; None takes the usual number for the hidden size.
-        image_size: side of a sample, which the positions say too.
+    Arguments as of :func:`shortcutflow.interop.convert.convert`.
 
     Raises:
         ValueError: if it is no such file, the name does not say the kind, or the sizes contradict each other.

@@ -55,10 +55,7 @@ def read_jax_checkpoint(
 ) -> tuple[Conversion, dict[str, ReadTensor]]:
     """What a checkpoint holds, its weights ("current") and their EMA ("ema"); their numbers are still in the file.
 
-    Args:
-        path: of the pickle.
-        heads: of attention, which no array says; None takes the usual number for the hidden size.
-        image_size: side of a sample, which no array says; None takes the usual one.
+    Heads and the side of a sample are in no array; None takes the usual ones.
 
     Raises:
         ValueError: with one line that says what is wrong with the file.
@@ -69,6 +66,11 @@ def read_jax_checkpoint(
         _with_keys("train_state", state, "params", "params_ema", "opt_state", "step")
         if not isinstance(value["_timestamp"], float) or not math.isfinite(value["_timestamp"]):
             raise ValueError("_timestamp must be a finite number of seconds")
+        step = state["step"]
+        if isinstance(step, StoredArray) and step.shape == () and step.dtype.kind in "iu":
+            step = int(step.read())
+        if type(step) is not int or step < 0:
+            raise ValueError("step must be a whole number, not negative")
         sets = {key: dict(_flat(state[key], key)) for key in ("params", "params_ema")}
         sizes = sizes_of({name: array.shape for name, array in sets["params"].items()})
         ignores_step_size, notes, options = _ignores_step_size(state["opt_state"]), [], {"released": True}
@@ -84,7 +86,7 @@ def read_jax_checkpoint(
         conversion = Conversion(
             source=CHECKPOINT, backbone=dit_backbone(sizes, heads, **options),
             shape=(sizes.channels, image_size, image_size), num_classes=sizes.num_classes, params=params_of(sizes),
-            step_conditioned=not ignores_step_size, step=_step(state["step"]), notes=tuple(notes),
+            step_conditioned=not ignores_step_size, step=step, notes=tuple(notes),
             about={"timestamp": repr(value["_timestamp"])},
         )  # fmt: skip
         for key, arrays in sets.items():
@@ -163,14 +165,6 @@ def _ignores_step_size(opt_state: Any) -> bool:
         if type(state) is tuple and _ignores_step_size(state):
             return True
     return False
-
-
-def _step(value: Any) -> int:
-    if isinstance(value, StoredArray) and value.shape == () and value.dtype.kind in "iu":
-        value = int(value.read())
-    if type(value) is not int or value < 0:
-        raise ValueError("step must be a whole number, not negative")
-    return value
 
 
 def _usual_image_size(sizes: DiTSizes) -> int:

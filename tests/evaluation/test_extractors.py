@@ -182,7 +182,7 @@ def test_damaged_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_archive_that_would_unpack_to_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shortcutflow.evaluation.features.torchscript.LARGEST", 10**6)
+    monkeypatch.setattr("shortcutflow.evaluation.features.extractors.LARGEST", 10**6)
     with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb/code/__torch__.py", " " * 2 * 10**6)
     assert (tmp_path / "bomb.pt").stat().st_size < 10**5

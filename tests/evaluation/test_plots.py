@@ -21,9 +21,9 @@ from shortcutflow.evaluation.decode import ImageDecoder
 from shortcutflow.evaluation.evaluate import training_images
 from shortcutflow.evaluation.generate import fresh_noise_of, generate, initial_noise, noise_of
 from shortcutflow.evaluation.plots import (
-    interpolate_noise,
     interpolated_samples,
     interpolation_image,
+    mixed_noise,
     nearest_neighbours,
     neighbours_image,
     neighbours_in_data,
@@ -209,7 +209,7 @@ def test_labels_go_with_their_samples() -> None:
 
 def test_between_two_noises() -> None:
     a, b = noise_of(0, 200, SHAPE), noise_of(1, 200, SHAPE)
-    path = interpolate_noise(a, b, 5)
+    path = [mixed_noise(a, b, i / 4) for i in range(5)]
     assert torch.equal(path[0], a)
     assert torch.equal(path[-1], b)
     torch.testing.assert_close(path[2], (a + b) / math.sqrt(2))
@@ -218,7 +218,7 @@ def test_between_two_noises() -> None:
     assert all(abs(float(x.var()) - 1) < 0.1 for x in path)
     assert abs(float(((a + b) / 2).var()) - 0.5) < 0.1
     with pytest.raises(ValueError, match="columns must be at least 2"):
-        interpolate_noise(a, b, 1)
+        interpolated_samples(made(lambda x_t, t, d, y: x_t), a, None, columns=1)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -251,21 +251,11 @@ def test_nearest_is_exact_in_blocks_of_any_size(block: int) -> None:
     assert float(distance[[0, 1, 2, 3, 5], 0].min()) > 0.3
 
 
-@pytest.mark.parametrize("block", [1, 7, 1000])
-def test_real_samples_leave_themselves_out(block: int) -> None:
-    data = noise_of(0, 40, SHAPE)
-    alone, _ = nearest_neighbours(data[:5], data.split(block), 2)
-    others, _ = nearest_neighbours(data[:5], data.split(block), 1, exclude_itself=True)
-    assert float(alone[:, 0].max()) == 0.0
-    assert torch.equal(others[:, 0], alone[:, 1])
-
-
 def test_too_little_data_for_neighbours() -> None:
     data = noise_of(0, 4, SHAPE)
     assert nearest_neighbours(data, [data], 4)[0].shape == (4, 4)
-    for k, itself in ((5, False), (4, True)):
-        with pytest.raises(ValueError, match=f"nearest is {k}, but there are only {4 - itself}"):
-            nearest_neighbours(data, [data], k, exclude_itself=itself)
+    with pytest.raises(ValueError, match="nearest is 5, but there are only 4"):
+        nearest_neighbours(data, [data], 5)
     with pytest.raises(ValueError, match="nearest must be at least 1"):
         nearest_neighbours(data, [data], 0)
     with pytest.raises(ValueError, match="shape"):
@@ -336,6 +326,11 @@ def test_a_copied_digit_is_found(digits: DigitsData) -> None:
     torch.testing.assert_close(difference, distance)
     assert float(distance[3:, 0].min()) > 0.7
     assert 0.15 < among_data < 0.35
+    some = next(digits.one_epoch(batch_size=64)).data
+    every = torch.cat([batch.data for batch in digits.one_epoch()]).flatten(1)
+    apart = torch.cdist(some.flatten(1), every, compute_mode="donot_use_mm_for_euclid_dist") / 8
+    apart[range(64), range(64)] = torch.inf  # the first samples of an epoch, and themselves
+    assert among_data == pytest.approx(float(apart.min(1).values.mean()), rel=1e-6)
     images = torch.cat([samples[:, None], found], dim=1)
     image = neighbours_image(images, distance, torch.arange(5), title="")
     assert image.std() > 20

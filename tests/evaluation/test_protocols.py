@@ -16,7 +16,7 @@ from cleanfid.inception_torchscript import InceptionV3W
 from PIL import Image
 from torch import Tensor
 
-from shortcutflow.evaluation.features.protocols import check_protocol, open_protocol, protocol_names
+from shortcutflow.evaluation.features.protocols import DESCRIPTIONS, check_protocol, open_protocol
 from tests.evaluation.inception_standin import InceptionStandIn, save_torchscript
 from tests.evaluation.test_extractors import SmallNetwork
 from tests.evaluation.test_resize import as_tensor, pictures
@@ -110,7 +110,7 @@ def test_a_file_that_is_no_inception(tmp_path: Path) -> None:
 
 
 def test_names(tmp_path: Path) -> None:
-    assert protocol_names() == ("clean-fid", "released-code", "adm", "adm-spatial", "dinov2", "pixels", "digits")
+    assert tuple(DESCRIPTIONS) == ("clean-fid", "released-code", "adm", "adm-spatial", "dinov2", "pixels", "digits")
     for wrong in ("clean_fid", "", "file:"):
         with pytest.raises(ValueError, match="known: clean-fid, released-code, adm"):
             open_protocol(wrong)
@@ -141,7 +141,7 @@ def test_clean_fid_missing(monkeypatch: pytest.MonkeyPatch, standin: Path) -> No
 
 def test_importing_protocols_is_light() -> None:
     code = (
-        "import sys, shortcutflow.evaluation.features.protocols as p; p.protocol_names(); "
+        "import sys, shortcutflow.evaluation.features.protocols as p; p.DESCRIPTIONS; "
         "print([m for m in ('cleanfid', 'torchvision', 'scipy', 'sklearn', 'PIL', 'timm') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

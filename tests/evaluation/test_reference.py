@@ -56,7 +56,7 @@ def test_statistics_are_the_mean_and_covariance(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.statistics.sigma, np.cov(features, rowvar=False), atol=1e-6)
     assert found.features is not None
     np.testing.assert_allclose(found.features, features, atol=1e-6)
-    assert [found.record[key] for key in ("images", "features", "source")] == [1797, 1797, "digits"]
+    assert (found.record.images, found.record.features, found.record.source) == (1797, 1797, "digits")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.json", "d.npz", "d.safetensors"]
     with np.load(tmp_path / "d.npz") as archive:
         assert sorted(archive) == ["mu", "sigma"], "the authors' layout"
@@ -164,7 +164,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds only mean and covariance.*--make-stats SOURCE"):
         load_reference(path, means(), with_features=True)
     found = load_reference(path, means(name="others"), with_features=False)
-    assert found.record["protocol"] is None, "the report says that nobody knows it"
+    assert found.record.protocol is None, "the report says that nobody knows it"
 
 
 def test_references_of_version_0_1_are_read(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_references_of_version_0_1_are_read(tmp_path: Path) -> None:
     record = json.loads(path.with_suffix(".json").read_text())
     record |= {"pictures": record.pop("source"), "probe": {"height": 8, "width": 8, "features": [0.1]}}
     path.with_suffix(".json").write_text(json.dumps(record))
-    assert load_reference(path, means(), with_features=False).record["source"] == "digits"
+    assert load_reference(path, means(), with_features=False).record.source == "digits"
 
 
 def test_statistics_of_clean_fid(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +190,7 @@ def test_statistics_of_clean_fid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "get_reference_statistics", statistics)
     protocol = means(name="clean-fid")
     found = clean_fid_reference("cifar10-train-32", protocol, (64, 64))
-    assert (found.file, found.record["source"], found.features) == (*["clean-fid:cifar10-train-32"] * 2, None)
+    assert (found.file, found.record.source, found.features) == (*["clean-fid:cifar10-train-32"] * 2, None)
     clean_fid_reference("ffhq-trainval70k", protocol, (64, 64))
     assert asked == [("cifar10", "32", "train"), ("ffhq", "64", "trainval70k")]
     with pytest.raises(FileNotFoundError, match="of none, split train, size 64 cannot be read"):

@@ -117,17 +117,11 @@ def load_dinov2(file: HeldFile) -> DinoV2:
 
 
 def dinov2_extractor(
-    *,
-    device: torch.device | str = "cpu",
-    weights: Path | None = None,
-    batch_size: int = BATCH_SIZE,
+    *, device: torch.device | str = "cpu", weights: Path | None = None, batch_size: int = BATCH_SIZE
 ) -> NetworkExtractor:
     """The features of FD-DINOv2: 8-bit bicubic resize to 224, ImageNet's normalisation, the class token.
 
-    Raises:
-        OSError: if the weights are nowhere and cannot be fetched.
-        ValueError: if the file is not what it should be.
-        ImportError: if clean-fid is not installed.
+    Errors are those of :func:`shortcutflow.evaluation.features.protocols.open_protocol`.
     """
     resize = clean_fid_resize(SIZE, quantize=True)
     file = weights_of(DINOV2, weights)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,12 +16,13 @@ import torch
 from torch import Tensor
 
 from shortcutflow.evaluation.features.resize import Prepare, unresized
-from shortcutflow.evaluation.features.torchscript import LARGEST, load_torchscript
-from shortcutflow.evaluation.features.weights_files import read_file
+from shortcutflow.evaluation.features.weights_files import HeldFile, read_file
 
 BATCH_SIZE = 64
 """Images that go through a network at once."""
 MOST_PIXEL_VALUES = 4096
+LARGEST = 4 * 2**30
+"""Bytes of a TorchScript file, packed and unpacked."""
 
 
 class Extracted(NamedTuple):
@@ -35,7 +39,7 @@ class Extracted(NamedTuple):
 
 
 class Extractor(Protocol):
-    """Images to features.
+    """Images (n, h, w, 3) uint8 of any size to features, resized as the protocol says.
 
     Attributes:
         name: for reports; it tells apart everything that changes the features, with the SHA-256 of a file of weights.
@@ -44,9 +48,7 @@ class Extractor(Protocol):
     @property
     def name(self) -> str: ...
 
-    def __call__(self, images: np.ndarray) -> Extracted:
-        """Features of images (n, h, w, 3) uint8 of any size, resized as the protocol says."""
-        ...
+    def __call__(self, images: np.ndarray) -> Extracted: ...
 
 
 class NetworkExtractor:
@@ -124,8 +126,6 @@ def extractor_of_file(
 ) -> NetworkExtractor:
     """An extractor from a TorchScript file; its name holds the file's SHA-256.
 
-    The file is a program, and only as trustworthy as its source: see ``torchscript.py`` beside this file.
-
     Args:
         path: of what ``torch.jit.save`` wrote: images (b, 3, h, w) float32 in [0, 255] to features (b, k), or to
             (features, logits).
@@ -134,11 +134,48 @@ def extractor_of_file(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no TorchScript, or too large.
+        ValueError: as :func:`load_torchscript`.
     """
     file = read_file(Path(path), LARGEST)
     module, name = load_torchscript(file, device), f"file:{file.path.name} sha256:{file.sha256}"
     return NetworkExtractor(lambda images: module(images.float()), name=name, device=device, batch_size=batch_size)
+
+
+def load_torchscript(file: HeldFile, device: torch.device | str = "cpu") -> Any:
+    """The module of a TorchScript file, in evaluation mode and without gradients.
+
+    Such a file is a program of tensor operations. Python's pickle never sees it, so it names no Python function to
+    call; but it computes what it likes, may read and write files, and torch warns of files that are made to break its
+    loader. So it is only as trustworthy as where it came from, and results name it by its SHA-256.
+
+    Raises:
+        ValueError: if it is no TorchScript archive, would unpack to more than 4 GiB, or cannot be loaded.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(file.content)) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, OSError) as error:
+        raise ValueError(
+            f"{file.path} is no TorchScript file, which is a zip archive: {error}; torch.jit.save writes one"
+        ) from error
+    if not any("/code/" in member.filename for member in members):
+        raise ValueError(
+            f"{file.path} is an archive without code, such as torch.save writes: a pickle, which is never loaded; "
+            "save the network with torch.jit.save(torch.jit.trace(network, example), path)"
+        )
+    if (size := sum(member.file_size for member in members)) > LARGEST:
+        raise ValueError(f"{file.path} would unpack to {size} bytes; at most {LARGEST} are allowed")
+    try:
+        with warnings.catch_warnings():
+            # torch.export, which torch recommends instead, does not read the published files.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            module = torch.jit.load(io.BytesIO(file.content), map_location=device)
+    except (RuntimeError, ValueError, EOFError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{file.path} cannot be loaded as TorchScript: {reason}") from error
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module.eval()
 
 
 class PixelExtractor:
@@ -162,11 +199,7 @@ class PixelExtractor:
 
 
 def check_images(images: np.ndarray) -> None:
-    """Refuse what are no images.
-
-    Raises:
-        ValueError: unless images are (n, h, w, 3) uint8 with n, h and w at least 1.
-    """
+    """Raise ValueError unless images are (n, h, w, 3) uint8 with n, h and w at least 1."""
     if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or not images.size:
         raise ValueError(f"images must be (n, h, w, 3) uint8, got {images.shape} {images.dtype}")
 

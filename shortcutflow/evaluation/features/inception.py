@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shortcutflow.evaluation.features.extractors import BATCH_SIZE, NetworkExtractor
+from shortcutflow.evaluation.features.extractors import BATCH_SIZE, NetworkExtractor, load_torchscript
 from shortcutflow.evaluation.features.resize import clean_fid_resize, plain_bilinear, tensorflow_bilinear, unresized
-from shortcutflow.evaluation.features.torchscript import load_torchscript
 from shortcutflow.evaluation.features.weights_files import PublishedFile, weights_of
 
 INCEPTION = PublishedFile(
@@ -65,18 +64,11 @@ def inception_features(protocol: str, module: Any, images: Tensor) -> tuple[Tens
 
 
 def inception_extractor(
-    protocol: str,
-    *,
-    device: torch.device | str = "cpu",
-    weights: Path | None = None,
-    batch_size: int = BATCH_SIZE,
+    protocol: str, *, device: torch.device | str = "cpu", weights: Path | None = None, batch_size: int = BATCH_SIZE
 ) -> NetworkExtractor:
     """Inception as one of "clean-fid", "released-code", "adm" and "adm-spatial" uses it.
 
-    Raises:
-        OSError: if the weights are nowhere and cannot be fetched.
-        ValueError: if a file is not what it should be.
-        ImportError: if clean-fid is needed and is not installed.
+    Errors are those of :func:`shortcutflow.evaluation.features.protocols.open_protocol`.
     """
     prepare = clean_fid_resize(SIZE) if protocol == "clean-fid" else unresized
     file = weights_of(INCEPTION, weights)

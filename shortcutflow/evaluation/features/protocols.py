@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from shortcutflow.evaluation.features.extractors import BATCH_SIZE, Extractor, PixelExtractor, extractor_of_file
 
 FILE_PREFIX = "file:"
-DESCRIPTIONS = {
+DESCRIPTIONS: Mapping[str, str] = {
     "clean-fid": (
         "clean-fid's mode clean: each float channel resized to 299 by Pillow's bicubic with antialias, "
         "(x - 128) / 128, Inception 2015-12-05, 2048 pooled features; Inception score from logits without bias"
@@ -39,7 +39,7 @@ DESCRIPTIONS = {
         "classifier of 4 of 5 of the 1,797 real ones"
     ),
 }
-"""A sentence for each name, for reports."""
+"""The protocols that are built in, a sentence for each; beside them ``file:PATH`` names a TorchScript file."""
 WITHOUT_WEIGHTS = ("pixels", "digits")
 """Protocols without a network."""
 
@@ -49,7 +49,7 @@ class EvaluationProtocol:
     """A named way of measuring.
 
     Attributes:
-        name: one of :func:`protocol_names`, or ``file:NAME``.
+        name: one of :data:`DESCRIPTIONS`, or ``file:NAME``.
         description: one sentence that says what happens to an image.
         extractor: images to features; its name holds the SHA-256 of its file of weights.
         eight_bit: samples are rounded to 8 bits before the extractor sees them, as a saved image is; otherwise it
@@ -64,22 +64,13 @@ class EvaluationProtocol:
     classifier: Callable[[np.ndarray], np.ndarray] | None = None
 
 
-def protocol_names() -> tuple[str, ...]:
-    """The protocols that are built in; beside them ``file:PATH`` names a TorchScript file."""
-    return tuple(DESCRIPTIONS)
-
-
 def open_protocol(
-    name: str,
-    *,
-    device: torch.device | str = "cpu",
-    weights: Path | None = None,
-    batch_size: int = BATCH_SIZE,
+    name: str, *, device: torch.device | str = "cpu", weights: Path | None = None, batch_size: int = BATCH_SIZE
 ) -> EvaluationProtocol:
     """A protocol ready to measure: its weights are found, checked and loaded.
 
     Args:
-        name: one of :func:`protocol_names`, or ``file:PATH`` for a TorchScript file that takes images
+        name: one of :data:`DESCRIPTIONS`, or ``file:PATH`` for a TorchScript file that takes images
             (b, 3, h, w) float32 in [0, 255] as they are and returns features (b, k), or (features, logits).
         device: where the network computes.
         weights: the file of its weights; None: looked for in the cache, and fetched if need be.
@@ -117,10 +108,6 @@ def open_protocol(
 
 
 def check_protocol(name: str) -> None:
-    """Refuse a name that is none, before anything is loaded.
-
-    Raises:
-        ValueError: listing the names.
-    """
+    """Raise ValueError, listing the names, for one that is none; before anything is loaded."""
     if name not in DESCRIPTIONS and not (name.startswith(FILE_PREFIX) and name != FILE_PREFIX):
         raise ValueError(f"unknown protocol {name!r}; known: {', '.join(DESCRIPTIONS)}, or file:PATH")

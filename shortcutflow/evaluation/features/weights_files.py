@@ -74,7 +74,18 @@ def weights_of(file: PublishedFile, given: Path | None = None) -> HeldFile:
             held = read_file(file.also_at, file.largest)
             if held.sha256 == file.sha256:
                 return held
-        path = _fetched(file, path)
+        try:
+            path = local_copy(
+                file.url, cache_folder(), version=file.sha256 or "", sha256=file.sha256, at_most=file.largest, tries=2
+            )
+        except OSError as error:
+            reason = " ".join(str(error).split())
+            checksum = f"SHA-256 {file.sha256}" if file.sha256 else "no public source states its SHA-256, reports do"
+            raise OSError(
+                f"the weights {file.name} are not at {path} and could not be fetched ({reason}): put the file there by "
+                f"hand, or give its path (--extractor-weights). It is published by {file.publisher} at {file.url} "
+                f"({checksum})"
+            ) from error
     held = read_file(path, file.largest)
     if file.sha256 not in (None, held.sha256):
         raise ValueError(
@@ -85,12 +96,7 @@ def weights_of(file: PublishedFile, given: Path | None = None) -> HeldFile:
 
 
 def read_file(path: Path, largest: int) -> HeldFile:
-    """A whole file and its checksum.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is longer than ``largest`` bytes.
-    """
+    """A whole file and its checksum; ValueError if it is longer than ``largest`` bytes."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     with path.open("rb") as file:
@@ -99,18 +105,3 @@ def read_file(path: Path, largest: int) -> HeldFile:
             raise ValueError(f"{path} has {size} bytes; a file of weights of at most {largest} is read here")
         content = file.read(largest + 1)
     return HeldFile(path, content, hashlib.sha256(content).hexdigest())
-
-
-def _fetched(file: PublishedFile, by_hand: Path) -> Path:
-    try:
-        return local_copy(
-            file.url, cache_folder(), version=file.sha256 or "", sha256=file.sha256, at_most=file.largest, tries=2
-        )
-    except OSError as error:
-        reason = " ".join(str(error).split())
-        checksum = f"SHA-256 {file.sha256}" if file.sha256 else "no public source states its SHA-256, reports state it"
-        raise OSError(
-            f"the weights {file.name} are not at {by_hand} and could not be fetched ({reason}): put the file there by "
-            f"hand, or give its path (--extractor-weights). It is published by {file.publisher} at {file.url} "
-            f"({checksum})"
-        ) from error
