@@ -18,6 +18,7 @@ from shortcutflow.data.source import DataSettings
 from shortcutflow.distributed import World
 from shortcutflow.evaluation.distances.inception_score import require_scores
 from shortcutflow.evaluation.feature_set import checkpoint_file, extract_all, remove_checkpoint, timed
+from shortcutflow.evaluation.features.extractors import Extracted
 from shortcutflow.evaluation.features.protocols import EvaluationProtocol
 from shortcutflow.evaluation.metrics import WITH_FEATURES, WITH_REFERENCE, check_request, compute_metrics
 from shortcutflow.evaluation.real_images import DIGITS, RealImages, open_images
@@ -72,7 +73,8 @@ def evaluate(
     world = world or World(0, 1, sampler.model.device)
     check_request(steps, metrics, samples)
     require_place(out, ".json")
-    width = check_extractor(sampler.side, sampler.model.num_classes, protocol, metrics)
+    seen = check_extractor(sampler.side, sampler.model.num_classes, protocol, metrics)
+    width = seen.features.shape[1]
     seconds: dict[str, float] = {}
     with timed(seconds, "whole"):
         with timed(seconds, "reference"):
@@ -98,7 +100,7 @@ def evaluate(
                 partial(sampler.extract, count, protocol, folder),
                 samples, batch_size=sampler.batch_size, file=files[-1], world=world,
                 keep=samples if keep_features or not WITH_FEATURES.isdisjoint(metrics) else 0,
-                keep_logits=keep_features or "is" in metrics,
+                keep_logits=seen.logits is not None and (keep_features or "is" in metrics),
                 folder=folder,
             )  # fmt: skip
             if world.is_main:
@@ -117,8 +119,8 @@ def evaluate(
 
 def check_extractor(
     side: tuple[int, int], num_classes: int | None, protocol: EvaluationProtocol, metrics: Sequence[str]
-) -> int:
-    """Number of features that the extractor finds in one image of noise of the samples' size.
+) -> Extracted:
+    """What the extractor finds in one image of noise of the samples' size.
 
     Raises:
         ValueError: if a metric needs logits or a classifier and the protocol has none, or the extractor does not take
@@ -133,7 +135,7 @@ def check_extractor(
     if "label_accuracy" in metrics and (protocol.classifier is None or num_classes is None):
         lacks = f"a classifier, which protocol {protocol.name} does not have" if num_classes else "samples with labels"
         raise ValueError(f"metric 'label_accuracy' needs {lacks}")
-    return seen.features.shape[1]
+    return seen
 
 
 def _reference(

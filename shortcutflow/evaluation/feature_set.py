@@ -78,17 +78,12 @@ class FeatureSet:
 
     @classmethod
     def load(cls, path: Path) -> FeatureSet:
-        """Read it.
-
-        Raises:
-            FileNotFoundError, ValueError: if it is not there, or damaged.
-        """
+        """Read it; FileNotFoundError or ValueError if it is not there, or damaged."""
         with opened(path, "the same command makes it again", framework="np") as file:
-            arrays = {name: np.array(file.get_tensor(name)) for name in list(file.keys())}
-            counts = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+            found: dict[str, Any] = {name: np.array(file.get_tensor(name)) for name in list(file.keys())}
+            found |= {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
         try:
-            moments = Moments(counts["done"], arrays.pop("mean"), arrays.pop("scatter"))
-            return cls(**arrays, **counts, moments=moments)
+            return cls(moments=Moments(found["done"], found.pop("mean"), found.pop("scatter")), **found)
         except (KeyError, TypeError):
             raise ValueError(f"{path} holds no features") from None
 

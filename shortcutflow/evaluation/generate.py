@@ -14,26 +14,13 @@ from shortcutflow.seeds import seed_for
 
 
 def noise_of(seed: int, samples: int | range, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
-    """The noise of some samples, (n, *shape), drawn on the CPU so that every device gets the same.
-
-    Args:
-        seed: of all samples.
-        samples: their numbers, or how many from 0 on.
-        shape: of a sample.
-        device: where it goes then.
-    """
+    """The noise of some samples, or of so many from 0 on, (n, *shape), drawn on the CPU: every device gets the same."""
     samples = range(samples) if isinstance(samples, int) else samples
     return _draws(seed, "noise", samples, shape).to(device)
 
 
 def fresh_noise_of(seed: int, samples: Sequence[int], like: Tensor) -> FreshNoise:
-    """What the sampler "consistency" adds after its steps, drawn for each sample by itself.
-
-    Args:
-        seed: of all samples.
-        samples: the number of each row's sample.
-        like: the noise, (n, *shape).
-    """
+    """What the sampler "consistency" adds after its steps to rows of these samples, like the noise (n, *shape)."""
     return lambda step: _draws(seed, "fresh_noise", samples, like.shape[1:], index=step).to(like)
 
 
@@ -67,11 +54,8 @@ def initial_noise(
 
     Args:
         model: whose samples.
-        labels: one for each sample; None takes ``count`` samples with all labels in turn.
-        count: number of samples where no labels are given; None is ``default``.
-        default: see ``count``.
+        labels: one for each sample; None takes ``count`` samples, or ``default``, with all labels in turn.
         noises_per_label: label i belongs to so many consecutive noises.
-        seed: of the noise.
 
     Returns:
         x_0 (noises_per_label n, *shape), and y (n,) int64 or None.

@@ -53,7 +53,6 @@ def x1_predictions(
         x_t: (r, *shape).
         t: (r,) float32; multiples of 1/M where "steps" are made of dyadic sizes.
         y: labels (r,) or None.
-        guidance_scale: see above.
 
     Returns:
         x_1 by name, each (r, *shape). Rows at t = 1 are x_t itself.
@@ -161,11 +160,7 @@ def reconstruction_rows(
 
     The authors' code logs these images as "reconstruction_shortcut" and "reconstruction_flow".
 
-    Args:
-        model: the network.
-        data, noise, y: samples, noise and labels of the data.
-        columns: at most so many of these times, evenly spaced, the first and the last among them; None is all.
-        guidance_scale: see above.
+    At most ``columns`` of these times are shown, evenly spaced, the first and the last among them; None is all.
 
     Returns:
         As :func:`trajectory_rows`; the last column is the data, at t = 1.
@@ -210,12 +205,7 @@ def x1_image(
 ) -> np.ndarray:
     """Draw :func:`trajectory_rows` or :func:`reconstruction_rows` as images, with the step size to t = 1 or without.
 
-    Args:
-        t: (c,), a column each.
-        rows: images (c, n, channels, h, w) by name; each sample has a row of each.
-        y: labels (n,) or None.
-        title: above all.
-        with_step_size: write the step size to t = 1 below each time.
+    The rows are images (c, n, channels, h, w) by name, a column for each t (c,), and each sample has a row of each.
     """
     columns = [f"t = {_fraction(time)}" for time in t.tolist()]
     if with_step_size:
@@ -253,8 +243,7 @@ def interpolated_samples(
         noise: (2 pairs, *shape); rows 2 i and 2 i + 1 are the ends of pair i.
         y: labels (pairs,) or None.
         columns: samples of a pair, with both ends.
-        steps: of the sampler.
-        guidance_scale, seed: see above; the seed's noise is the same along a pair.
+        steps, guidance_scale, seed: of the sampler.
 
     Raises:
         ValueError: for fewer than two columns.
@@ -314,12 +303,7 @@ def nearest_neighbours(queries: Tensor, blocks: Iterable[Tensor], k: int) -> tup
 
 
 def neighbours_in_data(source: DataSource, samples: Tensor, k: int) -> tuple[Tensor, Tensor, float]:
-    """The nearest training samples of generated ones, and how near training samples are to each other.
-
-    Args:
-        source: of the data, which is read twice.
-        samples: (n, *shape).
-        k: how many neighbours.
+    """The k nearest training samples of generated ones (n, *shape), and how near training samples are to each other.
 
     Returns:
         Distances (n, k) as of :func:`nearest_neighbours`, the neighbours (n, k, *shape), and the mean distance of
@@ -335,14 +319,7 @@ def neighbours_in_data(source: DataSource, samples: Tensor, k: int) -> tuple[Ten
 
 
 def neighbours_image(images: Tensor, distance: Tensor, y: Tensor | None, *, title: str) -> np.ndarray:
-    """Draw samples and their neighbours, with the distance to the nearest, (height, width, 3) uint8.
-
-    Args:
-        images: (n, 1 + k, channels, h, w), each sample before its neighbours.
-        distance: (n, k).
-        y: labels (n,) or None.
-        title: above all.
-    """
+    """Draw images (n, 1 + k, channels, h, w), each sample before its neighbours, with the distances (n, k) to them."""
     n, k = distance.shape
     nearest = [f"{near:.3f}" for near in distance[:, 0].tolist()]
     labels = [f"{label}\n{near}".strip() for label, near in zip(label_names(y, n), nearest, strict=True)]

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shortcutflow.io.json import read_object
+from pydantic import BaseModel, Field, ValidationError
+
+from shortcutflow.io.json import read_object, wrong_fields
 from shortcutflow.models.config import REPORTS
 from shortcutflow.run_dir import find_run
 
@@ -48,6 +50,15 @@ def find_report(path: Path, *, protocol: str | None = None) -> Path:
     return found[0]
 
 
+class _Row(BaseModel):
+    steps: int = Field(ge=1, strict=True)
+    values: dict[str, Any]
+
+
+class _Rows(BaseModel):
+    rows: list[_Row] = Field(min_length=1)
+
+
 def read_report(file: Path) -> dict[str, Any]:
     """Read a report: an object with ``rows``, the ``values`` for each number of ``steps``.
 
@@ -55,18 +66,10 @@ def read_report(file: Path) -> dict[str, Any]:
         ValueError: if the file does not hold one.
     """
     report = read_object(file, "an evaluation", longest=MAX_REPORT_BYTES)
-    rows = report.get("rows")
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{file} is not the report of an evaluation: it must have rows, an object each")
-    for row in rows:
-        steps, values = row.get("steps"), row.get("values")
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ValueError(f"{file}: each of its rows must have steps, a number from 1 on; got {steps!r}")
-        if not isinstance(values, dict):
-            raise ValueError(
-                f"{file}: each of its rows must have values, numbers by metric; got {values!r}. Reports of before "
-                "version 0.1 have none: evaluate again"
-            )
+    try:
+        _Rows.model_validate(report)
+    except ValidationError as error:
+        raise ValueError(f"{file} is not the report of an evaluation ({wrong_fields(error)}): evaluate again") from None
     return report
 
 

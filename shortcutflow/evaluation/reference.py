@@ -34,7 +34,7 @@ from shortcutflow.evaluation.features.extractors import Extracted
 from shortcutflow.evaluation.features.protocols import EvaluationProtocol
 from shortcutflow.evaluation.real_images import RealImages
 from shortcutflow.io.atomic import require_absent, require_ours, write_whole
-from shortcutflow.io.json import read_object
+from shortcutflow.io.json import read_object, wrong_fields
 from shortcutflow.io.safetensors import opened
 
 MOST_FEATURES = 50_000
@@ -125,13 +125,8 @@ def make_reference(
     The same call resumes a stopped one.
 
     Args:
-        images: real ones.
-        protocol: whose extractor sees them.
         path: the .npz file; the others lie beside it.
-        with_features: write those too.
-        world: the ranks.
-        batch_size: images at once.
-        side: (height, width) that they must have, in pixels; None takes any.
+        side: (height, width) that images must have, in pixels; None takes any.
 
     Raises:
         ValueError: for images that cannot be read or have another size, naming them.
@@ -191,12 +186,7 @@ def make_reference(
 
 
 def load_reference(path: Path, protocol: EvaluationProtocol, *, with_features: bool) -> Reference:
-    """Read a reference.
-
-    Args:
-        path: the .npz file.
-        protocol: by which samples will be compared with it.
-        with_features: whether features are needed.
+    """Read a reference from its .npz file, by the protocol that samples will be compared by.
 
     Raises:
         FileNotFoundError: without the file, or without features that are needed, saying how to make them.
@@ -236,8 +226,9 @@ def _record(path: Path, digest: str) -> ReferenceRecord:
     try:
         record = ReferenceRecord(**values)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()[:3])
-        raise ValueError(f"{file} does not describe a reference ({wrong}); remove it if it is something else") from None
+        raise ValueError(
+            f"{file} does not describe a reference ({wrong_fields(error)}); remove it if it is something else"
+        ) from None
     if record.statistics_sha256 != digest:
         raise ValueError(f"{file} describes other statistics than {path} holds: make the reference again")
     return record
@@ -248,7 +239,7 @@ def clean_fid_reference(name: str, protocol: EvaluationProtocol, side: tuple[int
 
     Args:
         name: "DATASET-SPLIT" or "DATASET-SPLIT-SIZE", as "cifar10-train-32".
-        protocol: by which samples will be compared with it; it must be "clean-fid".
+        protocol: must be "clean-fid".
         side: (height, width) of the samples, the size where the name has none.
 
     Raises:

@@ -39,14 +39,8 @@ def report_of(
 ) -> dict[str, Any]:
     """The report, as JSON.
 
-    Args:
-        sampler: of what was evaluated.
-        protocol: by which the features were made.
-        reference: what samples were compared with, or None.
-        rows: one for each number of "steps": "values" by metric, and "seconds" of all processes by phase.
-        samples: how many for each number of steps.
-        processes: that shared the work.
-        seconds: of this call on rank 0: the whole, and of making the reference.
+    A row is that of a number of "steps": "values" by metric, and "seconds" of all processes by phase; ``seconds`` are
+    those of this call on rank 0, the whole and of making the reference.
     """
     model, vae, classes = sampler.model, sampler.autoencoder, sampler.model.num_classes
     facts = _facts_of(model, sampler.seed)

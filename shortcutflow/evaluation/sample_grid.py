@@ -107,8 +107,7 @@ def sample_grid(
     Args:
         model: the network that is sampled.
         steps: numbers of steps.
-        labels: one for each column; None takes ``count`` columns with all labels in turn.
-        count: number of columns where no labels are given; None is 10.
+        labels: one for each column; None takes ``count`` columns, or 10, with all labels in turn.
         seed: of the noise.
         guidance_scale: of classifier-free guidance; 1 is none.
 

@@ -96,15 +96,8 @@ class Sampler:
     ) -> tuple[Extracted, int]:
         """The features of some samples, and how many of them the protocol's classifier reads as their label.
 
-        Args:
-            steps: of the sampler.
-            protocol: by which.
-            folder: to save the images in, or None.
-            index: of the samples.
-            seconds: to add to, by phase.
-
-        Raises:
-            ValueError: if a sample is not finite, naming the first.
+        Images are saved in the folder, if there is one, and the seconds of each phase added to ``seconds``. ValueError
+        if a sample is not finite, naming the first.
         """
         device = self.model.device
         with timed(seconds, "sampling", device):

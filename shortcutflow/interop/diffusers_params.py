@@ -58,18 +58,19 @@ def _side(config: Mapping[str, Any], image_size: int | None) -> tuple[int, int]:
     return sides
 
 
-def _option(config: Mapping[str, Any], name: str, default: Any, known: tuple[Any, ...]) -> None:
-    if config.get(name, default) not in known:
-        raise ValueError(f"{name} {config[name]!r} is not supported; known: {', '.join(map(str, known))}")
+def _require(config: Mapping[str, Any], **options: Any) -> None:
+    for name, value in options.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{name} {config[name]!r} is not supported, only {value}")
 
 
 def describe_dit(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], diffusion: Mapping[str, Any], image_size: int | None
 ) -> Conversion:
-    _option(config, "norm_type", "ada_norm_zero", ("ada_norm_zero",))
-    _option(config, "activation_fn", "gelu-approximate", ("gelu-approximate",))
-    _option(config, "attention_bias", True, (True,))
-    _option(config, "norm_elementwise_affine", False, (False,))
+    _require(
+        config, norm_type="ada_norm_zero", activation_fn="gelu-approximate", attention_bias=True,
+        norm_elementwise_affine=False,
+    )  # fmt: skip
     heads, patch = int(config.get("num_attention_heads", 16)), int(config.get("patch_size") or 2)
     hidden_size, channels = heads * int(config.get("attention_head_dim", 72)), int(config.get("in_channels") or 4)
     out_channels = int(config.get("out_channels") or channels)
@@ -117,8 +118,7 @@ def current_name(name: str) -> str:
 def describe_unet(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], diffusion: Mapping[str, Any], image_size: int | None
 ) -> Conversion:
-    _option(config, "time_embedding_type", "positional", ("positional",))
-    _option(config, "class_embed_type", None, (None,))
+    _require(config, time_embedding_type="positional", class_embed_type=None)
     channels = int(config.get("in_channels", 3))
     classes = config.get("num_class_embeds")
     unet = {name: value for name, value in config.items() if name not in NOT_BUILT}

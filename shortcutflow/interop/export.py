@@ -102,7 +102,9 @@ def export_model(
                 autoencoder=autoencoder,
             )  # fmt: skip
             what = f"{len(sampler.sizes)}-step sampler"
-            run = _write_program(sampler, path) if format == "torch" else _write_onnx(sampler, path)
+            from shortcutflow.interop.to_onnx import write_onnx
+
+            run = write_onnx(sampler, path) if format == "onnx" else _write_program(sampler, path)
             found = None if run is None else sampler.difference(run)
         if found is not None and not found <= TOLERANCE:
             raise ValueError(
@@ -115,14 +117,6 @@ def export_model(
     if model.config.vae is not None and decoder is None:
         compared += f"; its samples are latents of {model.config.vae}, for images give --decoder"
     return f"{out}: {what}, {compared}"
-
-
-def _write_onnx(sampler: ExportableSampler, path: Path) -> Callable[[Tensor, Tensor | None], Tensor] | None:
-    """Write an ONNX file; returns what runs it, or None without onnxruntime."""
-    from shortcutflow.interop.to_onnx import onnx_runner, write_onnx
-
-    write_onnx(sampler, path)
-    return onnx_runner(path) if find_spec("onnxruntime") is not None else None
 
 
 def _write_program(sampler: ExportableSampler, path: Path) -> Callable[[Tensor, Tensor | None], Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -139,12 +140,9 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def trace(module: nn.Module, inputs: Sequence[Tensor | None], *, what: str) -> ExportedProgram:
-    """The graph of a module in eval mode, of PyTorch's own operators, for any number of samples, without gradients.
+    """The graph of a module on the CPU, of PyTorch's own operators, for any number of samples, without gradients.
 
-    Args:
-        module: to trace, on the CPU.
-        inputs: its arguments with one row a sample, any number of them; None stays None.
-        what: it is, for messages.
+    The inputs are its arguments with one row a sample, any number of them; None stays None.
 
     Raises:
         ValueError: if it cannot be traced, or calls operators that are not PyTorch's own.
@@ -153,7 +151,7 @@ def trace(module: nn.Module, inputs: Sequence[Tensor | None], *, what: str) -> E
     batch = Dim("batch", min=1)
     free = tuple(None if x is None else {0: batch} for x in rows)
     try:
-        with without_warnings(), torch.no_grad(), _for_any_batch(module):
+        with without_warnings(), torch.no_grad(), _for_any_batch():
             # Strict: only the compiler's tracer follows len(x) of a free number of samples.
             program = torch.export.export(module, tuple(rows), dynamic_shapes=free, strict=True)
     except Exception as error:  # whatever a network's own code and the tracer come up with
@@ -182,35 +180,28 @@ def without_warnings() -> Iterator[None]:
         yield
 
 
-class _Upsample(nn.Module):
-    """What diffusers' ``Upsample2D`` computes, whatever the number of samples.
+@contextmanager
+def _for_any_batch() -> Iterator[None]:
+    """Exchange what diffusers' ``Upsample2D`` computes for the same, whatever the number of samples.
 
     diffusers' own looks at that number, and at the size of a batch, and rearranges memory from 64 samples on; a graph
     of it would end there.
     """
+    upsample: Any = getattr(sys.modules.get("diffusers.models.upsampling"), "Upsample2D", None)
+    if upsample is None:  # nothing of diffusers is in use
+        yield
+        return
+    original = upsample.forward
 
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__()
-        self.conv: Any = original.conv
-
-    def forward(self, x: Tensor, output_size: Sequence[int] | None = None, *_: Any) -> Tensor:
+    def forward(self: Any, x: Tensor, output_size: Sequence[int] | None = None, *more: Any, **options: Any) -> Tensor:
+        if self.norm is not None or not self.interpolate or self.use_conv_transpose or self.name != "conv":
+            return original(self, x, output_size, *more, **options)
         scale = 2.0 if output_size is None else None
         x = F.interpolate(x, size=output_size, scale_factor=scale, mode="nearest")
         return x if self.conv is None else self.conv(x)
 
-
-@contextmanager
-def _for_any_batch(module: nn.Module) -> Iterator[None]:
-    """Exchange diffusers' upsampling, where it only enlarges and convolves, and put it back."""
-    found: list[tuple[nn.Module, str, Any]] = [
-        (parent, name, child) for parent in module.modules() for name, child in parent.named_children()
-        if type(child).__name__ == "Upsample2D" and type(child).__module__.startswith("diffusers.")
-        and child.norm is None and child.interpolate and not child.use_conv_transpose and child.name == "conv"
-    ]  # fmt: skip
-    for parent, name, child in found:
-        setattr(parent, name, _Upsample(child))
+    upsample.forward = forward
     try:
         yield
     finally:
-        for parent, name, child in found:
-            setattr(parent, name, child)
+        upsample.forward = original

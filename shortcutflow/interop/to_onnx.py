@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,17 @@ OPSET = 18
 """Version of ONNX's operators; onnxruntime knows it since 1.14."""
 
 
-def write_onnx(sampler: ExportableSampler, path: Path) -> None:
+def write_onnx(sampler: ExportableSampler, path: Path) -> Callable[[Tensor, Tensor | None], Tensor] | None:
     """Write (noise, y) -> samples; weights above 2 GB lie beside the file, in NAME.data.
+
+    Returns:
+        What runs the file, or None without onnxruntime.
 
     Raises:
         ValueError: if the network cannot be traced or has no translation.
     """
+    import onnx_ir
+
     program = sampler.trace()
     try:
         with without_warnings():
@@ -36,7 +42,8 @@ def write_onnx(sampler: ExportableSampler, path: Path) -> None:
     model = written.model
     model.producer_name, model.producer_version = "shortcutflow", __version__
     model.doc_string = "A shortcut model's sampler: noise, and y if there is one, to samples."
-    _name_batch(model)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.shape = onnx_ir.Shape(["batch", *value.shape[1:]])  # the tracer calls it by a symbol
     # The exporter notes source files and lines of this machine.
     nodes = list(model.graph.all_nodes())
     values = [*model.graph.inputs, *model.graph.initializers.values(), *(out for node in nodes for out in node.outputs)]
@@ -44,6 +51,19 @@ def write_onnx(sampler: ExportableSampler, path: Path) -> None:
         part.metadata_props.clear()
     model.metadata_props.update(sampler.metadata())
     written.save(path)
+    if find_spec("onnxruntime") is None:
+        return None
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def run(noise: Tensor, y: Tensor | None) -> Tensor:
+        given = {"noise": noise.numpy()} | ({} if y is None else {"y": y.numpy()})
+        return torch.from_numpy(session.run(["samples"], given)[0])
+
+    return run
 
 
 def _searchsorted(sorted_sequence: Any, self: Any, **options: Any) -> Any:
@@ -56,26 +76,3 @@ def _searchsorted(sorted_sequence: Any, self: Any, **options: Any) -> Any:
     last = ops.Constant(value_ints=[-1])
     below = ops.Less(sorted_sequence, ops.Unsqueeze(self, last))
     return ops.ReduceSum(ops.Cast(below, to=7), last, keepdims=0)  # 7 is int64
-
-
-def _name_batch(model: Any) -> None:
-    """Call the free axis of inputs and outputs "batch", which the tracer calls by a symbol."""
-    import onnx_ir
-
-    for value in (*model.graph.inputs, *model.graph.outputs):
-        value.shape = onnx_ir.Shape(["batch", *value.shape[1:]])
-
-
-def onnx_runner(path: Path) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """A function that runs the file with onnxruntime."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    def run(noise: Tensor, y: Tensor | None) -> Tensor:
-        given = {"noise": noise.numpy()} | ({} if y is None else {"y": y.numpy()})
-        return torch.from_numpy(session.run(["samples"], given)[0])
-
-    return run

@@ -154,6 +154,14 @@ def test_features_that_are_kept_serve_the_next_metric(tmp_path: Path, read: Eval
     assert network.calls > calls
 
 
+def test_features_without_class_scores_are_used_again_too(tmp_path: Path, pixels: EvaluationProtocol) -> None:
+    sampler, network = plain_sampler()
+    evaluated(sampler, pixels, tmp_path / "r.json", keep_features=True)
+    calls = network.calls
+    evaluated(sampler, pixels, tmp_path / "r.json", metrics=("fid", "kid"), keep_features=True)
+    assert network.calls == calls > 0
+
+
 def plain_sampler(**settings: Any) -> tuple[Sampler, Plain]:
     network = Plain()
     return Sampler(plain_model(network=network), **settings), network

@@ -66,7 +66,7 @@ def largest(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_a_guidance_scale_that_is_an_input_stays_one(tmp_path: Path) -> None:
     options = FAMILIES["dit"] | {"guidance_input": True}
     source = model_in(tmp_path / "model", backbone={"name": "dit", "options": options})
-    export_diffusers(source, tmp_path / "pipe")
+    export_model(source, tmp_path / "pipe", "diffusers")
     noise, case = noise_for(2, 3, 4, 4), {"num_inference_steps": 2, "class_labels": [1, 2]}
 
     def samples(scale: float) -> torch.Tensor:

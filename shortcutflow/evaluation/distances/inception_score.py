@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
-from shortcutflow.evaluation.distances.statistics import require_features
+from shortcutflow.evaluation.distances.statistics import MeanStd, require_features
 
 
-class InceptionScore(NamedTuple):
-    """Mean and standard deviation over the splits; from 1 to the number of classes."""
-
-    mean: float
-    std: float
-
-
-def inception_score(scores: np.ndarray, *, splits: int = 10, seed: int | None = 0) -> InceptionScore:
+def inception_score(scores: np.ndarray, *, splits: int = 10, seed: int | None = 0) -> MeanStd:
     """exp of the mean KL(p(y|x) || p(y)) in each split, p(y) being the split's mean; in float64.
 
     Args:
@@ -24,6 +15,9 @@ def inception_score(scores: np.ndarray, *, splits: int = 10, seed: int | None = 
         splits: parts of (nearly) one size.
         seed: of the shuffling before the splits are cut. Samples often come sorted by class, and a split of one class
             scores 1. ``None`` keeps the order, as the authors of the score do.
+
+    Returns:
+        Mean and standard deviation over the splits; from 1 to the number of classes.
 
     Raises:
         ValueError: for fewer rows than splits, values that are not finite, or as :func:`require_scores`.
@@ -40,7 +34,7 @@ def inception_score(scores: np.ndarray, *, splits: int = 10, seed: int | None = 
         p = np.exp(p - p.max(1, keepdims=True))
         p /= p.sum(1, keepdims=True)
         found.append(np.exp(_entropy(p.mean(0)) - _entropy(p).mean()))
-    return InceptionScore(float(np.mean(found)), float(np.std(found)))
+    return MeanStd(float(np.mean(found)), float(np.std(found)))
 
 
 def require_scores(scores: np.ndarray) -> None:

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
-from shortcutflow.evaluation.distances.statistics import require_features
-
-
-class KernelDistance(NamedTuple):
-    """Mean and standard deviation over the subsets; the mean is the KID (some report it times 1000)."""
-
-    mean: float
-    std: float
+from shortcutflow.evaluation.distances.statistics import MeanStd, require_features
 
 
 def kernel_distance(
     a: np.ndarray, b: np.ndarray, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
-) -> KernelDistance:
+) -> MeanStd:
     """KID of features (n, k) and (m, k): the unbiased discrepancy under the kernel (x.y / k + 1)^3, over subsets.
 
     A set with fewer rows than ``subset_size`` makes all subsets smaller, as in clean-fid: the estimate is unbiased at
@@ -29,6 +20,9 @@ def kernel_distance(
         subsets: pairs of subsets drawn, each without repetition.
         subset_size: rows in a subset; memory is three matrices of this size squared.
         seed: of the draws.
+
+    Returns:
+        Mean and standard deviation over the subsets; the mean is the KID (some report it times 1000).
 
     Raises:
         ValueError: for fewer than two rows, different widths, values that are not finite, or impossible numbers.
@@ -49,7 +43,7 @@ def kernel_distance(
         y = b[rng.choice(len(b), size, replace=False)].astype(np.float64)
         x = a[rng.choice(len(a), size, replace=False)].astype(np.float64)
         values[i] = _discrepancy(x, y)
-    return KernelDistance(float(values.mean()), float(values.std()))
+    return MeanStd(float(values.mean()), float(values.std()))
 
 
 def _discrepancy(x: np.ndarray, y: np.ndarray) -> float:

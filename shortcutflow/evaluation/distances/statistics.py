@@ -6,6 +6,7 @@ import hashlib
 import io
 import math
 import zipfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +19,15 @@ from shortcutflow.io.atomic import write_whole
 WIDEST = 8192
 """Features; Inception's pool has 2048."""
 
-_MEMBERS = ("mu.npy", "sigma.npy")
 BLOCK = 4096
 """Rows that are turned into float64 at once: 64 MB of Inception features."""
+
+
+class MeanStd(NamedTuple):
+    """Mean and standard deviation of a number over parts of the samples."""
+
+    mean: float
+    std: float
 
 
 class Statistics(NamedTuple):
@@ -43,9 +50,9 @@ def load_statistics(path: Path | str) -> Statistics:
         raise FileNotFoundError(f"there is no file {path}")
     try:
         with zipfile.ZipFile(path) as file:
-            largest = max((info.file_size for info in file.infolist() if info.filename in _MEMBERS), default=0)
-        if largest > 8 * WIDEST**2 + 1000:
-            raise ValueError(f"an array has {largest} bytes; at most {WIDEST} features are allowed")
+            sizes = [info.file_size for info in file.infolist() if info.filename in ("mu.npy", "sigma.npy")]
+        if sizes and max(sizes) > 8 * WIDEST**2 + 1000:
+            raise ValueError(f"an array has {max(sizes)} bytes; at most {WIDEST} features are allowed")
         with np.load(path, allow_pickle=False) as archive:
             for name in ("mu", "sigma"):
                 if name not in archive.files:
@@ -87,11 +94,7 @@ def statistics_hash(statistics: Statistics) -> str:
 
 
 def require_statistics(name: str, statistics: Statistics) -> None:
-    """Refuse what is no mean and covariance; ``name`` begins the message.
-
-    Raises:
-        ValueError: with one line that says what is wrong.
-    """
+    """Raise ValueError, which ``name`` begins, for what is no mean and covariance."""
     mu, sigma = statistics
     if mu.ndim != 1 or len(mu) == 0 or sigma.shape != (len(mu), len(mu)):
         raise ValueError(f"{name}: mu must be (k,) and sigma (k, k), they are {mu.shape} and {sigma.shape}")
@@ -104,11 +107,7 @@ def require_statistics(name: str, statistics: Statistics) -> None:
 
 
 def require_features(name: str, features: np.ndarray, rows: int = 0) -> None:
-    """Refuse what is no (n, k) array of finite real numbers with at least ``rows`` rows.
-
-    Raises:
-        ValueError: with one line that says what is wrong.
-    """
+    """Raise ValueError for what is no (n, k) array of finite real numbers with at least ``rows`` rows."""
     if features.ndim != 2 or len(features) < rows or features.shape[1] == 0:
         least = f" with at least {rows} row{'s' * (rows > 1)}" if rows else ""
         raise ValueError(f"{name} must be (n, k){least}, got {features.shape}")
@@ -122,6 +121,7 @@ def require_features(name: str, features: np.ndarray, rows: int = 0) -> None:
         )
 
 
+@dataclass
 class Moments:
     """Mean and covariance of features that come batch by batch, in float64.
 
@@ -134,10 +134,9 @@ class Moments:
         scatter: (k, k), their centred sum of outer products.
     """
 
-    def __init__(self, count: int = 0, mean: np.ndarray | None = None, scatter: np.ndarray | None = None) -> None:
-        self.count = count
-        self.mean = np.zeros(0) if mean is None else mean
-        self.scatter = np.zeros((0, 0)) if scatter is None else scatter
+    count: int = 0
+    mean: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    scatter: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
 
     def add(self, features: np.ndarray) -> None:
         """Take in rows (n, k) of any real type; n may be 0.

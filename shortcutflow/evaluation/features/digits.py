@@ -17,12 +17,7 @@ LEAST_ACCURACY = 0.97
 def digit_classifier() -> tuple[Any, float]:
     """A support vector classifier of real digits (n, 64) in [-1, 1], trained on every image but each fifth.
 
-    Returns:
-        The classifier, and its accuracy on the held-out fifth.
-
-    Raises:
-        ImportError: without scikit-learn, which also carries the digits.
-        RuntimeError: if it reads less than 97 % of the held-out digits.
+    It comes with its accuracy on the held-out fifth, and a RuntimeError if that is below 97 %.
     """
     images, labels = load_digits()
     from sklearn.svm import SVC
@@ -46,11 +41,7 @@ class DigitExtractor:
     name = "64 pixels of 8x8 digits"
 
     def __call__(self, images: np.ndarray) -> Extracted:
-        """See :class:`shortcutflow.evaluation.features.extractors.Extractor`.
-
-        Raises:
-            ValueError: for images that are not 8x8.
-        """
+        """Features of images; ValueError for images that are not 8x8."""
         if images.ndim != 4 or images.shape[1:3] != (8, 8):
             raise ValueError(f"the protocol digits takes images of 8x8 pixels, got {images.shape[1:3]}")
         if images.dtype == np.uint8:

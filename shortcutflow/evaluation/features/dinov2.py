@@ -92,11 +92,7 @@ class DinoV2(nn.Module):
 
 
 def load_dinov2(file: HeldFile) -> DinoV2:
-    """The network from safetensors, of whatever width and depth the file has.
-
-    Raises:
-        ValueError: if it is no safetensors file of such a network.
-    """
+    """The network from safetensors, of whatever width and depth the file has; ValueError if it holds none."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 

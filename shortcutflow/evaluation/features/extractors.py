@@ -124,17 +124,10 @@ class NetworkExtractor:
 def extractor_of_file(
     path: Path | str, *, device: torch.device | str = "cpu", batch_size: int = BATCH_SIZE
 ) -> NetworkExtractor:
-    """An extractor from a TorchScript file; its name holds the file's SHA-256.
+    """An extractor from what ``torch.jit.save`` wrote; its name holds the file's SHA-256.
 
-    Args:
-        path: of what ``torch.jit.save`` wrote: images (b, 3, h, w) float32 in [0, 255] to features (b, k), or to
-            (features, logits).
-        device: where it computes.
-        batch_size: images at once.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: as :func:`load_torchscript`.
+    The module takes images (b, 3, h, w) float32 in [0, 255] to features (b, k), or to (features, logits). Errors are
+    those of :func:`load_torchscript`, and FileNotFoundError.
     """
     file = read_file(Path(path), LARGEST)
     module, name = load_torchscript(file, device), f"file:{file.path.name} sha256:{file.sha256}"
@@ -184,11 +177,7 @@ class PixelExtractor:
     name = "pixels"
 
     def __call__(self, images: np.ndarray) -> Extracted:
-        """See :class:`Extractor`.
-
-        Raises:
-            ValueError: for images of more than 4096 values.
-        """
+        """See :class:`Extractor`; ValueError for images of more than 4096 values."""
         check_images(images)
         if (values := images[0].size) > MOST_PIXEL_VALUES:
             raise ValueError(

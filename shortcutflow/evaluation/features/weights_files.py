@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from shortcutflow.data.remote import local_copy
 
-CACHE_VARIABLE = "SHORTCUTFLOW_CACHE"
 logger = logging.getLogger(__name__)
 
 
@@ -46,7 +45,7 @@ class HeldFile(NamedTuple):
 
 def cache_folder() -> Path:
     """Where weights are kept: the environment's SHORTCUTFLOW_CACHE, or ``~/.cache/shortcutflow``."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "shortcutflow")
+    return Path(os.environ.get("SHORTCUTFLOW_CACHE") or Path.home() / ".cache" / "shortcutflow")
 
 
 def weights_of(file: PublishedFile, given: Path | None = None) -> HeldFile:
