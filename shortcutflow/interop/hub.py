@@ -123,6 +123,6 @@ def _report(path: Path) -> str | None:
 
 def _table(head: list[str], rows: list[list[Any]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in line] for line in lines]
-    rows = [" | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) for line in cells]
-    return "".join(f"| {row} |\n" for row in rows)
+    texts = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in line] for line in lines]
+    rows_of = [" | ".join(text.replace("|", "\\|").replace("\n", " ") for text in line) for line in texts]
+    return "".join(f"| {row} |\n" for row in rows_of)
