@@ -210,7 +210,9 @@ class ShardStream(PositionStream[HostBatch]):
         share, skip = BatchSlice(rank, world_size), on_error == "skip"
         self.batches = RankBatches(shards, order, augmentation, batch_size, share, skip=skip, cached=cached)
         self._batch_size, self._device = batch_size, torch.device(device)
-        self._cached, self._workers = cached, (0 if cached else workers_to_spare()) if workers is None else workers
+        if workers is None:  # the cores of this process beside the one that trains
+            workers = 0 if cached else max(1, min(MOST_WORKERS, cores_per_process() - 1))
+        self._cached, self._workers = cached, workers
 
     def __next__(self) -> Batch:
         batch = self._take()
@@ -246,11 +248,6 @@ class ShardStream(PositionStream[HostBatch]):
             generator=torch.Generator(),
         )
         return Prefetch(iter(loader), self._device) if self._cached and not self._workers else iter(loader)
-
-
-def workers_to_spare() -> int:
-    """Cores of this process beside the one that trains, shared among the processes of this machine."""
-    return max(1, min(MOST_WORKERS, cores_per_process() - 1))
 
 
 def unchanged(batch: Item) -> Item:

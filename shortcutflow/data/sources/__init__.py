@@ -24,7 +24,7 @@ from shortcutflow.data.remote import is_url, local_copy
 from shortcutflow.data.sources import archives
 from shortcutflow.data.sources.archives import Listing, is_tar, tar_stem
 from shortcutflow.data.sources.folder import images_of, nothing_usable
-from shortcutflow.data.sources.labels import checked_choice
+from shortcutflow.data.sources.labels import choice_of
 from shortcutflow.data.sources.parquet import open_parquet
 from shortcutflow.data.sources.readers import FolderReader, RangeReader, RawItem, RawSource, ZipReader
 from shortcutflow.data.sources.splits import NUMBERED, check_files
@@ -55,7 +55,7 @@ def open_source(
         ReadError: if a URL cannot be fetched.
         ValueError: if it is none of the supported kinds, saying what was found; or damaged; or ambiguous.
     """
-    choice = checked_choice(labels)
+    choice: bool | str = choice_of(labels)
     if encoding is not None:
         try:
             codecs.lookup(encoding)

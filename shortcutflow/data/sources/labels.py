@@ -24,20 +24,14 @@ _PART = re.compile(r"(part|batch|chunk|shard|fold|split|bucket)[-_ ]?[0-9]+", re
 _NUMBER = re.compile(r"[+-]?\d{1,18}(\.0*)?", re.ASCII)
 
 
-def _choice(labels: object) -> object:
+def choice_of(labels: object) -> Any:
+    """A choice of labels without the words for True and False; see :data:`LabelChoice`."""
     return {"auto": True, "none": False, "": False}.get(labels, labels) if isinstance(labels, str) else labels
 
 
-LabelChoice = Annotated[bool | str, BeforeValidator(_choice)]
+LabelChoice = Annotated[bool | str, BeforeValidator(choice_of)]
 """True ("auto") takes the labels that are there, False ("none") no labels; "folder" the folders' names, "json" those of
 ``dataset.json`` or of ``KEY.json``, and any other word the column, extension or field of this name."""
-
-
-def checked_choice(labels: bool | str) -> bool | str:
-    """Without the words for True and False."""
-    choice = _choice(labels)
-    assert isinstance(choice, bool | str)
-    return choice
 
 
 def how_to_choose(*choices: str) -> str:
