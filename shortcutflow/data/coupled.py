@@ -11,7 +11,7 @@ import torch
 from shortcutflow import conditions
 from shortcutflow.coupling import TransportCoupling, linear_sum_assignment
 from shortcutflow.data.source import DataSource
-from shortcutflow.data.stream import PositionStream, Prefetch
+from shortcutflow.data.stream import PositionStream, prefetched
 from shortcutflow.seeds import draw_noise_rows, generator_for, noise_blocks
 from shortcutflow.types import Batch, BatchSlice
 
@@ -45,6 +45,7 @@ class CoupledStream(PositionStream[list[Batch]]):
         world_size: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
+        super().__init__(device)
         linear_sum_assignment()  # before anything is read
         blocks = noise_blocks(batch_size)
         common = math.gcd(world_size, blocks)
@@ -54,7 +55,6 @@ class CoupledStream(PositionStream[list[Batch]]):
         self._stream = source.open_stream(batch_size=batch_size, seed=seed, rank=rank % common, world_size=common)
         self._coupling, self._batch_size, self._seed = coupling, batch_size, seed
         self._batches = math.ceil(coupling.pool / (batch_size // blocks))
-        self._device = torch.device(device)
         self.samples, self.damaged = self._stream.samples, self._stream.damaged
         self._pool: list[Batch] = []
 
@@ -67,15 +67,15 @@ class CoupledStream(PositionStream[list[Batch]]):
 
     def batch_at(self, position: int) -> Batch:
         """This rank's rows of the global batch that starts at a position, whose whole pool is made for it."""
-        self._settle()
         start, number = self._place(position)
         ahead = range(start, start + self._batches * self._batch_size, self._batch_size)
-        return self._on_device(self._coupled(start, [self._stream.batch_at(each) for each in ahead])[number])
+        with self._lock:
+            return self._on_device(self._coupled(start, [self._stream.batch_at(each) for each in ahead])[number])
 
     def _read_ahead(self) -> Iterator[list[Batch]]:
         start = self._place(self._samples_seen)[0]
         self._stream.load_state_dict({"samples_seen": start})
-        return Prefetch(self._pools(start), self._device)
+        return prefetched(self._pools(start), self._lock, self._device)
 
     def _forget(self) -> None:
         super()._forget()

@@ -12,9 +12,11 @@ import itertools
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from pathlib import Path
+from threading import Lock
+from types import GeneratorType
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -60,45 +62,35 @@ class BatchStream(Protocol):
         """Continue there."""
 
 
-class Prefetch(Generic[Item]):
-    """An iterator whose next item is already being made in a thread, which shares the memory of this process.
+def prefetched(items: Iterator[Item], lock: Lock, device: torch.device) -> Iterator[Item]:
+    """Items, of which the next is already being made in a thread, while it holds the lock; an error comes in its turn.
 
-    What that raises is raised by the ``next`` that takes it. The thread ends with this object too.
-
-    Args:
-        items: used in the thread alone.
-        device: a GPU that is made the thread's current one, or pinning memory there would open a context on the first.
+    The thread shares the memory of this process, where worker processes would each keep a cache of their own, and ends
+    with the iterator. ``device`` is made its current GPU, or pinning memory there would open a context on the first.
     """
 
-    def __init__(self, items: Iterator[Item], device: torch.device) -> None:
-        self._items, self._pool = items, ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    def make() -> Item:
+        with lock:
+            return next(items)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
-            self._pool.submit(torch.cuda.set_device, index)
-        self._coming = self._pool.submit(next, items)
-
-    def __iter__(self) -> Iterator[Item]:
-        return self
-
-    def __next__(self) -> Item:
-        item = self._coming.result()
-        self._coming = self._pool.submit(next, self._items)
-        return item
-
-    def close(self) -> None:
-        """End the thread, after the item that it is at."""
-        self._pool.shutdown(cancel_futures=True)
-
-    def settle(self) -> None:
-        """Wait until the thread is idle; it stays so until the next item is taken."""
-        wait([self._coming])
+            pool.submit(torch.cuda.set_device, index)
+        coming = pool.submit(make)
+        while True:
+            item = coming.result()
+            coming = pool.submit(make)
+            yield item
 
 
 class PositionStream(ABC, Generic[Item]):
     """What is made ahead from a position, which is the number of samples handed out so far to all ranks together."""
 
-    _samples_seen = 0
-    _coming: Iterator[Item] | None = None
+    def __init__(self, device: torch.device | str) -> None:
+        self._device, self._samples_seen = torch.device(device), 0
+        self._coming: Iterator[Item] | None = None
+        self._lock = Lock()  # held by whichever thread uses the files and cache
 
     @abstractmethod
     def _read_ahead(self) -> Iterator[Item]:
@@ -130,15 +122,10 @@ class PositionStream(ABC, Generic[Item]):
             raise
 
     def _forget(self) -> None:
-        """Drop what was made ahead."""
-        if isinstance(self._coming, Prefetch):
+        """Drop what was made ahead, and end the thread that makes it."""
+        if isinstance(self._coming, GeneratorType):
             self._coming.close()
         self._coming = None
-
-    def _settle(self) -> None:
-        """Wait for a thread that uses the same files and cache."""
-        if isinstance(self._coming, Prefetch):
-            self._coming.settle()
 
 
 class HostBatch(NamedTuple):
@@ -191,6 +178,7 @@ class ShardStream(PositionStream[HostBatch]):
         on_error: Literal["skip", "raise"] = "skip",
         device: torch.device | str = "cpu",
     ) -> None:
+        super().__init__(device)
         if batch_size % world_size:
             raise ValueError(f"a global batch of {batch_size} cannot be shared equally by {world_size} processes")
         # A copy has files of its own, which no other stream's thread closes.
@@ -209,7 +197,7 @@ class ShardStream(PositionStream[HostBatch]):
         # By position; the map-style data set behind the stream, for a DataLoader of one's own.
         share, skip = BatchSlice(rank, world_size), on_error == "skip"
         self.batches = RankBatches(shards, order, augmentation, batch_size, share, skip=skip, cached=cached)
-        self._batch_size, self._device = batch_size, torch.device(device)
+        self._batch_size = batch_size
         if workers is None:  # the cores of this process beside the one that trains
             workers = 0 if cached else max(1, min(MOST_WORKERS, cores_per_process() - 1))
         self._cached, self._workers = cached, workers
@@ -225,8 +213,8 @@ class ShardStream(PositionStream[HostBatch]):
 
     def batch_at(self, position: int) -> Batch:
         """This rank's rows of the global batch that starts at a position; the stream stays where it is."""
-        self._settle()
-        return self._on_device(self.batches[position])
+        with self._lock:
+            return self._on_device(self.batches[position])
 
     def _on_device(self, batch: HostBatch) -> Batch:
         data = batch.data.to(self._device, non_blocking=True)
@@ -247,7 +235,8 @@ class ShardStream(PositionStream[HostBatch]):
             # Not used for anything; without one the loader would draw from the global generator.
             generator=torch.Generator(),
         )
-        return Prefetch(iter(loader), self._device) if self._cached and not self._workers else iter(loader)
+        threaded = self._cached and not self._workers
+        return prefetched(iter(loader), self._lock, self._device) if threaded else iter(loader)
 
 
 def unchanged(batch: Item) -> Item:
