@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections import OrderedDict
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
@@ -98,12 +98,12 @@ class ShardFolder:
 
     def __getstate__(self) -> dict[str, object]:
         # A copy, also in another process, opens its own files.
-        return self.__dict__ | {"_ahead": {}, "_pool": None, "_opened": OrderedDict()}
+        return self.__dict__ | {"_ahead": [], "_pool": None, "_opened": OrderedDict()}
 
     def _watch(self, files: list[Path]) -> None:
         """Remember the versions of the local files whose change makes the folder another one; nothing is open yet."""
         self._watched = {file: file_version(file) for file in files}
-        self._ahead: dict[str, Future[Path]] = {}
+        self._ahead: list[ShardEntry] = []
         self._opened: OrderedDict[int, tuple[Index, BufferedReader] | str] = OrderedDict()
 
     def has_changed(self) -> bool:
@@ -220,15 +220,15 @@ class ShardFolder:
 
     def fetch_ahead(self, entries: list[ShardEntry]) -> None:
         """Begin to fetch shards that will be needed soon; returns at once. Nothing to do for local ones."""
-        self._ahead = {name: future for name, future in list(self._ahead.items()) if not future.done()}
+        if entries == self._ahead:
+            return
+        self._ahead = entries
         for entry in entries:
             place, _, version = self._files[entry.name]
-            if not is_url(place) or entry.name in self._ahead:
-                continue
-            if not cached_path(place, self._cache, version).exists():
+            if is_url(place) and not cached_path(place, self._cache, version).exists():
                 self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="shards")
                 # One try: the read that needs it tries again and reports the error.
-                self._ahead[entry.name] = self._pool.submit(self.path_of, entry, 1)
+                self._pool.submit(self.path_of, entry, 1)
 
 
 def _bytes(file: BufferedReader, offset: np.int64, size: np.int64, crc: np.int64) -> bytes:
