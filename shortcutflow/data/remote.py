@@ -117,20 +117,9 @@ def cached_path(url: str, cache: Path, version: str) -> Path:
 
 
 def read_url(url: str, at_most: int) -> bytes:
-    """The content of a small file, with as many tries as :func:`local_copy`.
-
-    Raises:
-        ReadError: naming the URL; also for an empty or longer file.
-    """
-
-    def read() -> bytes:
-        with _output(url) as source:
-            content = source.read(at_most + 1)
-        if not 0 < len(content) <= at_most:
-            raise OSError(f"it has {len(content)} bytes or more, from 1 to {at_most} are read")
-        return content
-
-    return with_retries(read, f"{url} could not be fetched")
+    """The content of a small file; errors as of :func:`local_copy`."""
+    with tempfile.TemporaryDirectory() as folder:
+        return local_copy(url, Path(folder), version="", at_most=at_most).read_bytes()
 
 
 def version_of(url: str) -> str:
@@ -166,7 +155,8 @@ def with_retries(
     Raises:
         ReadError: when the last try failed too.
     """
-    for attempt in range(1, tries + 1):
+    attempt = 1
+    while True:
         try:
             return action()
         except ReadError:  # which was tried several times already
@@ -177,7 +167,7 @@ def with_retries(
             logger.warning("%s in try %d of %d (%s)", failure, attempt, tries, error)
             time.sleep(FIRST_PAUSE * 2 ** (attempt - 1))
             between()
-    raise AssertionError("unreachable")
+            attempt += 1
 
 
 def _fetch(url: str, path: Path, sha256: str | None, at_most: int) -> None:

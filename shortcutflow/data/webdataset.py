@@ -199,7 +199,10 @@ class WebdatasetShards(ShardFolder):
         found = self._indexed(places)
         self.skipped = tuple(item for shard in found for item in shard.skipped)
         if self.skipped:
-            self._list_skipped(settings)
+            path = self._folder / f"left-out-{_digest(settings.model_dump_json())}.txt"
+            write_whole(path, "".join(f"{' '.join(name.split())}\t{reason}\n" for name, reason in self.skipped))
+            if Rank.from_environment().is_main:
+                print(f"{_left_out(self.skipped)}; all are listed in {path}", file=sys.stderr)
         entries = tuple(shard.entry for shard in found if shard.entry is not None)
         if not entries:
             raise ValueError(
@@ -247,13 +250,6 @@ class WebdatasetShards(ShardFolder):
             shard = _read(place, path, version)
         assert shard is not None
         return shard
-
-    def _list_skipped(self, settings: WebdatasetData) -> None:
-        """Write them down, and print how many there are and where they are listed."""
-        path = self._folder / f"left-out-{_digest(settings.model_dump_json())}.txt"
-        write_whole(path, "".join(f"{' '.join(name.split())}\t{reason}\n" for name, reason in self.skipped))
-        if Rank.from_environment().is_main:
-            print(f"{_left_out(self.skipped)}; all are listed in {path}", file=sys.stderr)
 
 
 def _read(place: str, path: Path, version: str) -> _Shard | None:
