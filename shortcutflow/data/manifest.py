@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
+from shortcutflow.data.remote import is_url, read_url
 from shortcutflow.io.atomic import write_whole
 from shortcutflow.io.json import wrong_fields
 
@@ -139,25 +140,25 @@ class Manifest(BaseModel):
 
     @classmethod
     def parse(cls, content: bytes, where: str) -> Manifest:
-        """From the content of a ``manifest.json``.
-
-        Raises:
-            ValueError: if it is not one, naming ``where`` it came from.
-        """
+        """From the content of a ``manifest.json``; raises ValueError, naming ``where`` it came from, if it is none."""
         try:
             return cls.model_validate_json(content)
         except ValidationError as error:
             raise ValueError(f"{where} is not a valid manifest: {wrong_fields(error, most=1)}") from error
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
-        """Read the one of a folder.
+    def read(cls, folder: Path | str) -> Manifest:
+        """Read the one of a folder or URL.
 
         Raises:
             FileNotFoundError: without a manifest.
+            ReadError: if it cannot be fetched.
             ValueError: if the manifest does not parse.
         """
-        path = folder / MANIFEST
+        where = f"{folder}/{MANIFEST}"
+        if is_url(folder):
+            return cls.parse(read_url(where, LARGEST_MANIFEST), where)
+        path = Path(where)
         if not path.is_file():
             raise FileNotFoundError(
                 f"{folder} holds no {MANIFEST}: it is not a folder of prepared shards, "
@@ -165,4 +166,4 @@ class Manifest(BaseModel):
             )
         if path.stat().st_size > LARGEST_MANIFEST:
             raise ValueError(f"{path} has {path.stat().st_size} bytes, at most {LARGEST_MANIFEST} are read")
-        return cls.parse(path.read_bytes(), str(path))
+        return cls.parse(path.read_bytes(), where)

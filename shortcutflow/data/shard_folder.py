@@ -19,8 +19,8 @@ import numpy as np
 
 from shortcutflow.data.images import Crop
 from shortcutflow.data.index import LARGEST_INDEX, Index, Skipped, file_version, read_index
-from shortcutflow.data.manifest import LARGEST_MANIFEST, MANIFEST, Manifest, ShardEntry
-from shortcutflow.data.remote import TRIES, cached_path, is_url, local_copy, open_copy, read_url, with_retries
+from shortcutflow.data.manifest import MANIFEST, Manifest, ShardEntry
+from shortcutflow.data.remote import TRIES, cached_path, is_url, local_copy, open_copy, with_retries
 from shortcutflow.data.shards import Sample, decode, decode_array
 
 OPEN_SHARDS = 64
@@ -71,13 +71,9 @@ class ShardFolder:
     _pool: ThreadPoolExecutor | None = None
 
     def __init__(self, place: str | Path, *, cache: Path = Path("data/cache"), cache_limit: int | None = None) -> None:
-        self.place, self._cache, self._limit = str(place), cache, cache_limit
-        if is_url(place):
-            self.place = self.place.rstrip("/")
-            content = read_url(f"{self.place}/{MANIFEST}", LARGEST_MANIFEST)
-            self.manifest = Manifest.parse(content, f"{self.place}/{MANIFEST}")
-        else:
-            self.manifest = Manifest.read(Path(place))
+        self.place = str(place).rstrip("/") if is_url(place) else str(place)
+        self._cache, self._limit = cache, cache_limit
+        self.manifest = Manifest.read(self.place)
         self._watch([] if is_url(place) else [Path(place) / MANIFEST])
         self._files = {
             entry.name: ShardFile(f"{self.place}/{entry.name}", f"{self.place}/{entry.index_name}", entry.sha256)
