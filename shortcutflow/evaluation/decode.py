@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,8 +26,15 @@ class ImageDecoder:
 
     def __init__(self, info: DataInfo, device: torch.device | str) -> None:
         self._info, self._device = info, device
-        self._autoencoder: Autoencoder | None = None
-        self._failed = False
+
+    @cached_property
+    def _autoencoder(self) -> Autoencoder | None:
+        assert self._info.vae is not None
+        try:
+            return load_autoencoder(self._info.vae, expect=self._info.latents, device=self._device)
+        except (OSError, ImportError, ValueError) as error:
+            logger.warning("latents are shown as they are, not as images: %s", error)
+            return None
 
     def __call__(self, *groups: Tensor) -> list[Tensor]:
         """Images (..., 1 or 3, h, w) in [-1, 1] of each group of samples (..., *info.shape).
@@ -36,12 +44,6 @@ class ImageDecoder:
         """
         if self._info.vae is None:
             return list(groups)
-        if self._autoencoder is None and not self._failed:
-            try:
-                self._autoencoder = load_autoencoder(self._info.vae, expect=self._info.latents, device=self._device)
-            except (OSError, ImportError, ValueError) as error:
-                logger.warning("latents are shown as they are, not as images: %s", error)
-                self._failed = True
         if self._autoencoder is None:
             return [group[..., :3, :, :] / 2 for group in groups]
         flat = torch.cat([group.to(self._device, torch.float32).flatten(0, -4) for group in groups])

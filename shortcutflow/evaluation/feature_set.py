@@ -123,7 +123,7 @@ def extract_all(
     found = _resumed(file, batches, wanted, keep_logits, folder)
     features, logits, saved, images = [found.features], [found.logits], found.done, sum(map(len, batches))
     with tqdm(total=images, initial=saved, unit="image", mininterval=1, disable=not world.is_main) as bar:
-        for batch in batches[-(-saved // batch_size) :]:
+        for batch in batches[-(-saved // batch_size) :]:  # but for those that are done
             extracted, correct = extract(batch, found.seconds)
             found.moments.add(extracted.features)
             found.done += len(batch)

@@ -60,11 +60,7 @@ class _Rows(BaseModel):
 
 
 def read_report(file: Path) -> dict[str, Any]:
-    """Read a report: an object with ``rows``, the ``values`` for each number of ``steps``.
-
-    Raises:
-        ValueError: if the file does not hold one.
-    """
+    """Read a report, an object with ``rows``, the ``values`` for each number of ``steps``; ValueError if it is none."""
     report = read_object(file, "an evaluation", longest=MAX_REPORT_BYTES)
     try:
         _Rows.model_validate(report)

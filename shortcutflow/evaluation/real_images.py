@@ -52,11 +52,7 @@ def digit_images() -> RealImages:
 
 
 def shard_images(folder: Path | str | ShardFolder, cache: Path = Path("data/cache")) -> RealImages:
-    """Prepared shards of images, in the order in which they lie in them; those of a URL are kept in ``cache``.
-
-    Raises:
-        ValueError: if they hold no images.
-    """
+    """Prepared shards of images, in their order, those of a URL kept in ``cache``; ValueError if they hold none."""
     shards = folder if isinstance(folder, ShardFolder) else ShardFolder(folder, cache=cache)
     manifest = shards.manifest
     if manifest.values != "uint8":

@@ -38,11 +38,7 @@ class ParamSource(NamedTuple):
     transform: Callable[..., Tensor] | None = None
 
     def read(self, read: ReadTensor) -> Tensor:
-        """The parameter in float32 on the CPU.
-
-        Raises:
-            ValueError: for numbers that are not finite.
-        """
+        """The parameter in float32 on the CPU; ValueError for numbers that are not finite."""
         tensors = [read(key).float() for key in self.keys]
         for key, tensor in zip(self.keys, tensors, strict=True):
             if not tensor.isfinite().all():
@@ -194,11 +190,7 @@ def _without_variance(values: Tensor, *, channels: int, out_channels: int) -> Te
 
 
 def dit_backbone(sizes: DiTSizes, heads: int, **options: Any) -> BackboneConfig:
-    """The backbone "dit" of these sizes, with further options.
-
-    Raises:
-        ValueError: if a size is below 1.
-    """
+    """The backbone "dit" of these sizes, with further options; ValueError if a size is below 1."""
     if min(sizes) < 1:
         raise ValueError(f"sizes must be at least 1: {sizes}")
     of_sizes = {

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shortcutflow.data.autoencoder import load_autoencoder
 from shortcutflow.interop.exportable import TOLERANCE, ExportableSampler, without_warnings
+from shortcutflow.interop.to_onnx import write_onnx
 from shortcutflow.io.atomic import atomic_output
 from shortcutflow.models.model import load
 
@@ -102,8 +103,6 @@ def export_model(
                 autoencoder=autoencoder,
             )  # fmt: skip
             what = f"{len(sampler.sizes)}-step sampler"
-            from shortcutflow.interop.to_onnx import write_onnx
-
             run = write_onnx(sampler, path) if format == "onnx" else _write_program(sampler, path)
             found = None if run is None else sampler.difference(run)
         if found is not None and not found <= TOLERANCE:

@@ -100,16 +100,14 @@ def read_jax_checkpoint(
 
 
 def sizes_of(shapes: Mapping[str, Sequence[int]]) -> DiTSizes:
-    """The sizes, from parameters whose names and shapes are checked by them.
-
-    Raises:
-        ValueError: naming a parameter that is missing or of another shape.
-    """
+    """The sizes, which all names and shapes are checked against then."""
     for name, dimensions in ((f"{PATCHES}/kernel", 4), (LABELS, 2), (MLP, 1)):
         if name not in shapes or len(shapes[name]) != dimensions:
             raise ValueError(f"{name} is missing or has not {dimensions} dimensions")
     patch, _, channels, hidden_size = shapes[f"{PATCHES}/kernel"]
-    depth, mlp_size, classes = count_blocks(shapes, "DiTBlock_"), shapes[MLP][0], shapes[LABELS][0] - 1
+    # No more blocks than there are parameters for, 14 each: a made-up file may name any number.
+    depth = min(count_blocks(shapes, "DiTBlock_"), len(shapes) // 14)
+    mlp_size, classes = shapes[MLP][0], shapes[LABELS][0] - 1
     sizes = DiTSizes(hidden_size, depth, mlp_size, patch, channels, channels, classes)
     if min(sizes) < 1 or hidden_size % 4:
         raise ValueError(f"sizes must be at least 1, and the hidden size a multiple of 4: {sizes}")

@@ -96,11 +96,7 @@ class StoredArray:
     dtype: np.dtype
 
     def restore(self, state: Any) -> None:
-        """Take shape, type and place from the state (version, shape, dtype, is_fortran, bytes) that numpy pickles.
-
-        Raises:
-            ValueError: if the file does not hold as many bytes as shape and type need.
-        """
+        """Take shape, type and place from the state (version, shape, dtype, is_fortran, bytes) that numpy pickles."""
         _, shape, dtype, fortran, content = state
         if type(shape) is not tuple or len(shape) > 8 or not all(type(size) is int and size >= 0 for size in shape):
             raise ValueError("an array's shape is no short tuple of whole numbers")
@@ -205,11 +201,7 @@ class _Unpickler(_PythonUnpickler):
     })  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for a name.
-
-        Raises:
-            ValueError: for any but those of :data:`ALLOWED`.
-        """
+        """What stands for a name; ValueError for any but those of :data:`ALLOWED`."""
         if f"{module}.{name}" not in ALLOWED:
             raise ValueError(f"it names {f'{module}.{name}'!r}, which no checkpoint needs")
         return ALLOWED[f"{module}.{name}"]
