@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from backbones.backbone import Backbone
 from backbones.diffusion import Diffusion
-from backbones.embeddings import Condition, require_positive, sincos_positions, under_autocast
+from backbones.embeddings import Condition, require_positive, sincos_positions, under_autocast, without_autocast
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -29,6 +29,42 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -
     if x.dtype.itemsize == 2 and under_autocast(x):
         x = x.float()  # as a GPU's autocast does; a CPU's would round mean and standard deviation
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+
+
+class TokenLinear(nn.Linear):
+    """A linear layer for tokens (b, n, width_in), followed by something element by element.
+
+    Compiled, its bias's gradient is summed over each sample's tokens first: the compiler then sums in the kernel that
+    makes the output's gradient, where a sum over all rows at once would read that from memory again.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, n, width_in) to (b, n, width_out)."""
+        traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        if not (traced and torch.is_grad_enabled()):
+            return super().forward(x)
+        inputs = x, self.weight, self.bias
+        if under_autocast(x):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            inputs = tuple(tensor.to(dtype) for tensor in inputs)
+        return _LinearBySample.apply(*inputs)
+
+
+class _LinearBySample(torch.autograd.Function):
+    """Linear in (x, weight, bias), its gradients those of F.linear but for the order of one sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        # Traced under the forward pass's autocast, which would convert what is summed, and then keep it so.
+        with without_autocast(grad):
+            of_bias = grad.sum(1, dtype=torch.promote_types(grad.dtype, torch.float32)).sum(0)
+            return grad @ weight, grad.flatten(0, 1).T @ x.flatten(0, 1), of_bias.to(grad.dtype)
 
 
 class Block(nn.Module):
@@ -55,7 +91,7 @@ class Block(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
         self.mixer = mixer
         self.mlp = nn.Sequential(
-            nn.Linear(width, int(width * mlp_ratio)),
+            TokenLinear(width, int(width * mlp_ratio)),
             nn.GELU(approximate="tanh"),
             nn.Linear(int(width * mlp_ratio), width),
         )
