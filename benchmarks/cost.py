@@ -28,7 +28,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch._dynamo.utils import counters
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _foreach_utils
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: a plain install has no benchmarks
 
@@ -40,6 +41,7 @@ from shortcutflow.data.source import DataInfo
 from shortcutflow.distributed import World
 from shortcutflow.train import parallel, state
 from shortcutflow.train.heartbeat import Heartbeat
+from shortcutflow.train.metrics import RunningMeans
 from shortcutflow.train.resume import Position
 from shortcutflow.train.step import clip_gradients, forward_backward, step_if_finite
 from shortcutflow.types import Batch
@@ -107,7 +109,7 @@ def count(config: RunConfig, *, ranks: int = 1, device: str = "cpu", info: DataI
     """
     config = config.model_copy(update={"start": None, "teacher": None, "coupling": None})
     info = info or DataInfo(*next(shape for part, shape in SHAPES.items() if part in config.name))
-    census, position, heartbeat = Census(), Position(), mock.Mock(spec=Heartbeat)
+    census, position, heartbeat, means = Census(), Position(), mock.Mock(spec=Heartbeat), RunningMeans()
     rows = config.training.global_batch_size // ranks
     torch.compiler.reset()
     with (
@@ -128,8 +130,10 @@ def count(config: RunConfig, *, ranks: int = 1, device: str = "cpu", info: DataI
             grad_norm = clip_gradients(built.optimizer, config.optimizer.max_grad_norm)
             step_if_finite(built.optimizer, world, reports, grad_norm, False)
             built.update_emas(step)
+            for report in reports:
+                means.add(report, grad_norm=grad_norm)
             built.optimizer.zero_grad(set_to_none=True)
-            del reports, grad_norm
+            del reports, report, grad_norm
     counts = census.counts
     counts.recompilations = counters["stats"]["unique_graphs"] - graphs_before
     counts.graph_breaks = sum(counters["graph_break"].values())
@@ -177,6 +181,9 @@ def standing_in(config: RunConfig, world: World, info: DataInfo) -> Iterator[Non
         stack.enter_context(mock.patch.object(state, "open_stream", return_value=None))
         stack.enter_context(mock.patch.object(state, "forward_flops", return_value=None))
         stack.enter_context(mock.patch.object(type(config.data), "describe", return_value=info))
+        # Else the gradients' norm would be taken one by one, which real tensors are spared.
+        together = [*_foreach_utils._foreach_supported_types, FakeTensor]
+        stack.enter_context(mock.patch.object(_foreach_utils, "_foreach_supported_types", together))
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         stack.enter_context(OneFakeMode())

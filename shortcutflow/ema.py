@@ -124,8 +124,8 @@ class EMA:
                 exact.lerp_(other.float(), weight)
                 p.copy_(exact)
                 self._rounded_off[i] = exact - p.float()
-        for target, source in zip(self.network.buffers(), network.buffers(), strict=True):
-            target.copy_(source)
+        if buffers := list(self.network.buffers()):
+            torch._foreach_copy_(buffers, list(network.buffers()))
 
 
 def _is_half(p: Tensor) -> bool:

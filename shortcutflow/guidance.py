@@ -79,7 +79,7 @@ def guided_velocity(
         net, torch.cat([x_t, x_t[head]]), torch.cat([t, t[head]]), torch.cat([d, d[head]]), concatenate(y, null)
     )
     with_y, with_null = v[: len(x_t)], v[len(x_t) :]  # which torch.export follows for any number of rows
-    guided = with_null + scale * (with_y[head] - with_null)
+    guided = torch.add(with_null, with_y[head] - with_null, alpha=scale)
     if mask is not None:
         guided = torch.where(mask[head].view(-1, *(1,) * (x_t.ndim - 1)), guided, with_y[head])
     return guided if max_guided is None else torch.cat([guided, with_y[max_guided:]])

@@ -32,12 +32,12 @@ def interpolate(noise: Tensor, data: Tensor, t: Tensor, sigma_min: float = 0.0) 
         raise ValueError(f"noise has shape {tuple(noise.shape)}, data {tuple(data.shape)}; they must be the same")
     check_unit_interval(t, "t")
     t = expand_to(t, data)
-    return (1 - (1 - sigma_min) * t) * noise + t * data
+    return (1 - (t if sigma_min == 0 else (1 - sigma_min) * t)) * noise + t * data
 
 
 def velocity(noise: Tensor, data: Tensor, sigma_min: float = 0.0) -> Tensor:
     """The velocity d x_t / d t of the straight line: data minus noise, (b, *shape)."""
-    return data - (1 - sigma_min) * noise
+    return data - (noise if sigma_min == 0 else (1 - sigma_min) * noise)
 
 
 def predict_x1(x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def draw_bootstrap_sizes(
 
 def size_of(level: Tensor, finest_steps: int) -> Tensor:
     """The step size 2^level / M, float32; exact on every device, which exp2 need not be."""
-    return (torch.ones_like(level) << level).float() / finest_steps
+    return (1 << level).float() / finest_steps
 
 
 class LogitNormal(BaseModel):

@@ -89,7 +89,7 @@ class Mean(NamedTuple):
 
     Attributes:
         total: sum over the rows, 0-d, without gradient; 0 where there is no row.
-        rows: how many.
+        rows: how many; for a mean over single numbers, such as a root mean square, how many of these.
         root: the metric is the square root of the mean.
     """
 

@@ -22,9 +22,11 @@ PRIVATE = {
     "torch._C.DispatchKey.ADInplaceOrView",
     # Shapes without numbers, to count operations. torch's own documentation names it.
     "torch._subclasses.fake_tensor.FakeTensorMode",
-    # A few launches for all weights of a network.
+    # A few launches for all weights of a network, or all metrics.
+    "torch._foreach_add_",
     "torch._foreach_copy_",
     "torch._foreach_lerp_",
+    "torch._foreach_norm",
     # What an exported graph is made of.
     "torch._ops.OpOverload",
 }

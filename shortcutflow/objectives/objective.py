@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Generator, Tensor, nn
+from torch.nn import functional as F
 
 from shortcutflow.conditions import Condition, NullCondition, as_condition, check_rows, drop, require_null, select
 from shortcutflow.guidance import predict_with_aux
@@ -239,7 +240,7 @@ class Objective(BaseModel, ABC):
         """
         check_state(targets.x_t, targets.t)
         prediction, aux = predict_with_aux(net, targets.x_t, targets.t, targets.d, targets.y)
-        error = (prediction.to(targets.v.dtype) - targets.v).square().flatten(1).mean(1)
+        error = F.mse_loss(prediction.to(targets.v.dtype), targets.v, reduction="none").flatten(1).mean(1)
         weighted = self.weigh(error, targets, aux)
         if weighted.shape != error.shape:
             raise ValueError(f"weights must be one number a row, {tuple(error.shape)}, got {tuple(weighted.shape)}")
@@ -370,10 +371,12 @@ def two_legs(
     """
     d1 = split * d
     v1 = first(x_t, t, d1)
-    x_s = clipped(x_t + expand_to(d1, x_t) * v1, clip).to(x_t.dtype)
+    x_s = clipped(torch.addcmul(x_t, expand_to(d1, x_t), v1), clip).to(x_t.dtype)
     v2 = second(x_s, t + d1, d - d1)
     share = expand_to(split, v1) if isinstance(split, Tensor) else split
-    return v1, v2, share * v1 + (1 - share) * v2
+    if isinstance(share, Tensor):
+        return v1, v2, share * v1 + (1 - share) * v2
+    return v1, v2, torch.add(share * v1, v2, alpha=1 - share)
 
 
 def clipped(x: Tensor, bound: float | None) -> Tensor:
@@ -444,7 +447,7 @@ def guided_evaluations(scale: float) -> int:
 
 def rms_metrics(**velocities: Tensor) -> dict[str, Mean]:
     """Root mean squares over all entries of velocities (r, *shape), as metrics v_magnitude_*; r may be 0."""
-    return {
-        f"v_magnitude_{name}": Mean(v.float().square().flatten(1).mean(1).sum(), len(v), root=True)
-        for name, v in velocities.items()
-    }
+    # All norms in one launch where there are launches.
+    norms = torch.stack(torch._foreach_norm([v.float() for v in velocities.values()]))
+    totals = dict(zip(velocities, norms.square().unbind(), strict=True))
+    return {f"v_magnitude_{name}": Mean(totals[name], v.numel(), root=True) for name, v in velocities.items()}

@@ -247,7 +247,7 @@ class ShortcutObjective(Objective):
 
     def _is_finest(self, d: Tensor) -> Tensor:
         """Which bootstrap rows have d = 2/M, whose half steps are the flow's."""
-        return (d * self.finest_steps).round() == 2
+        return d == 2 / self.finest_steps  # powers of two, which are exact
 
     def _max_finest(self, n: int) -> int:
         """At most so many of n rows have d = 2/M: each size has at most one row more than its share."""

@@ -28,19 +28,26 @@ class RunningMeans:
 
     def __init__(self) -> None:
         self._sums: dict[str, Mean] = {}
-        # Sums of errors and numbers of rows by level log2(1/d), made on the device of the first report.
+        # Sums of errors and numbers of rows by step size, smallest first, and the sizes between two of them; made on
+        # the device of the first report.
         self._error_and_rows: Tensor | None = None
+        self._between: Tensor | None = None
 
     def add(self, report: LossReport, **more: Tensor) -> None:
         """Add one part's report; nothing is read back from the device."""
-        for name, mean in (report.means | {name: Mean(value) for name, value in more.items()}).items():
-            before = self._sums.get(name, Mean(torch.zeros_like(mean.total), 0))
-            self._sums[name] = Mean(before.total + mean.total.float(), before.rows + mean.rows, mean.root)
         n, d = report.targets.n_bootstrap, report.targets.d
+        means = report.means | {name: Mean(value) for name, value in more.items()}
+        for name, mean in means.items():
+            before = self._sums.get(name)
+            total = torch.zeros((), device=d.device) if before is None else before.total
+            self._sums[name] = Mean(total, mean.rows if before is None else before.rows + mean.rows, mean.root)
+        torch._foreach_add_([self._sums[name].total for name in means], [mean.total.float() for mean in means.values()])
+        if self._between is None:
+            self._between = 2.0 ** (0.5 - torch.arange(LEVELS - 1, 0, -1, device=d.device))
         if self._error_and_rows is None:
             self._error_and_rows = torch.zeros(LEVELS, 2, device=d.device)
-        error, level = report.row_loss[:n].float(), (-torch.log2(d[:n])).round().long().clamp(0, LEVELS - 1)
-        self._error_and_rows.index_add_(0, level, torch.stack([error, torch.ones_like(error)], dim=1))
+        error, size = report.row_loss[:n].float(), torch.bucketize(d[:n], self._between)
+        self._error_and_rows.index_add_(0, size, torch.stack([error, torch.ones_like(error)], dim=1))
 
     def take(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The means so far, over all ranks, by name; then start anew. Metrics without a row anywhere are left out.
@@ -57,7 +64,7 @@ class RunningMeans:
         for (name, mean), (total, count) in zip(self._sums.items(), table, strict=False):
             if count > 0:
                 means[name] = math.sqrt(total / count) if mean.root and total >= 0 else total / count
-        for level, (error, count) in enumerate(table[len(self._sums) :]):
+        for level, (error, count) in enumerate(reversed(table[len(self._sums) :])):
             if count > 0:
                 means[f"error_at/d=1_{2**level}"] = error / count
         self._sums, self._error_and_rows = {}, None
