@@ -57,6 +57,7 @@ SHAPES = {"imagenet": ((4, 32, 32), 1000), "celebahq": ((4, 32, 32), None), "cif
 EAGER = "training.compile=false"
 ROWS: list[tuple[str, str, int, list[str]]] = [
     ("DiT-B/2", "dit_b_imagenet", 1, []),
+    ("DiT-B/2, rounded residual", "dit_b_imagenet", 1, ["backbone.options.round_residual=true"]),
     ("DiT-B/2, eager", "dit_b_imagenet", 1, [EAGER]),
     ("DiT-B/2, eager, flow matching", "dit_b_imagenet", 1, [EAGER, "objective.kind=flow_matching"]),
     ("DiT-B/2, eager, DDP on 8", "dit_b_imagenet", 8, [EAGER]),

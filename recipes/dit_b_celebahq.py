@@ -19,8 +19,8 @@ Command::
     python recipes/dit_b_celebahq.py --smoke                                    # a tiny one, on any CPU, in seconds
 
 Hardware: one GPU with 40 GB; with ``training.accumulation=4`` one with much less.
-Cost: about 4 GPU-hours on H100 at 30 % of 989 TFLOP/s. Computed from the operations of the network (46.0 GFLOP a
-forward pass; 3 passes' worth a sample and 0.50 for the targets), not measured.
+Cost: at least 1.2 GPU-hours on H100 at 989 TFLOP/s for its products alone. Computed from the operations of the network
+(46.0 GFLOP a forward pass; 3 passes' worth a sample and 0.50 for the targets), not measured.
 
 Expected FID-50k at 128 / 4 / 1 steps: 6.9 / 13.8 / 20.5, as the authors' README has it. Protocol: 50,000 samples
 decoded by the autoencoder below; JAX Inception, pictures resized bilinearly to 299 without antialiasing, against the

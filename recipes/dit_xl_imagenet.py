@@ -14,9 +14,9 @@ Command::
 Hardware: 8 GPUs with 80 GB, weights, average and optimizer sharded (FSDP2); ``training.gradient_checkpointing=true``
 takes less memory and a third more time. On several machines of 8 GPUs, ``training.shard_group=8`` keeps shards inside a
 machine.
-Cost: about 163 GPU-hours on H100 at 30 % of 989 TFLOP/s, which is 20 hours on 8. Computed from the operations of the
-network (237.2 GFLOP a forward pass; 3 passes' worth a sample and 0.58 for the targets), not measured. Checkpoints of
-10.8 GB each: two, and one every 100,000 steps.
+Cost: at least 49 GPU-hours on H100 at 989 TFLOP/s for its products alone. Computed from the operations of the network
+(237.2 GFLOP a forward pass; 3 passes' worth a sample and 0.58 for the targets), not measured; what the memory adds, by
+count, stands in docs/performance.md. Checkpoints of 10.8 GB each: two, and one every 100,000 steps.
 
 Expected FID-50k at 128 / 4 / 1 steps: 3.8 / 7.8 / 10.6, as the authors' README has it, with the protocol of
 ``dit_b_imagenet``. The name of the authors' checkpoint ends in "continue200000": theirs was trained in stages, and how

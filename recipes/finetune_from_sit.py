@@ -28,7 +28,7 @@ The second learns from data instead of a teacher. Another start (``start=FOLDER 
 ``objective.kind=flow_matching``.
 
 Hardware: 8 GPUs with 80 GB; weights, teacher, average and optimizer are sharded (FSDP2).
-Cost: about 87 GPU-hours on H100 at 30 % of 989 TFLOP/s, 11 hours on 8. Computed from the operations of the network
+Cost: at least 26 GPU-hours on H100 at 989 TFLOP/s for its products alone. Computed from the operations of the network
 (237.2 GFLOP a forward pass; 3 passes' worth a sample and 1.36 for the targets), not measured: 350,000 steps of 256 are
 70 epochs, SiT's own training has 1,400.
 
