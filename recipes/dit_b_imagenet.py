@@ -22,7 +22,7 @@ Hardware: 8 GPUs with 80 GB; any number that divides 256 gives the same run, and
 ``training.gradient_checkpointing=true`` or ``training.accumulation=4`` fits it into less memory.
 Cost: at least 9.5 GPU-hours on H100 at 989 TFLOP/s for its products alone. Computed from the operations of the network
 (46.0 GFLOP a forward pass; 3 passes' worth a sample and 0.58 for the targets), not measured. With the memory's traffic
-a step takes at least 84 ms by the count in docs/performance.md, the run 19 GPU-hours.
+a step takes at least 78 ms by the count in docs/performance.md, the run 17 GPU-hours.
 
 Expected FID-50k at 128 / 4 / 1 steps: 15.5 / 28.3 / 40.3, as the authors' README has it. Protocol: 50,000 samples
 without guidance in the sampler, labels drawn at random, decoded by the autoencoder below; JAX Inception, pictures
