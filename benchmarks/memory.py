@@ -101,6 +101,13 @@ def parameters_of(backbone: str, **options: Any) -> int:
 
 def counted_bytes(folder: Path, processes: int) -> dict[str, int]:
     """Let so many processes train a step of the run in this folder; by kind, what the fullest of them holds."""
+    launch(folder, processes)
+    ranks = [json.loads((folder / f"bytes_{rank}.json").read_text()) for rank in range(processes)]
+    return {kind: max(rank[kind] for rank in ranks) for kind in ranks[0]}
+
+
+def launch(folder: Path, processes: int) -> None:
+    """Run :func:`count_here` in so many processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *torchrun, "-m", "benchmarks.memory", "--count-here", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -109,8 +116,6 @@ def counted_bytes(folder: Path, processes: int) -> dict[str, int]:
     )
     if done.returncode:
         raise RuntimeError(f"{processes} processes failed:\n{done.stderr[-3000:]}")
-    ranks = [json.loads((folder / f"bytes_{rank}.json").read_text()) for rank in range(processes)]
-    return {kind: max(rank[kind] for rank in ranks) for kind in ranks[0]}
 
 
 def count_here(folder: Path) -> None:

@@ -19,6 +19,7 @@ from shortcutflow.network import BackboneConfig
 from shortcutflow.objectives import ShortcutObjective
 from shortcutflow.train.checkpoint_writer import CheckpointWriter
 from shortcutflow.train.state import build_train_state
+from tests.processes import run_forked
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -80,7 +81,12 @@ def test_the_loop_as_committed() -> None:
 # ---- the memory of shards
 
 
-def test_memory_follows_the_formula_on_two_processes(tmp_path: Path) -> None:
+def test_memory_follows_the_formula_on_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fork(folder: Path, processes: int) -> None:
+        done = run_forked(memory.count_here, folder, processes=processes)
+        assert done.returncode == 0, done.stderr
+
+    monkeypatch.setattr(memory, "launch", fork)
     rows = memory.memory([2], SHARDED, tmp_path)
     counted = {row["name"]: row for row in rows if "off_percent" in row}
     assert set(counted) == {"weights, 2", "gradients, 2", "AdamW, 2", "average, 2", "all, 2"}
