@@ -47,6 +47,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "coupling": (COUPLING,),
     "uncoupled": (CURRENT, *COARSE, WEIGHT),
     "best": (CURRENT, *COARSE, WEIGHT, COUPLING),
+    "best, weight 4": (CURRENT, *COARSE, "objective.bootstrap_weight=4", COUPLING),
     "best, M = 128": (CURRENT, WEIGHT, COUPLING),
     "best, targets by the EMA": (*COARSE, WEIGHT, COUPLING),
     "best, guidance as an input": (

@@ -44,7 +44,9 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "guided targets": (*CONDITION_MATTERS, "objective.guidance_scale=4"),
     "unguided targets": CONDITION_MATTERS,
     "guidance as an input": (
-        "objective.kind=guided_shortcut", "backbone.options.guidance_input=true", "objective.guided_fraction=0.5",
+        "objective.kind=guided_shortcut",
+        "backbone.options.guidance_input=true",
+        "objective.guided_fraction=0.5",
     ),
     "current targets": ("target_weights=current",),
     "released rows": ("objective.rows=released", "objective.clip=4"),
