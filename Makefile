@@ -17,7 +17,7 @@ demo: $(STAMP)
 	ls runs/digits/*/weights.safetensors > /dev/null 2>&1 || $(MAKE) digits ARGS=
 	$(BIN)/shortcutflow demo runs/digits --open $(ARGS)
 
-# The paper's table 1 on digits: every objective, equal compute, three seeds; about half an hour on two cores.
+# The paper's table 1 on digits: every objective, equal compute, three seeds; about an hour on two cores.
 table1: $(STAMP)
 	$(BIN)/python benchmarks/table1.py $(ARGS)
 
