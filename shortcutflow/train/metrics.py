@@ -46,7 +46,7 @@ class RunningMeans:
             self._between = 2.0 ** (0.5 - torch.arange(LEVELS - 1, 0, -1, device=d.device))
         if self._error_and_rows is None:
             self._error_and_rows = torch.zeros(LEVELS, 2, device=d.device)
-        error, size = report.row_loss[:n].float(), torch.bucketize(d[:n], self._between)
+        error, size = report.row_loss[:n].float(), torch.bucketize(d[:n].contiguous(), self._between)
         self._error_and_rows.index_add_(0, size, torch.stack([error, torch.ones_like(error)], dim=1))
 
     def take(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
