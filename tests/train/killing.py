@@ -14,6 +14,8 @@ import time
 import traceback
 from pathlib import Path
 
+import torch
+
 from shortcutflow import checkpoint
 from shortcutflow.config import RunConfig
 from shortcutflow.train.loggers import read_metrics
@@ -26,6 +28,8 @@ def live(run_dir: Path) -> int:
     if child:
         return child
     try:
+        # PyTorch makes its thread pool anew after a fork, which must not happen in two threads at once: so here.
+        torch.set_num_threads(1)
         train(RunConfig.load(run_dir), run_dir, resume=True)
         os._exit(0)
     except BaseException:
