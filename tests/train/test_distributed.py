@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from shortcutflow.config import with_overrides
-from shortcutflow.data.digits import write_digits
 from shortcutflow.distributed import World
 from shortcutflow.ema import EMA
 from shortcutflow.train.loggers import read_metrics
@@ -55,13 +54,6 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "clipped": ("optimizer.max_grad_norm=0.01",),
     "checkpointed": ("training.gradient_checkpointing=true",),
 }
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    write_digits(folder)
-    return folder
 
 
 def no_errors(done: list[list[Outcome]]) -> None:

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from shortcutflow import checkpoint, cli
-from shortcutflow.data.digits import write_digits
 from shortcutflow.train.loggers import read_metrics
 from shortcutflow.train.loop import train
 from shortcutflow.train.signals import STOPPED_EXIT_CODE
@@ -39,13 +38,6 @@ WORLDS: dict[str, tuple[int | None, tuple[str, ...]]] = {
 CELLS = list(itertools.product(WORLDS, ("float32", "bfloat16"), (1, 2)))
 FEW = [("one", "bfloat16", 2), ("ddp", "float32", 2), ("fsdp", "bfloat16", 1)]
 """One a parallelism; each of the other values occurs."""
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    write_digits(folder)
-    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from shortcutflow.data.digits import write_digits
 from shortcutflow.train.loggers import read_metrics
 from tests.backbones_contract.cases import TINY
 from tests.train.launched import Job, Outcome, outcomes, tiny
@@ -35,13 +34,6 @@ Cell = tuple[str, str, str, bool, str]
 CELLS: list[Cell] = list(itertools.product(OBJECTIVES, BACKBONES, PARALLEL, (False, True), PRECISIONS))
 PAIRWISE = [cell for i, cell in enumerate(cell for cell in CELLS if not cell[3]) if i % 7 == 0]
 """A few without compilation, for every day; a stride of 7 meets every value of each of the others."""
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    write_digits(folder)
-    return folder
 
 
 def job_of(cell: Cell, folder: Path, shards: Path) -> Job:

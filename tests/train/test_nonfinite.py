@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from shortcutflow import checkpoint
-from shortcutflow.data.digits import write_digits
 from shortcutflow.data.stream import ShardStream
 from shortcutflow.distributed import joined
 from shortcutflow.objectives import ShortcutObjective
@@ -21,13 +20,6 @@ from shortcutflow.types import Batch
 from tests.train.launched import Job, furthest_apart, outcomes, tensors, tiny
 
 SAVING_ALL = ("training.checkpoint_every=1", "training.keep_checkpoints=100")
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    write_digits(folder)
-    return folder
 
 
 def break_data(monkeypatch: pytest.MonkeyPatch, *batches: int) -> dict[int, Batch]:

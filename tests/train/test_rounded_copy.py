@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from shortcutflow.data.digits import write_digits
 from shortcutflow.train import state
 from shortcutflow.train.loop import train
 from shortcutflow.train.parallel import RoundedCopy
@@ -19,13 +18,6 @@ from tests.train.launched import tensors, tiny
 
 BFLOAT16 = "training.precision=bfloat16"
 CURRENT = "target_weights=current"
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    write_digits(folder)
-    return folder
 
 
 def equal(one: Path, other: Path, step: int) -> bool:
