@@ -194,7 +194,7 @@ class Condition(nn.Module):
 
         ``time`` (b,) is embedded in place of t, for a network that counts time otherwise.
         """
-        scale = torch.ones_like(t)
+        scale: Tensor | None = None
         if isinstance(y, Mapping) and self.guidance is not None:
             y, scale = y["y"], y["guidance"]
         self._check(t, d, y)
@@ -203,7 +203,7 @@ class Condition(nn.Module):
         if self.time is not None:
             c = self.time(t if time is None else time) + c
         if self.guidance is not None:
-            c = c + self.guidance(scale)
+            c = c + self.guidance(torch.ones_like(t) if scale is None else scale)
         if self.label is not None:
             labels = torch.full_like(t, self.label.num_embeddings - 1, dtype=torch.int64) if y is None else y
             c = c + self.label(labels)

@@ -256,6 +256,9 @@ class RankBatches(Dataset[HostBatch]):
         self._cache: dict[tuple[int, int, int], Sample] | None = {} if cached else None
         self._sizes = [shard.samples for shard in shards.manifest.shards]
         self._first = np.cumsum([0, *self._sizes[:-1]])
+        # A shard that was cut off has thousands, each of which would be read again for every one of the others. By
+        # copy: whether one is readable must not depend on which was read before.
+        self._damaged: dict[tuple[int, int, int], str] = {}
 
     def __getitem__(self, position: int) -> HostBatch:
         positions = np.arange(position, position + self._batch_size)[self._slice.rows]
@@ -282,22 +285,26 @@ class RankBatches(Dataset[HostBatch]):
     def _readable(self, shard: int, number: int, copy: int, damaged: list[str]) -> Sample:
         """This sample, or else the first that can be read of those after it in its shard and in the next shards.
 
-        ``damaged`` takes what could not be read. Nothing is remembered: what takes a sample's place must not depend on
-        what was read before.
+        ``damaged`` takes what could not be read and was not known before.
         """
         for step in range(len(self._sizes)):
             now = (shard + step) % len(self._sizes)
             first = number if step == 0 else 0
             for i in range(self._sizes[now]):
+                place = now, (first + i) % self._sizes[now], copy
+                if place in self._damaged:
+                    continue
                 try:
-                    return self._shards.read(now, (first + i) % self._sizes[now], copy=copy)
+                    return self._shards.read(now, place[1], copy=copy)
                 except DamagedSampleError as error:
                     if not self._skip:
                         raise
                     damaged.append(str(error))
                     if isinstance(error, UnreadableShardError):
                         break
-        raise DamagedSampleError(f"none of the {sum(self._sizes)} samples can be read: {damaged[0]}")
+                    self._damaged[place] = str(error)
+        known = [*damaged, *self._damaged.values()]
+        raise DamagedSampleError(f"none of the {sum(self._sizes)} samples can be read: {known[0]}")
 
     def _conditions(self, samples: list[Sample]) -> torch.Tensor | None:
         if self._shards.manifest.condition_shape is not None:

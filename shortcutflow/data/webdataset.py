@@ -234,8 +234,10 @@ class WebdatasetShards(ShardFolder):
         stem = _NOT_PLAIN.sub("_", Path(place).name.removesuffix(".tar")).lstrip(".-")[:100]
         name = f"{stem or 'shard'}-{_digest(where)}.tar"
         path = self._folder / f"{name}.{_digest(repr(self._fields))}.index"
+        if (shard := _read(place, path, version)) is not None:  # without a lock, for which a cache must be writable
+            return shard
         with FileLock(path.with_name(f".{path.name}.lock")):
-            if (shard := _read(place, path, version)) is not None:
+            if (shard := _read(place, path, version)) is not None:  # another process has written it meanwhile
                 return shard
             if path.exists():
                 logger.warning("%s has changed since it was indexed; it is indexed anew", place)

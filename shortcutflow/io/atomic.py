@@ -89,11 +89,12 @@ def atomic_output(out: Path) -> Iterator[Path]:
         for path in ready:
             require_absent(out.with_name(path.name))
         for path in ready:
-            path.replace(out.with_name(path.name))
-    except OSError as error:
-        if error.errno == errno.ENOTEMPTY:
-            raise FileExistsError(f"{out} was made by another process meanwhile") from error
-        raise
+            try:
+                path.replace(out.with_name(path.name))
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise FileExistsError(f"{out} was made by another process meanwhile") from error
+                raise
     finally:
         shutil.rmtree(room, ignore_errors=True)
 

@@ -107,8 +107,7 @@ class RoundedCopy:
     """
 
     def __init__(self, original: nn.Module) -> None:
-        units: list[nn.Module] = original.shard_plan() if hasattr(original, "shard_plan") else []  # type: ignore[operator]
-        self._exact: list[Tensor] = [p for unit in units if _rounded_by_autocast(unit) for p in unit.parameters()]
+        self._exact: list[Tensor] = rounded_weights(original)
         self._rounded: list[Tensor] = [
             nn.Parameter(p.detach().to(torch.bfloat16), requires_grad=False) for p in self._exact
         ]
@@ -122,6 +121,12 @@ class RoundedCopy:
         """Round the original's weights as they are now."""
         if self._exact:
             torch._foreach_copy_(self._rounded, self._exact)
+
+
+def rounded_weights(network: nn.Module) -> list[Tensor]:
+    """The weights that autocast rounds in each call: of the units that FSDP2 moves in bfloat16."""
+    units: list[nn.Module] = network.shard_plan() if hasattr(network, "shard_plan") else []  # type: ignore[operator]
+    return [p for unit in units if _rounded_by_autocast(unit) for p in unit.parameters()]
 
 
 def _rounded_by_autocast(unit: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from shortcutflow.posthoc import write_snapshot
 from shortcutflow.train.checkpoint_writer import CheckpointWriter
 from shortcutflow.train.init_from import load_start, open_teacher
 from shortcutflow.train.metrics import forward_flops
-from shortcutflow.train.parallel import RoundedCopy, compile_options, mesh_of, place, replicate
+from shortcutflow.train.parallel import RoundedCopy, compile_options, mesh_of, place, replicate, rounded_weights
 from shortcutflow.train.resume import Position
 from shortcutflow.types import Network
 
@@ -152,7 +152,7 @@ def build_train_state(config: RunConfig, world: World, last: Checkpoint | None =
 def rounded_target_of(config: RunConfig, target: nn.Module) -> RoundedCopy | None:
     """The copy of a network on its device that makes targets under autocast; FSDP2 rounds what it gathers itself."""
     settings = config.training
-    if settings.precision != "bfloat16" or settings.parallel == "fsdp":
+    if settings.precision != "bfloat16" or settings.parallel == "fsdp" or not rounded_weights(target):
         return None
     return RoundedCopy(target) if config.objective.target_evaluations(settings.global_batch_size) else None
 

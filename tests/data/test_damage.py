@@ -19,8 +19,8 @@ import pytest
 from shortcutflow.data.index import read_index
 from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.remote import ReadError
-from shortcutflow.data.shard_folder import DamagedSampleError
-from shortcutflow.data.shards import EncodedSample, write_shard
+from shortcutflow.data.shard_folder import DamagedSampleError, ShardFolder
+from shortcutflow.data.shards import EncodedSample, Sample, write_shard
 from shortcutflow.data.stream import ShardStream
 from tests.data.test_stream import write_numbers
 
@@ -109,6 +109,28 @@ def test_cut_off_shard(tmp_path: Path, size: int) -> None:
     assert {name.split()[0] for name in stream.damaged} == lost
     assert all("cut off" in name for name in stream.damaged)
     assert set(stream.keys) == {f"n{i:03d}" for i in range(COUNT)} - lost
+
+
+def test_a_damaged_sample_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not again for each of the others that it would replace, nor in later epochs."""
+    write_numbers(tmp_path)
+    shard = tmp_path / "shard-000003.tar"
+    shard.write_bytes(shard.read_bytes()[:5000])
+    refused: list[tuple[int, int]] = []
+    read = ShardFolder.read
+
+    def counting(self: ShardFolder, shard: int, number: int, *, copy: int = 0) -> Sample:
+        try:
+            return read(self, shard, number, copy=copy)
+        except DamagedSampleError:
+            refused.append((shard, number))
+            raise
+
+    monkeypatch.setattr(ShardFolder, "read", counting)
+    stream = ShardStream(tmp_path, batch_size=COUNT, seed=0, cache_bytes=0, workers=0)
+    for _ in range(3):
+        next(stream)
+    assert len(refused) == len(set(refused)) == 7
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 2**20], ids=["streamed", "cached"])
