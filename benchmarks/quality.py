@@ -38,6 +38,8 @@ WEIGHT = "objective.bootstrap_weight=8"
 COUPLING = "coupling.kind=transport"
 BFLOAT16 = "training.precision=bfloat16"
 
+BEST = (CURRENT, *COARSE, WEIGHT, COUPLING)
+
 OPTIONS: dict[str, tuple[str, ...]] = {
     "base": (),
     "flow_matching": ("objective.kind=flow_matching",),
@@ -46,18 +48,18 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "coarse": COARSE,
     "coupling": (COUPLING,),
     "uncoupled": (CURRENT, *COARSE, WEIGHT),
-    "best": (CURRENT, *COARSE, WEIGHT, COUPLING),
+    "best": BEST,
     "best, weight 4": (CURRENT, *COARSE, "objective.bootstrap_weight=4", COUPLING),
     "best, M = 128": (CURRENT, WEIGHT, COUPLING),
     "best, targets by the EMA": (*COARSE, WEIGHT, COUPLING),
     "best, guidance as an input": (
         "objective.kind=guided_shortcut",
         "backbone.options.guidance_input=true",
-        CURRENT,
-        *COARSE,
-        WEIGHT,
-        COUPLING,
+        *BEST,
     ),
+    "wavelet": (*BEST, "objective.wavelet_weights=[1,1,1,2]"),
+    "wavelet, high": (*BEST, "objective.wavelet_weights=[1,1,2,4]"),
+    "wavelet, low": (*BEST, "objective.wavelet_weights=[4,2,1,1]"),
     "adaptive": (CURRENT, *COARSE, "objective.adaptive_power=0.5"),
     "split_mean_flow": ("objective.kind=split_mean_flow", CURRENT),
     "split_mean_flow, middle": ("objective.kind=split_mean_flow", "objective.split=middle", CURRENT),

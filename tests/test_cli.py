@@ -127,6 +127,7 @@ def test_one_training_objective_per_name(inside: Path, capsys: pytest.CaptureFix
         "condition_dropout": 0.1,
         "sigma_min": 0.0,
         "adaptive_power": 0.0,
+        "wavelet_weights": None,
         "kind": "flow_matching",
         "time_steps": None,
         "time_density": None,

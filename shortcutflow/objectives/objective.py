@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from shortcutflow.conditions import Condition, NullCondition, as_condition, check_rows, drop, require_null, select
 from shortcutflow.guidance import predict_with_aux
 from shortcutflow.inputs import as_state
+from shortcutflow.objectives.wavelet import wavelet_error
 from shortcutflow.path import check_state, expand_to, interpolate, velocity
 from shortcutflow.schedule import draw_times_on_grid, levels_of
 from shortcutflow.seeds import draw_noise_rows, generator_or_default
@@ -33,6 +34,7 @@ TimeSteps = Annotated[PowerOfTwo | None, Field(description="T: the times of flow
 GuidanceScale = Annotated[
     float, Field(ge=0, allow_inf_nan=False, description="guidance of the network that makes the targets; 1 is none")
 ]
+BandWeight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 """The velocity (r, *shape) of a step from states (r, *shape), their times (r,) and its sizes (r,)."""
 ADAPTIVE_FLOOR = 0.01
@@ -124,6 +126,8 @@ class Objective(BaseModel, ABC):
         sigma_min: fraction of the noise that is left at t = 1.
         adaptive_power: p of the adaptive weight 1/(error + 0.01)^p of each row, which carries no gradient; 0 is none, 1
             makes the logarithm of the error what is minimised (MeanFlow, Geng et al. 2025).
+        wavelet_weights: the error that is weighed and minimised is a weighted one by bands of frequency, from coarse to
+            fine; see :func:`shortcutflow.objectives.wavelet.wavelet_error`. None is the mean squared error.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -132,6 +136,9 @@ class Objective(BaseModel, ABC):
     condition_dropout: float = Field(default=0.0, ge=0, le=1, description="share of rows that lose their condition")
     sigma_min: float = Field(default=0.0, ge=0, lt=1, description="share of the noise that is left at t = 1")
     adaptive_power: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="p of the adaptive weight")
+    wavelet_weights: tuple[BandWeight, ...] | None = Field(
+        default=None, min_length=2, description="weights of bands of frequency in the error, from coarse to fine"
+    )
 
     @abstractmethod
     def draw(self, data: Tensor, generator: Generator | None = None, context: Context = NO_CONTEXT) -> Draw:
@@ -159,7 +166,7 @@ class Objective(BaseModel, ABC):
         """
 
     def weigh(self, error: Tensor, targets: Targets, aux: Any) -> Tensor:
-        """What is averaged to the loss, (r,): the mean squared error of each row (r,), times its weight.
+        """What is averaged to the loss, (r,): the error of each row (r,), times its weight.
 
         Override it for weights that depend on the error or are learned; ``aux`` is what the network returned with its
         velocity, or None.
@@ -236,15 +243,19 @@ class Objective(BaseModel, ABC):
         """Mean over rows of the weighted mean squared error of s(x_t, t, d, y) against v (the paper's eq. 5).
 
         Raises:
-            ValueError: if the network's output has another shape than x_t, or the weights are not (r,).
+            ValueError: if the network's output has another shape than x_t, if the weights are not (r,), or if
+                wavelet_weights do not fit the shape of a row.
         """
         check_state(targets.x_t, targets.t)
         prediction, aux = predict_with_aux(net, targets.x_t, targets.t, targets.d, targets.y)
-        error = F.mse_loss(prediction.to(targets.v.dtype), targets.v, reduction="none").flatten(1).mean(1)
+        prediction = prediction.to(targets.v.dtype)
+        error = F.mse_loss(prediction, targets.v, reduction="none").flatten(1).mean(1)
+        row_loss, n = error.detach(), targets.n_bootstrap
+        if self.wavelet_weights is not None:
+            error = wavelet_error(prediction - targets.v, self.wavelet_weights)
         weighted = self.weigh(error, targets, aux)
         if weighted.shape != error.shape:
             raise ValueError(f"weights must be one number a row, {tuple(error.shape)}, got {tuple(weighted.shape)}")
-        row_loss, n = error.detach(), targets.n_bootstrap
         parts = {"loss": weighted.detach(), "loss_flow": row_loss[n:], "loss_bootstrap": row_loss[:n]}
         means = {name: Mean(rows.sum(), len(rows)) for name, rows in parts.items()} | targets.metrics
         return LossReport(loss=weighted.mean(), means=means, row_loss=row_loss, targets=targets)
