@@ -57,6 +57,13 @@ OPTIONS: dict[str, tuple[str, ...]] = {
         "backbone.options.guidance_input=true",
         *BEST,
     ),
+    "ramped share": (
+        CURRENT,
+        *COARSE,
+        COUPLING,
+        "objective.first_bootstrap_fraction=0.1",
+        "objective.bootstrap_fraction=0.5",
+    ),
     "wavelet": (*BEST, "objective.wavelet_weights=[1,1,1,2]"),
     "wavelet, high": (*BEST, "objective.wavelet_weights=[1,1,2,4]"),
     "wavelet, low": (*BEST, "objective.wavelet_weights=[4,2,1,1]"),

@@ -83,7 +83,7 @@ class GuidedShortcutObjective(ShortcutObjective):
         generator = generator_or_default(generator, data.device)
         draw, here = super().draw(data, generator, context), context.batch_slice
         b = context.batch_size(data)
-        n = self.n_bootstrap(b) if self._has_begun(self.bootstrap_from, context) else 0
+        n = self.n_bootstrap(b, context.progress)
         last = n + self.n_guided(b)
         require_sliced_evenly(last - n, here, "guided", exactly=False)
         u, chosen = torch.rand(2, b, generator=generator, device=data.device)

@@ -11,6 +11,7 @@ and the rows at d = 1/M follow the flow, s(x_t, t, 1/M) <- x_1 - x_0 (eq. 5, Alg
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -43,7 +44,10 @@ from shortcutflow.schedule import TimeDensity, draw_bootstrap_sizes, draw_times,
 from shortcutflow.seeds import generator_or_default
 from shortcutflow.types import Network, Targets
 
-NOT_RELEASED = ("bootstrap_from", "guidance_from", "flow_of", "time_density", "time_steps", "bootstrap_weight")
+NOT_RELEASED = (
+    "bootstrap_from", "guidance_from", "flow_of", "time_density", "time_steps", "bootstrap_weight",
+    "first_bootstrap_fraction",
+)  # fmt: skip
 """Settings of :class:`ShortcutObjective` that the released code's rows do not have."""
 
 
@@ -74,6 +78,9 @@ class ShortcutObjective(Objective):
         time_steps: T, a power of two: the times of flow rows are multiples of 1/T; None is M. A small M with T = 128
             spares the network the smallest steps, and still shows it the flow at all 128 times.
         bootstrap_weight: of each bootstrap row in the loss; a flow row has 1.
+        first_bootstrap_fraction: the share of bootstrap rows grows evenly, from this where they begin (bootstrap_from)
+            to bootstrap_fraction at the end of the training; None is the same share throughout. The shapes of target
+            calls change with it, so a compiled network is compiled again, for dynamic shapes.
     """
 
     kind: Literal["shortcut"] = "shortcut"
@@ -88,6 +95,9 @@ class ShortcutObjective(Objective):
     time_density: TimeDensity = None
     time_steps: TimeSteps = None
     bootstrap_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="weight of a bootstrap row")
+    first_bootstrap_fraction: float | None = Field(
+        default=None, gt=0, le=1, description="k at first, which then grows to bootstrap_fraction"
+    )
 
     @model_validator(mode="after")
     def _fields_fit(self) -> ShortcutObjective:
@@ -98,6 +108,11 @@ class ShortcutObjective(Objective):
                     f"rows {self.rows!r} are the released code's, which knows no {', '.join(changed)}: "
                     'leave them out, or use rows "each_once"'
                 )
+        if (self.first_bootstrap_fraction or 0) > self.bootstrap_fraction:
+            raise ValueError(
+                f"first_bootstrap_fraction {self.first_bootstrap_fraction:g} grows to bootstrap_fraction, so it must "
+                f"not be above that, {self.bootstrap_fraction:g}"
+            )
         return self
 
     @classmethod
@@ -136,23 +151,40 @@ class ShortcutObjective(Objective):
 
     def target_evaluations(self, batch_size: int) -> float:
         """Two half steps on each bootstrap row, again without condition on those that may be guided, and a teacher's
-        part; the mean over all stages.
+        part; the mean over the training.
         """
-        n = self.n_bootstrap(batch_size)
-        bootstrapped, guided = 1 - self.bootstrap_from, 1 - max(self.bootstrap_from, self.guidance_from)
-        of_net = 2 * n * bootstrapped + 2 * self._max_guided(n) * guided
-        of_teacher = 0.0
-        if self.flow_of == "teacher":
-            of_teacher = batch_size - n * bootstrapped + 2 * self._max_finest(n) * bootstrapped
-        return (of_net + of_teacher) / batch_size
+        fewest, begin = self._fewest_bootstrap(batch_size), self.bootstrap_from
+        more = self.n_bootstrap(batch_size) - fewest
+        # Where a stage begins, and where one more row becomes a bootstrap row.
+        changes = {begin, self.guidance_from, *(begin + (1 - begin) * (i + 0.5) / more for i in range(more))}
+        parts = pairwise(sorted({0.0, 1.0, *changes}))
+        rows = sum((end - start) * self._rows_evaluated(batch_size, (start + end) / 2) for start, end in parts)
+        return rows / batch_size
 
-    def n_bootstrap(self, batch_size: int) -> int:
-        """How many of batch_size rows are bootstrap rows.
+    def _rows_evaluated(self, batch_size: int, progress: float) -> int:
+        n = self.n_bootstrap(batch_size, progress)
+        rows = 2 * n + (2 * self._max_guided(n) if progress >= self.guidance_from else 0)
+        return rows if self.flow_of == "data" else rows + batch_size - n + 2 * self._max_finest(n)
+
+    def n_bootstrap(self, batch_size: int, progress: float | None = 1.0) -> int:
+        """How many of batch_size rows are bootstrap rows, by default at the end of the training.
 
         Raises:
-            ValueError: if there should be some and the batch is too small to hold one.
+            ValueError: if there should be some and the batch is too small to hold one; where they become more, without
+                progress.
         """
-        return count_of(self.bootstrap_fraction, batch_size, "bootstrap")
+        if not self._has_begun(self.bootstrap_from, progress):
+            return 0
+        n = count_of(self.bootstrap_fraction, batch_size, "bootstrap")
+        fewest = self._fewest_bootstrap(batch_size)
+        if fewest == n:
+            return n
+        done = (require_progress(progress, self.kind) - self.bootstrap_from) / (1 - self.bootstrap_from)
+        return round(fewest + done * (n - fewest))
+
+    def _fewest_bootstrap(self, batch_size: int) -> int:
+        first = self.first_bootstrap_fraction
+        return count_of(self.bootstrap_fraction if first is None else first, batch_size, "bootstrap")
 
     def draw(self, data: Tensor, generator: Generator | None = None, context: Context = NO_CONTEXT) -> Draw:
         """Noise, times, step sizes and dropped conditions for a batch of data (b, *shape).
@@ -162,13 +194,14 @@ class ShortcutObjective(Objective):
                 have no bootstrap row while another has, or rows that use another's samples.
         """
         b, device, M = context.batch_size(data), data.device, self.finest_steps
-        n = self.n_bootstrap(b) if self._has_begun(self.bootstrap_from, context) else 0
+        n = self.n_bootstrap(b, context.progress)
         if self.rows != "each_once":
             return draw_shortcut_rows(
                 data, n, generator, context,
                 finest_steps=M, condition_dropout=self.condition_dropout, bias=self.rows == "released_dt_bias",
             )  # fmt: skip
-        require_sliced_evenly(n, context.batch_slice, "bootstrap", exactly=False)
+        if n > 0:  # of any later step there are enough too
+            require_sliced_evenly(self._fewest_bootstrap(b), context.batch_slice, "bootstrap", exactly=False)
         generator = generator_or_default(generator, device)
         noise = noise_like(data, generator, context)
         d = torch.full((b,), 1 / M, device=device)
@@ -177,7 +210,7 @@ class ShortcutObjective(Objective):
         t = draw_times(b, density=self.time_density, first_uniform=n, generator=generator, device=device)
         grid = d if self.time_steps is None else torch.cat([d[:n], torch.full_like(d[n:], 1 / self.time_steps)])
         dropped = self.draw_dropped(b, generator, device)
-        max_guided = self._max_guided(n) if self._has_begun(self.guidance_from, context) else 0
+        max_guided = self._max_guided(n) if self._has_begun(self.guidance_from, context.progress) else 0
         # Sizes come finest first, so the guided rows do.
         draw = Draw(noise, to_grid(t, grid), d, dropped, n, guided=self._is_finest(d[:n]), max_guided=max_guided)
         return draw.at(context.batch_slice)
@@ -242,8 +275,8 @@ class ShortcutObjective(Objective):
 
         return of_both
 
-    def _has_begun(self, stage: float, context: Context) -> bool:
-        return stage == 0 or require_progress(context.progress, self.kind) >= stage
+    def _has_begun(self, stage: float, progress: float | None) -> bool:
+        return stage == 0 or require_progress(progress, self.kind) >= stage
 
     def _is_finest(self, d: Tensor) -> Tensor:
         """Which bootstrap rows have d = 2/M, whose half steps are the flow's."""

@@ -130,8 +130,9 @@ def build_train_state(config: RunConfig, world: World, last: Checkpoint | None =
     rounded_target = rounded_target_of(config, target)
     called: list[Any] = [network, target if rounded_target is None else rounded_target.network, teacher]
     if settings.compile and not sharded:
-        # All are called with fixed batch shapes: no dynamic ones.
-        options = {"dynamic": False, **compile_options(world.device)}
+        # All are called with fixed batch shapes, unless there are more and more bootstrap rows: else no dynamic ones.
+        more = getattr(config.objective, "first_bootstrap_fraction", None) is not None
+        options = {"dynamic": None if more else False, **compile_options(world.device)}
         compiled = {id(each): torch.compile(each, **options) for each in called if each is not None}
         called = [compiled.get(id(each)) for each in called]
     net, target_net, teacher_net = called

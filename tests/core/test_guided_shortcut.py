@@ -173,8 +173,11 @@ def test_what_does_not_fit_is_refused(generator: Generator) -> None:
         GuidedShortcutObjective().wrap(nn.Linear(2, 2))
 
 
-def test_targets_cost_what_they_say(generator: Generator) -> None:
-    objective, net = GuidedShortcutObjective(finest_steps=M), Recorder(guided_net)
+@pytest.mark.parametrize("first", [None, 1 / 8])
+def test_targets_cost_what_they_say(first: float | None, generator: Generator) -> None:
+    objective, net = GuidedShortcutObjective(finest_steps=M, first_bootstrap_fraction=first), Recorder(guided_net)
     data = torch.randn(64, 2, generator=generator)
-    objective.targets(net, data, torch.zeros(64), objective.draw(data, generator), Context(null_y=NULL))
-    assert sum(len(call.x_t) for call in net.calls) == objective.target_evaluations(64) * 64
+    for step in range(32):
+        context = Context(null_y=NULL, progress=(step + 0.5) / 32)
+        objective.targets(net, data, torch.zeros(64), objective.draw(data, generator, context), context)
+    assert sum(len(call.x_t) for call in net.calls) == objective.target_evaluations(64) * 64 * 32

@@ -51,6 +51,45 @@ def test_a_stage_changes_the_rows_that_are_trained_on() -> None:
     assert float(reports[0.3].metrics["loss_flow"]) > 0.1
 
 
+@pytest.mark.parametrize(
+    ("begin", "progress", "bootstrap"),
+    [
+        (0.0, 0.0, 4),
+        (0.0, 0.25, 7),
+        (0.0, 0.5, 10),
+        (0.0, 1, 16),
+        (0.5, 0.49, 0),
+        (0.5, 0.5, 4),
+        (0.5, 0.75, 10),
+        (0.5, 1, 16),
+    ],
+)
+def test_the_share_of_bootstrap_rows_grows(begin: float, progress: float, bootstrap: int) -> None:
+    growing = ShortcutObjective(
+        finest_steps=M, bootstrap_fraction=0.5, first_bootstrap_fraction=1 / 8, bootstrap_from=begin
+    )
+    draw = growing.draw(torch.zeros(32, 3), seeded(), Context(progress=progress))
+    assert draw.n_bootstrap == bootstrap
+    assert int((draw.d > 1 / M).sum()) == bootstrap
+    # At its end a training has the rows of one with a constant share, number for number.
+    constant = ShortcutObjective(finest_steps=M, bootstrap_fraction=0.5).draw(torch.zeros(32, 3), seeded())
+    same = [torch.equal(getattr(draw, name), getattr(constant, name)) for name in ("noise", "t", "d", "dropped")]
+    assert all(same) == (progress == 1)
+
+
+def test_a_share_that_cannot_grow_is_refused() -> None:
+    growing = ShortcutObjective(finest_steps=M, bootstrap_fraction=0.5, first_bootstrap_fraction=1 / 8)
+    with pytest.raises(ValueError, match="progress=step/total_steps"):
+        growing.draw(torch.zeros(32, 3))
+    with pytest.raises(ValueError, match=r"must not be above that, 0\.25"):
+        ShortcutObjective(first_bootstrap_fraction=0.5)
+    with pytest.raises(ValueError, match=r"rows 'released' .* knows no first_bootstrap_fraction"):
+        ShortcutObjective(rows="released", first_bootstrap_fraction=0.1)
+    # Enough rows at the end, too few at first: known before the first step.
+    with pytest.raises(ValueError, match="4 bootstrap rows cannot be shared by 8 slices"):
+        growing.draw(torch.zeros(4, 3), seeded(), Context(progress=1.0, batch_slice=sf.BatchSlice(0, 8)))
+
+
 def test_stages_need_to_know_how_far_training_is() -> None:
     with pytest.raises(ValueError, match="progress=step/total_steps"):
         staged().draw(torch.zeros(32, 3))
@@ -146,7 +185,10 @@ def test_the_teacher_is_guided_where_targets_are() -> None:
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("flow_of", ["data", "teacher"])
 @pytest.mark.parametrize("stages", [(0.0, 0.0), (0.25, 0.5), (0.5, 0.25)])
-def test_counted_evaluations_are_those_made(flow_of: str, guidance: float, stages: tuple[float, float]) -> None:
+@pytest.mark.parametrize("first", [None, 0.25])
+def test_counted_evaluations_are_those_made(
+    flow_of: str, guidance: float, stages: tuple[float, float], first: float | None
+) -> None:
     rows = 0
 
     def counting(x: Tensor, t: Tensor, d: Tensor, y: Tensor | None) -> Tensor:
@@ -154,17 +196,21 @@ def test_counted_evaluations_are_those_made(flow_of: str, guidance: float, stage
         rows += len(x)
         return torch.zeros_like(x)
 
-    begin = {"bootstrap_from": stages[0], "guidance_from": stages[1]}
+    begin = {"bootstrap_from": stages[0], "guidance_from": stages[1], "first_bootstrap_fraction": first}
     objective = ShortcutObjective(
         finest_steps=M, bootstrap_fraction=0.5, guidance_scale=guidance, flow_of=flow_of, **begin
     )
     data, y = torch.randn(32, 3, generator=seeded()), torch.zeros(32, dtype=torch.int64)
-    for step in range(4):
+    steps = 64
+    for step in range(steps):
         objective.targets(
             counting,
             data,
             y,
-            objective.draw(data, seeded(), Context(progress=step / 4)),
+            objective.draw(data, seeded(), Context(progress=(step + 0.5) / steps)),
             Context(teacher=counting, null_y=1),
         )
-    assert rows / (4 * 32) == pytest.approx(objective.target_evaluations(32))
+    assert rows / (steps * 32) == pytest.approx(objective.target_evaluations(32))
+    if first is not None:
+        constant = objective.model_copy(update={"first_bootstrap_fraction": None})
+        assert rows / (steps * 32) < 0.95 * constant.target_evaluations(32)
