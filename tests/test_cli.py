@@ -128,6 +128,7 @@ def test_one_training_objective_per_name(inside: Path, capsys: pytest.CaptureFix
         "sigma_min": 0.0,
         "adaptive_power": 0.0,
         "wavelet_weights": None,
+        "time_weight": None,
         "kind": "flow_matching",
         "time_steps": None,
         "time_density": None,

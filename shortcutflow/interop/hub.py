@@ -90,6 +90,7 @@ def card_text(model: Model, name: str) -> str:
     parts += [USE.format(name=name, call=call), "## Network\n"]
     facts: list[list[Any]] = [["backbone", f"`{config.backbone.name}`"], *map(list, config.backbone.options.items())]
     facts += [
+        ["predicts", "data" if config.backbone.prediction == "data" else None],
         ["shape of a sample", config.shape], ["finest steps in training", config.finest_steps],
         ["labels", config.num_classes], ["latents of", f"`{config.vae}`" if config.vae else None],
         ["optimizer steps", config.step], ["weights", ", ".join(config.weights)],

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -128,6 +128,8 @@ class Objective(BaseModel, ABC):
             makes the logarithm of the error what is minimised (MeanFlow, Geng et al. 2025).
         wavelet_weights: the error that is weighed and minimised is a weighted one by bands of frequency, from coarse to
             fine; see :func:`shortcutflow.objectives.wavelet.wavelet_error`. None is the mean squared error.
+        time_weight: "ramp" multiplies each row's loss by (1 - t)^2 (0.9 t + 0.1), after all other weights: what was the
+            squared error of a velocity is that of a prediction of data, with the ramp of Dreamer 4 (arXiv 2509.24527).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -139,6 +141,7 @@ class Objective(BaseModel, ABC):
     wavelet_weights: tuple[BandWeight, ...] | None = Field(
         default=None, min_length=2, description="weights of bands of frequency in the error, from coarse to fine"
     )
+    time_weight: Literal["ramp"] | None = Field(default=None, description="weight of a row by its time")
 
     @abstractmethod
     def draw(self, data: Tensor, generator: Generator | None = None, context: Context = NO_CONTEXT) -> Draw:
@@ -256,6 +259,8 @@ class Objective(BaseModel, ABC):
         weighted = self.weigh(error, targets, aux)
         if weighted.shape != error.shape:
             raise ValueError(f"weights must be one number a row, {tuple(error.shape)}, got {tuple(weighted.shape)}")
+        if self.time_weight is not None:
+            weighted = weighted * (1 - targets.t) ** 2 * (0.9 * targets.t + 0.1)
         parts = {"loss": weighted.detach(), "loss_flow": row_loss[n:], "loss_bootstrap": row_loss[:n]}
         means = {name: Mean(rows.sum(), len(rows)) for name, rows in parts.items()} | targets.metrics
         return LossReport(loss=weighted.mean(), means=means, row_loss=row_loss, targets=targets)

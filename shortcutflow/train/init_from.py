@@ -70,11 +70,12 @@ def open_trained(place: str, config: RunConfig, use: str) -> Model:
         ValueError: if its network or samples differ from the run's.
     """
     model = load(place)
-    of_run, of_model = config.backbone, model.config.backbone
-    if (of_run.name, of_run.options) != (of_model.name, of_model.options):
+    both = [each.model_copy(update={"smoke_options": {}}) for each in (model.config.backbone, config.backbone)]
+    if both[0] != both[1]:
+        its, this = (f"{each.name!r} with options {each.options} that predicts {each.prediction}" for each in both)
         raise ValueError(
-            f"training begins with the weights of its {use}, so both need the same backbone: {place} has "
-            f"{of_model.name!r} with options {of_model.options}, this run {of_run.name!r} with {of_run.options}"
+            f"training begins with the weights of its {use}, so both need the same backbone: {place} has {its}, this "
+            f"run {this}"
         )
     info = config.data.describe()
     for name in ("shape", "num_classes", "condition_shape"):

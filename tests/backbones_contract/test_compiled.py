@@ -9,6 +9,7 @@ import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
 
+from shortcutflow.network import predict_data
 from shortcutflow.train.parallel import compile_options
 from tests.backbones_contract.cases import FIRST, IMAGE, OWN, TINY, Case, one_of_each_family, params
 from tests.backbones_contract.compared import assert_equal_training, trained
@@ -33,11 +34,15 @@ def compiled_units(case: Case, checkpoints: bool, tolerance: float = 1e-4, **opt
     assert list(net.state_dict()) == names
 
 
-def compiled_whole(case: Case, tolerance: float = 1e-4, **options: object) -> None:
+def compiled_whole(case: Case, tolerance: float = 1e-4, *, data: bool = False, **options: object) -> None:
     net = case.awake().train()
+    if data:
+        before = trained(net, case)[0]
+        predict_data(net)
+        assert not torch.allclose(trained(net, case)[0], before)
     compiled = torch.compile(net, fullgraph=True, **options)
     assert_equal_training(trained(net, case, compiled), trained(net, case), case, tolerance)
-    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == 1 + data, "a hook is one of its own"
 
 
 @one_of_each_family
@@ -48,6 +53,11 @@ def test_compiled_units_give_the_same(case: Case) -> None:
 @one_of_each_family
 def test_compiled_as_a_whole_gives_the_same(case: Case) -> None:
     compiled_whole(case, backend="aot_eager")
+
+
+@params(case for case in FIRST if case.family == "dit")
+def test_compiled_prediction_of_data_gives_the_same(case: Case) -> None:
+    compiled_whole(case, data=True, backend="aot_eager")
 
 
 @params(case for case in FIRST if case.family in ("dit", "lstm"))

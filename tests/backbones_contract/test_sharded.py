@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from backbones.backbone import Backbone
-from tests.backbones_contract.cases import FIRST
+from shortcutflow.network import predict_data
+from tests.backbones_contract.cases import FIRST, Case
 from tests.processes import run_forked
 
 
@@ -29,12 +32,17 @@ def compare(folder: Path) -> None:
     """Each network sharded beside the whole one; what differs is written down."""
     dist.init_process_group("gloo")
     problems = []
-    for case in FIRST:
+    # The first also as one that predicts data.
+    chosen: list[tuple[Case, Callable[[Any], Any]]] = [
+        (FIRST[0], predict_data),
+        *((case, lambda net: net) for case in FIRST),
+    ]
+    for case, converted in chosen:
         name = case.family
-        whole = case.awake()
+        whole = converted(case.awake())
         expected = whole(*case.inputs())
         with torch.device("meta"):
-            sharded = shard(case.build())
+            sharded = shard(converted(case.build()))
         sharded.to_empty(device="cpu").reset_parameters()
         if not all(p.isfinite().all() for p in (q.to_local() for q in sharded.parameters() if isinstance(q, DTensor))):
             problems.append(f"{name}: reset_parameters left something out")
