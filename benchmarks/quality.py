@@ -64,6 +64,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
         "objective.first_bootstrap_fraction=0.1",
         "objective.bootstrap_fraction=0.5",
     ),
+    "plug-in": (CURRENT, "objective.plug_in_groups=1"),
     "data prediction": ("backbone.prediction=data", "objective.time_weight=ramp"),
     "wavelet": (*BEST, "objective.wavelet_weights=[1,1,1,2]"),
     "wavelet, high": (*BEST, "objective.wavelet_weights=[1,1,2,4]"),

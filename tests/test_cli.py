@@ -129,6 +129,7 @@ def test_one_training_objective_per_name(inside: Path, capsys: pytest.CaptureFix
         "adaptive_power": 0.0,
         "wavelet_weights": None,
         "time_weight": None,
+        "plug_in_groups": None,
         "kind": "flow_matching",
         "time_steps": None,
         "time_density": None,

@@ -8,13 +8,14 @@ import torch
 from torch import Generator, Tensor
 
 from shortcutflow.conditions import Condition
-from shortcutflow.objectives.objective import NO_CONTEXT, Context, Draw, Objective, TimeSteps, noise_like
+from shortcutflow.objectives.objective import NO_CONTEXT, Context, Draw, TimeSteps
+from shortcutflow.objectives.plug_in import FlowObjective
 from shortcutflow.schedule import TimeDensity, draw_times, to_grid
 from shortcutflow.seeds import generator_or_default
 from shortcutflow.types import Network, Targets
 
 
-class FlowMatchingObjective(Objective):
+class FlowMatchingObjective(FlowObjective):
     """Plain flow matching, the network given d = 0: the contrast to a shortcut model.
 
     >>> FlowMatchingObjective(condition_dropout=0.1)
@@ -24,6 +25,7 @@ class FlowMatchingObjective(Objective):
         time_density: of t; None is uniform.
         condition_dropout: fraction of rows trained on the null condition, for guidance when sampling.
         sigma_min: fraction of the noise left at t = 1.
+        plug_in_groups: see :class:`shortcutflow.objectives.plug_in.FlowObjective`.
     """
 
     kind: Literal["flow_matching"] = "flow_matching"
@@ -46,7 +48,7 @@ class FlowMatchingObjective(Objective):
     def draw(self, data: Tensor, generator: Generator | None = None, context: Context = NO_CONTEXT) -> Draw:
         """Noise, times and dropped conditions for a batch of data (b, *shape)."""
         b, device, generator = context.batch_size(data), data.device, generator_or_default(generator, data.device)
-        noise = noise_like(data, generator, context)
+        noise = self.draw_noise(data, generator, context)
         t = draw_times(b, density=self.time_density, generator=generator, device=device)
         if self.time_steps is not None:
             t = to_grid(t, 1 / self.time_steps)

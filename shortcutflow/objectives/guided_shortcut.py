@@ -66,6 +66,10 @@ class GuidedShortcutObjective(ShortcutObjective):
             )
         return network
 
+    def labels(self, y: Condition) -> Condition:
+        """Without the guidance scale."""
+        return y["y"]
+
     def n_guided(self, batch_size: int) -> int:
         """How many flow rows of such a batch have a scale above 1.
 

@@ -26,18 +26,17 @@ from shortcutflow.objectives.objective import (
     Draw,
     FinestSteps,
     GuidanceScale,
-    Objective,
     Step,
     TimeSteps,
     clipped,
     count_of,
-    noise_like,
     require_progress,
     require_sliced_evenly,
     require_teacher,
     rms_metrics,
     two_legs,
 )
+from shortcutflow.objectives.plug_in import FlowObjective
 from shortcutflow.objectives.released import draw_shortcut_rows, released_guided_rows
 from shortcutflow.path import check_unit_interval
 from shortcutflow.schedule import TimeDensity, draw_bootstrap_sizes, draw_times, levels_of, to_grid
@@ -46,12 +45,12 @@ from shortcutflow.types import Network, Targets
 
 NOT_RELEASED = (
     "bootstrap_from", "guidance_from", "flow_of", "time_density", "time_steps", "bootstrap_weight",
-    "first_bootstrap_fraction",
+    "first_bootstrap_fraction", "plug_in_groups",
 )  # fmt: skip
 """Settings of :class:`ShortcutObjective` that the released code's rows do not have."""
 
 
-class ShortcutObjective(Objective):
+class ShortcutObjective(FlowObjective):
     """The self-consistency objective of shortcut models.
 
     >>> objective = ShortcutObjective(finest_steps=128, bootstrap_fraction=0.25)
@@ -81,6 +80,7 @@ class ShortcutObjective(Objective):
         first_bootstrap_fraction: the share of bootstrap rows grows evenly, from this where they begin (bootstrap_from)
             to bootstrap_fraction at the end of the training; None is the same share throughout. The shapes of target
             calls change with it, so a compiled network is compiled again, for dynamic shapes.
+        plug_in_groups: see :class:`shortcutflow.objectives.plug_in.FlowObjective`.
     """
 
     kind: Literal["shortcut"] = "shortcut"
@@ -108,6 +108,8 @@ class ShortcutObjective(Objective):
                     f"rows {self.rows!r} are the released code's, which knows no {', '.join(changed)}: "
                     'leave them out, or use rows "each_once"'
                 )
+        if self.flow_of == "teacher" and self.plug_in_groups is not None:
+            raise ValueError("flow_of='teacher' has the flow's mean velocity already: leave out plug_in_groups")
         if (self.first_bootstrap_fraction or 0) > self.bootstrap_fraction:
             raise ValueError(
                 f"first_bootstrap_fraction {self.first_bootstrap_fraction:g} grows to bootstrap_fraction, so it must "
@@ -203,7 +205,7 @@ class ShortcutObjective(Objective):
         if n > 0:  # of any later step there are enough too
             require_sliced_evenly(self._fewest_bootstrap(b), context.batch_slice, "bootstrap", exactly=False)
         generator = generator_or_default(generator, device)
-        noise = noise_like(data, generator, context)
+        noise = self.draw_noise(data, generator, context)
         d = torch.full((b,), 1 / M, device=device)
         if n > 0:
             d[:n] = draw_bootstrap_sizes(n, M, generator=generator, device=device)

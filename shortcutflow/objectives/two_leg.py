@@ -37,15 +37,14 @@ from shortcutflow.objectives.objective import (
     Context,
     Draw,
     FinestSteps,
-    Objective,
     Step,
     count_of,
-    noise_like,
     require_progress,
     require_sliced_evenly,
     rms_metrics,
     two_legs,
 )
+from shortcutflow.objectives.plug_in import FlowObjective
 from shortcutflow.path import check_unit_interval, expand_to
 from shortcutflow.schedule import TimeDensity, draw_times
 from shortcutflow.seeds import generator_or_default
@@ -56,7 +55,7 @@ DIFFERENCE = 0.005
 """Half the distance in t of a central difference, as in TiM (arXiv 2509.04394)."""
 
 
-class TwoLegObjective(Objective):
+class TwoLegObjective(FlowObjective):
     """Base: bootstrap rows with t < r, two uniform numbers in order, and flow rows with d = 0.
 
     Every sample makes exactly one row: the first ``floor(bootstrap_fraction * b)`` are bootstrap rows. A new method
@@ -69,6 +68,7 @@ class TwoLegObjective(Objective):
         condition_dropout: fraction of rows, of both kinds, trained on the null condition.
         sigma_min: fraction of the noise left at t = 1.
         adaptive_power: p of the adaptive weight, see :class:`Objective`.
+        plug_in_groups: see :class:`shortcutflow.objectives.plug_in.FlowObjective`.
     """
 
     finest_steps: FinestSteps = 128
@@ -82,7 +82,7 @@ class TwoLegObjective(Objective):
         Args:
             s: the network that makes targets.
             x_t, t, d: the rows.
-            v: x_1 - x_0 of each.
+            v: x_1 - x_0 of each, or its mean.
             split: the share of the step that the first leg makes, one or (n,).
         """
 
@@ -111,7 +111,7 @@ class TwoLegObjective(Objective):
         n = self.n_bootstrap(b)
         require_sliced_evenly(n, context.batch_slice, "bootstrap", exactly=False)
         generator = generator_or_default(generator, device)
-        noise = noise_like(data, generator, context)
+        noise = self.draw_noise(data, generator, context)
         times = draw_times(b, density=self.time_density, first_uniform=n, generator=generator, device=device)
         ends = draw_times(n, generator=generator, device=device)
         t = torch.cat([torch.minimum(times[:n], ends), times[n:]])
