@@ -56,10 +56,10 @@ def test_a_sharded_step() -> None:
 def test_a_compiled_step() -> None:
     counts = count(config(compile=True), info=INFO)
     assert (counts.graph_breaks, counts.recompilations) == (0, 0)
-    assert counts.graphs == 4, "two target calls, forward, backward"
+    assert counts.graphs == 3, "targets with both half steps, forward with the loss, backward"
+    assert counts.outside.kernels <= 44, "draws, optimizer, averages and metrics"
     assert len(counts.waits) == 1
-    assert counts.fused.kernels <= 135, "131 with torch 2.13"
+    assert counts.fused.kernels <= 156, "152 with torch 2.13"
     assert counts.casts <= 40, "38 with torch 2.13, none of them for targets"
-    assert counts.fused.bytes <= 1.5e6, "1.46e6 with torch 2.13"
-    assert counts.outside.kernels <= 98, "95 with torch 2.13"
+    assert counts.fused.bytes <= 1.7e6, "1.66e6 with torch 2.13"
     assert "| tiny | 1e-05 | 61 |" in table_of([row_of(counts) | {"name": "tiny"}])

@@ -92,7 +92,8 @@ class GuidedShortcutObjective(ShortcutObjective):
         require_sliced_evenly(last - n, here, "guided", exactly=False)
         u, chosen = torch.rand(2, b, generator=generator, device=data.device)
         is_guided = chosen < self.guided_fraction
-        is_guided[n:last], is_guided[last:] = True, False
+        is_guided[n:last].fill_(True)
+        is_guided[last:].fill_(False)
         scale = torch.where(is_guided, 1 + (self.max_guidance - 1) * u, torch.ones_like(u))
         return replace(draw, scale=scale[here.rows], max_guided=here.count_below(last))
 

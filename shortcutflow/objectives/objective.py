@@ -6,10 +6,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
@@ -142,6 +142,7 @@ class Objective(BaseModel, ABC):
         default=None, min_length=2, description="weights of bands of frequency in the error, from coarse to fine"
     )
     time_weight: Literal["ramp"] | None = Field(default=None, description="weight of a row by its time")
+    _compiled: dict[str, Callable[..., Any]] = PrivateAttr(default_factory=dict)
 
     @abstractmethod
     def draw(self, data: Tensor, generator: Generator | None = None, context: Context = NO_CONTEXT) -> Draw:
@@ -204,6 +205,23 @@ class Objective(BaseModel, ABC):
         """Forward evaluations that the targets of such a batch need, divided by its samples."""
         return 0.0
 
+    def compiled(self, *, regress: bool = True, **options: Any) -> Self:
+        """The objective, with :meth:`targets` and :meth:`regress` compiled together with the networks that they call.
+
+        Calls of the network, compiled or not, become a part of the two graphs, so that the small operations around them
+        are fused with it. Random numbers are drawn as before, outside of the graphs.
+
+        Args:
+            regress: False leaves the regression as it is: for a network in DistributedDataParallel, which is compiled
+                inside of it.
+            options: of ``torch.compile``, such as ``dynamic=False`` for batches of one size.
+        """
+        copy = self.model_copy()
+        copy._compiled = {"targets": torch.compile(self.targets, **options)}
+        if regress:
+            copy._compiled["regress"] = torch.compile(self.regress, **options)
+        return copy
+
     def teacher_stage(self, progress: float) -> int:
         """Whenever this number grows, the teacher becomes a copy of the network that makes targets."""
         return 0
@@ -239,8 +257,10 @@ class Objective(BaseModel, ABC):
         data, y = as_batch(net, data, y)
         context = Context(target_net, teacher, null_y, progress, batch_slice, noise)
         with torch.no_grad():
-            targets = self.targets(net, data, y, self.draw(data, generator, context), context)
-        return self.regress(net, targets)
+            draw = self.draw(data, generator, context)
+            targets = self._compiled.get("targets", self.targets)(net, data, y, draw, context)
+        report: LossReport = self._compiled.get("regress", self.regress)(net, targets)
+        return report
 
     def regress(self, net: Network, targets: Targets) -> LossReport:
         """Mean over rows of the weighted mean squared error of s(x_t, t, d, y) against v (the paper's eq. 5).

@@ -226,6 +226,7 @@ class LiveReflowObjective(Objective):
         )
 
 
+@torch.compiler.disable  # a graph would hold each of the steps; a compiled network stays compiled
 @torch.no_grad()
 def euler_solve(
     net: Network,

@@ -248,7 +248,7 @@ class ShortcutObjective(FlowObjective):
         weight = None
         if self.bootstrap_weight != 1:
             weight = torch.ones_like(draw.d)
-            weight[:n] = self.bootstrap_weight
+            weight[:n].fill_(self.bootstrap_weight)
         return Targets(x_t, draw.t, draw.d, y, v, n, metrics, draw.source, weight)
 
     def _half_step(

@@ -345,6 +345,7 @@ class LagrangianObjective(DerivativeObjective):
         return at_end, slope, at_end - expand_to(d, slope) * slope
 
 
+@torch.compiler.disable  # which refuses forward-mode derivatives in words of its own
 def jvp(s: Step, at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """s and its exact derivative in one direction.
 
@@ -359,8 +360,9 @@ def jvp(s: Step, at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> tuple[Ten
         raise
     except RuntimeError as error:
         raise RuntimeError(
-            "derivative='jvp' does not go through this network (DistributedDataParallel and some fused operators have "
-            "no forward-mode derivative): use derivative='difference', or a target_net that is not wrapped"
+            "derivative='jvp' does not go through this network (DistributedDataParallel, compiled networks and some "
+            "fused operators have no forward-mode derivative): use derivative='difference', or a target_net that is "
+            "not wrapped"
         ) from error
     value, slope = result
     return value, slope

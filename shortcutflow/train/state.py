@@ -17,6 +17,7 @@ from shortcutflow.data.stream import BatchStream
 from shortcutflow.distributed import World
 from shortcutflow.dtensor import full_tensor
 from shortcutflow.ema import EMA, PowerFunctionEMAConfig
+from shortcutflow.objectives import Objective
 from shortcutflow.optim import build_optimizer
 from shortcutflow.posthoc import write_snapshot
 from shortcutflow.train.checkpoint_writer import CheckpointWriter
@@ -37,6 +38,7 @@ class TrainState(NamedTuple):
         teacher: the network that the objective learns from, as it is saved; None without one.
         net, target_net, teacher_net: the networks as an objective calls them: compiled, in DistributedDataParallel, or
             as they are.
+        objective: of the run, compiled with the networks that it calls, or as it is.
         rounded_target: what target_net is a call of, if not of the network or an EMA itself.
         teacher_finest_steps: M of the network that the teacher is built as; None without one.
         info: shape and conditions of the data, which lie in a file, perhaps a remote one: read once.
@@ -51,6 +53,7 @@ class TrainState(NamedTuple):
     net: Network
     target_net: Network
     teacher_net: Network | None
+    objective: Objective
     rounded_target: RoundedCopy | None
     teacher_finest_steps: int | None
     info: DataInfo
@@ -128,19 +131,14 @@ def build_train_state(config: RunConfig, world: World, last: Checkpoint | None =
     optimizer = build_optimizer(network.parameters(), config.optimizer)
     target = network if config.target_weights == CURRENT else emas[config.target_weights].network
     rounded_target = rounded_target_of(config, target)
-    called: list[Any] = [network, target if rounded_target is None else rounded_target.network, teacher]
-    if settings.compile and not sharded:
-        # All are called with fixed batch shapes, unless there are more and more bootstrap rows: else no dynamic ones.
-        more = getattr(config.objective, "first_bootstrap_fraction", None) is not None
-        options = {"dynamic": None if more else False, **compile_options(world.device)}
-        compiled = {id(each): torch.compile(each, **options) for each in called if each is not None}
-        called = [compiled.get(id(each)) for each in called]
-    net, target_net, teacher_net = called
+    objective, (net, target_net, teacher_net) = as_called(
+        config, world, [network, target if rounded_target is None else rounded_target.network, teacher]
+    )
     if world.size > 1 and not sharded:
         net = replicate(net, world)
     state = TrainState(
-        network, emas, optimizer, stream, teacher, net, target_net, teacher_net, rounded_target, teacher_finest_steps,
-        info, flops,
+        network, emas, optimizer, stream, teacher, net, target_net, teacher_net, objective, rounded_target,
+        teacher_finest_steps, info, flops,
     )  # fmt: skip
     if last is not None:
         last.restore(state.tensors(), optimizer, network)
@@ -148,6 +146,17 @@ def build_train_state(config: RunConfig, world: World, last: Checkpoint | None =
             rounded_target.refresh()
         stream.load_state_dict(last.state()["data"])
     return state
+
+
+def as_called(config: RunConfig, world: World, networks: list[nn.Module | None]) -> tuple[Objective, list[Any]]:
+    """The objective and the networks that it calls, compiled if the run is; sharded ones are, block by block."""
+    if not config.training.compile or config.training.parallel == "fsdp":
+        return config.objective, list(networks)
+    # All are called with fixed batch shapes, unless there are more and more bootstrap rows: else no dynamic ones.
+    more = getattr(config.objective, "first_bootstrap_fraction", None) is not None
+    options = {"dynamic": None if more else False, **compile_options(world.device)}
+    compiled = {id(each): torch.compile(each, **options) for each in networks if each is not None}
+    return config.objective.compiled(regress=world.size == 1, **options), [compiled.get(id(each)) for each in networks]
 
 
 def rounded_target_of(config: RunConfig, target: nn.Module) -> RoundedCopy | None:

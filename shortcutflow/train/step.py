@@ -40,7 +40,7 @@ def forward_backward(
         bfloat16 = settings.precision == "bfloat16"
         with grad_sync(state.net, enabled=part == settings.accumulation - 1):
             with torch.autocast(world.device.type, torch.bfloat16) if bfloat16 else nullcontext():
-                report = config.objective(
+                report = state.objective(
                     state.net, batch.data[rows], select(batch.y, rows),
                     target_net=state.target_net, teacher=state.teacher_net,
                     progress=position.progress_at(step, settings.steps),

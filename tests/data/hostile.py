@@ -18,7 +18,7 @@ from tests.data.test_arrays import header_of, npy
 from tests.data.test_damage import Payload
 
 LONGEST = 60.0
-"""Seconds that one case, of milliseconds, may take: what hangs never ends, while a shared machine may stall for some."""
+"""Seconds that a case of milliseconds may take: what hangs never ends, while a shared machine may stall for some."""
 
 
 class HangError(BaseException):
