@@ -52,10 +52,13 @@ def ours(settings: dict[str, Any]) -> Work:
     def loss_of(objective: Any, call: Any, average: Any) -> Any:
         return objective(call, x, y, target_net=average, null_y=null_y).loss
 
-    flow = partial(loss_of, sf.FlowMatchingObjective(condition_dropout=0.1))
+    def as_trained(objective: Any) -> Any:
+        return objective.compiled(dynamic=False) if settings["compile"] else objective
+
+    flow = partial(loss_of, as_trained(sf.FlowMatchingObjective(condition_dropout=0.1)))
     work: Work = {"training": training(net, flow, settings)}
     shortcut_net = our_network(settings, released=True)
-    shortcut = partial(loss_of, sf.ShortcutObjective.released(class_dropout_prob=0.1))
+    shortcut = partial(loss_of, as_trained(sf.ShortcutObjective.released(class_dropout_prob=0.1)))
     if settings["batch"] >= 8:
         work["shortcut training"] = training(shortcut_net, shortcut, settings)
     call, shortcut_call = (for_sampling(each, settings) for each in (net, shortcut_net))

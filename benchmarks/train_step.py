@@ -49,10 +49,9 @@ class Step:
         self.net, self.objective, self.data, self.y, self.null_y = net, objective, data, y, null_y
         self.average = sf.EMA(net, average)
         self.optimizer = build_optimizer(net.parameters(), optimizer)
-        self.call, self.target_call = (
-            torch.compile(each, dynamic=False, **compile_options(data.device)) if compiled else each
-            for each in (net, self.average.network)
-        )
+        self.call, self.target_call = net, self.average.network
+        if compiled:
+            self.objective = objective.compiled(dynamic=False, **compile_options(data.device))
         self.bfloat16 = bfloat16
         self.done = 0
 
