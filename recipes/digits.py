@@ -35,7 +35,7 @@ def with_best_settings(paper: RunConfig, name: str, *, pool: int, bootstrap_weig
 
     Evidence (benchmarks/quality.py, docs/measured.md), at the same compute: on the digits, with a weight of 8, the
     distance at one step falls from 0.59 to 0.21, and at every other number of steps; on CIFAR-10 at 16x16, far from the
-    end of the training and with a weight of 4, from 21.2 to 13.7 at one step and from 9.1 to 8.3 at 16. The nearest
+    end of the training and with a weight of 4, from 19.7 to 12.9 at one step and from 8.4 to 8.2 at 16. The nearest
     published result is AlignFlow's (ICLR 2026, quoted, not checked here): another coupling by transport lowers the FID
     of a shortcut DiT-B/2 on ImageNet-256 from 46.65 to 43.92 at one step and from 33.11 to 30.31 at four.
 
