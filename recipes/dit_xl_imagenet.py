@@ -43,49 +43,28 @@ In both: guidance of 1.5 inside the targets of the smallest bootstrapped step, l
 average. The latent is drawn anew at each visit from stored moments, where the released code encodes anew.
 """
 
+from recipes import dit_b_imagenet
 from shortcutflow.cli import launch
-from shortcutflow.config import RunConfig, TrainingConfig
-from shortcutflow.data.source import ShardsData
-from shortcutflow.ema import EMAConfig
-from shortcutflow.evaluation.protocol_evaluation import ProtocolEvaluation
-from shortcutflow.network import BackboneConfig
-from shortcutflow.objectives.shortcut import ShortcutObjective
-from shortcutflow.optim import OptimizerConfig
+from shortcutflow.config import RunConfig
 
 
 def recipe() -> RunConfig:
     """The run as the paper describes it."""
-    return RunConfig(
-        name="dit_xl_imagenet",
-        data=ShardsData(folder="data/imagenet-256-latents", vae="stabilityai/sd-vae-ft-mse", horizontal_flip=True),
-        backbone=BackboneConfig(name="dit_xl_2", smoke_options={"width": 32, "depth": 2, "heads": 2}),
-        objective=ShortcutObjective(
-            finest_steps=128, bootstrap_fraction=0.25, guidance_scale=1.5, condition_dropout=0.1
-        ),
-        optimizer=OptimizerConfig(lr=1e-4, weight_decay=0.1),
-        emas={"ema": EMAConfig(decay=0.999)},
-        training=TrainingConfig(
-            steps=800_000, global_batch_size=256, precision="bfloat16", compile=True, parallel="fsdp",
-            log_every=100, grid_every=10_000, checkpoint_every=5_000, keep_checkpoint_every=100_000, hang_timeout=900,
-        ),
-        evaluation=ProtocolEvaluation(
-            protocol="released-code", steps=(1, 4, 128), reference="data/imagenet-256-released-code.npz",
-            precision="bfloat16",
-        ),
-    )  # fmt: skip
+    return _enlarged(dit_b_imagenet.recipe(), "dit_xl_imagenet")
 
 
 def released_recipe() -> RunConfig:
     """The run as the released command makes it."""
-    paper = recipe()
-    return paper.model_copy(
+    return _enlarged(dit_b_imagenet.released_recipe(), "dit_xl_imagenet_released")
+
+
+def _enlarged(dit_b: RunConfig, name: str) -> RunConfig:
+    """The same run with the larger network, which is sharded; everything else is as for DiT-B."""
+    return dit_b.model_copy(
         update={
-            "name": "dit_xl_imagenet_released",
-            "backbone": paper.backbone.model_copy(update={"options": {"released": True}}),
-            "objective": ShortcutObjective.released(cfg_scale=1.5, bootstrap_cfg=True, class_dropout_prob=0.1),
-            "emas": {"ema": EMAConfig(decay=0.999, warm_up=False)},
-            "sample_weights": "current",
-            "training": paper.training.model_copy(update={"steps": 810_000}),
+            "name": name,
+            "backbone": dit_b.backbone.model_copy(update={"name": "dit_xl_2"}),
+            "training": dit_b.training.model_copy(update={"parallel": "fsdp"}),
         }
     )
 
