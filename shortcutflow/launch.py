@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shortcutflow import checkpoint
-from shortcutflow.config import RunConfig, check_rows, with_overrides
+from shortcutflow.config import RunConfig, with_overrides
 from shortcutflow.distributed import Rank
 from shortcutflow.run_dir import CHECKPOINTS, RUNS, find_run
+from shortcutflow.smoke import smoke, with_stand_ins
 
 if TYPE_CHECKING:
     from shortcutflow.train.loggers import Logger
@@ -62,7 +61,7 @@ def run_recipe(
             print(f"would train {config.training.steps} steps into {folder}")
         return None
     if options.smoke:
-        config = _with_models(_with_data(config))
+        config = with_stand_ins(config)
     _train_and_evaluate(config, folder, resume=options.resume, loggers=loggers)
     return folder
 
@@ -118,56 +117,3 @@ def _evaluate(config: RunConfig, folder: Path) -> str:
     model = load(folder, device=rank.device(config.training.device))
     measured = settings.run(model, config)
     return table_of(finish_report(measured, model, config)) if measured is not None and rank.is_main else ""
-
-
-def smoke(config: RunConfig) -> RunConfig:
-    """The same run with 4 steps of about 8 samples, a tiny network and hardly any evaluation, on a CPU."""
-    small = {
-        "steps": 4, "global_batch_size": _smoke_batch(config), "accumulation": 1, "log_every": 1, "grid_steps": (1, 4),
-        "device": "cpu", "precision": "float32", "compile": False, "shard_group": None,
-    }  # fmt: skip
-    update = {
-        "training": config.training.model_copy(update=small),
-        "backbone": config.backbone.smoke(),
-        "coupling": config.coupling and config.coupling.model_copy(update={"pool": 16}),
-        "evaluation": config.evaluation.smoke() if config.evaluation is not None else None,
-    }
-    return config.model_copy(update=update)
-
-
-def _smoke_batch(config: RunConfig) -> int:
-    """At most 8 samples, unless the processes would not get equally many of them, or too few of some kind."""
-    world = Rank.from_environment().world_size
-    smallest = math.ceil(min(8, config.training.global_batch_size) / world) * world
-    for batch in range(smallest, config.training.global_batch_size, world):
-        with suppress(ValueError):
-            check_rows(config.objective, batch, world)
-            return batch
-    return max(smallest, config.training.global_batch_size)
-
-
-def _with_data(config: RunConfig) -> RunConfig:
-    """The same run, with stand-in data if its own is not there."""
-    from shortcutflow.data.fake_data import fake_data_for
-
-    labelled = config.objective.condition_dropout > 0 or getattr(config.objective, "guidance_scale", 1) != 1
-    fake = fake_data_for(config.data, labelled=labelled)
-    if fake is None:
-        return config
-    if Rank.from_environment().is_main:
-        print(fake[1], flush=True)
-    return config.model_copy(update={"data": fake[0]})
-
-
-def _with_models(config: RunConfig) -> RunConfig:
-    """The same run, which begins with a random model of its own small size in place of trained ones."""
-    trained = {use: path for use in ("start", "teacher") if (path := getattr(config, use)) is not None}
-    if not trained:
-        return config
-    from shortcutflow.interop.fake_model import fake_model
-
-    folder = fake_model(config)
-    if Rank.from_environment().is_main:
-        uses, instead_of = " and ".join(trained), ", ".join(sorted({str(path) for path in trained.values()}))
-        print(f"stand-in {uses}: random weights in {folder}, not {instead_of}", flush=True)
-    return config.model_copy(update=dict.fromkeys(trained, str(folder)))

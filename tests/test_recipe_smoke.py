@@ -18,15 +18,15 @@ from torch import Tensor
 from shortcutflow.cli import main
 from shortcutflow.commands.recipes import load_recipe
 from shortcutflow.config import RunConfig
-from shortcutflow.data.fake_data import fake_data_for, write_images, write_latents
 from shortcutflow.data.imagefolder import ImageFolderData
 from shortcutflow.data.manifest import Manifest
 from shortcutflow.data.source import ShardsData
 from shortcutflow.data.stream import ShardStream
 from shortcutflow.evaluation.generate import generate, labels_of, noise_of
-from shortcutflow.launch import Options, run_recipe, smoke
+from shortcutflow.launch import Options, run_recipe
 from shortcutflow.models.model import load
 from shortcutflow.run_dir import WEIGHTS_FILE
+from shortcutflow.smoke import fake_data_for, smoke, write_images, write_latents
 from tests.processes import run_forked, script
 from tests.test_recipes import LARGE, PAPER, ROOT, installed
 

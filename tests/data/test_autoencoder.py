@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from shortcutflow.data import fake_data
+from shortcutflow import smoke
 from shortcutflow.data.autoencoder import (
     DEFAULT_VAE,
     Autoencoder,
@@ -153,9 +153,9 @@ def test_latents_meet_only_their_autoencoder(
     tiny_network(shift_factor=0.1).save_pretrained(tmp_path / "shifted" / "vae")
     right = load_autoencoder(tmp_path / "a" / "vae")
     made = LatentsInfo(vae=right.name, sha256=right.sha256, scaling_factor=0.18215, mirrored=True)
-    monkeypatch.setattr(fake_data, "LATENTS", made)
-    monkeypatch.setattr(fake_data, "LATENT_SHAPE", (4, 4, 4))
-    fake_data.write_latents(tmp_path / "latents", None)
+    monkeypatch.setattr(smoke, "LATENTS", made)
+    monkeypatch.setattr(smoke, "LATENT_SHAPE", (4, 4, 4))
+    smoke.write_latents(tmp_path / "latents", None)
 
     def info(vae: Path | str | None = None) -> DataInfo:
         return ShardsData(folder=tmp_path / "latents", vae=None if vae is None else str(vae)).describe()

@@ -22,7 +22,7 @@ from shortcutflow.data.shards import Sample, write_shards
 from shortcutflow.data.source import ShardsData
 from shortcutflow.data.stream import HostBatch, RankBatches, ShardStream
 from shortcutflow.io.atomic import build_once
-from shortcutflow.launch import smoke as training_smoke
+from shortcutflow.smoke import smoke as training_smoke
 from shortcutflow.train.loop import train
 
 

@@ -12,7 +12,7 @@ import torch
 from recipes.digits import paper_recipe as recipe
 from shortcutflow.config import RunConfig, with_overrides
 from shortcutflow.coupling import TransportCoupling
-from shortcutflow.launch import smoke
+from shortcutflow.smoke import smoke
 from shortcutflow.train.loop import train
 from shortcutflow.train.nonfinite import NonFiniteError
 from tests.train.launched import furthest_apart, tensors, tiny

@@ -13,9 +13,9 @@ from PIL import Image
 
 import shortcutflow as sf
 from recipes.digits import paper_recipe as recipe
+from shortcutflow import smoke
 from shortcutflow.cli import main
 from shortcutflow.config import with_overrides
-from shortcutflow.data import fake_data
 from shortcutflow.data.autoencoder import load_autoencoder
 from shortcutflow.data.source import DataInfo
 from shortcutflow.evaluation import decode
@@ -64,10 +64,10 @@ def vae(tmp_path: Path) -> Path:
 
 
 def test_a_run_of_latents(tmp_path: Path, vae: Path, counter: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fake_data, "LATENT_SHAPE", (4, 8, 8))
+    monkeypatch.setattr(smoke, "LATENT_SHAPE", (4, 8, 8))
     made_by = {"vae": str(vae), "sha256": load_autoencoder(vae).sha256}
-    monkeypatch.setattr(fake_data, "LATENTS", fake_data.LATENTS.model_copy(update=made_by))
-    fake_data.write_latents(tmp_path / "latents", 10)
+    monkeypatch.setattr(smoke, "LATENTS", smoke.LATENTS.model_copy(update=made_by))
+    smoke.write_latents(tmp_path / "latents", 10)
     config = with_overrides(recipe(), [
         "data.kind=shards", f"data.folder={tmp_path / 'latents'}", "backbone.options.width=16", "evaluation=null",
         "backbone.options.depth=1", "training.steps=4", "training.grid_every=2", "training.grid_steps=[1,2]",
@@ -111,8 +111,8 @@ def test_a_run_of_latents(tmp_path: Path, vae: Path, counter: Counter, monkeypat
 
     # Latents of another autoencoder are none to go on with.
     other = {"sha256": "1" * 64, "scaling_factor": 0.5}
-    monkeypatch.setattr(fake_data, "LATENTS", fake_data.LATENTS.model_copy(update=other))
-    fake_data.write_latents(tmp_path / "other", 10)
+    monkeypatch.setattr(smoke, "LATENTS", smoke.LATENTS.model_copy(update=other))
+    smoke.write_latents(tmp_path / "other", 10)
     further = [f"data.folder={tmp_path / 'other'}", "training.steps=6"]
     with pytest.raises(ValueError, match=r"trained on latents of .*scale 0\.18215.*now holds .*scale 0\.5"):
         train(with_overrides(config, further), tmp_path / "run", resume=True)

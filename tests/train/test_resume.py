@@ -10,8 +10,9 @@ import torch
 
 from shortcutflow.config import RunConfig, with_overrides
 from shortcutflow.distributed import World
-from shortcutflow.launch import Options, run_recipe, smoke
+from shortcutflow.launch import Options, run_recipe
 from shortcutflow.models.model import load
+from shortcutflow.smoke import smoke
 from shortcutflow.train.loggers import read_metrics
 from shortcutflow.train.loop import train
 from shortcutflow.train.resume import Position, agreed_start
