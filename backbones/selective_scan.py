@@ -26,8 +26,6 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from backbones.doubling_scan import scan_by_doubling
-
 STEPS = 16
 """Tokens of a chunk. Fewer would be more states to keep for the backward pass, more would be more, smaller operations
 where only few samples are there to work on side by side."""
@@ -296,3 +294,30 @@ def _flops(u: torch.Size, delta: torch.Size, A: torch.Size, *_: Any, **__: Any) 
 @register_flop_formula(torch.ops.backbones.selective_scan_backward)
 def _flops_back(grad_y: torch.Size, u: torch.Size, delta: torch.Size, A: torch.Size, *_: Any, **__: Any) -> int:
     return 18 * math.prod(u) * A[0]
+
+
+def scan_by_doubling(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """The recurrence in plain operations, for graphs that run where this package is not installed.
+
+    h_i = exp(delta_i A) h_{i-1} + delta_i B_i u_i, y_i = C_i h_i, in log2(n) rounds.
+
+    After the round with distance s, each position holds what the last 2 s tokens left in it, and their decay. All
+    states are in memory at once, (b, n, state, width); nothing is divided, so nothing overflows with A < 0.
+
+    Args:
+        u, delta: (b, n, width).
+        A: (state, width), below zero.
+        B, C: (b, n, state).
+
+    Returns:
+        y, (b, n, width).
+    """
+    h = (delta * u).unsqueeze(-2) * B.unsqueeze(-1)
+    decay = torch.exp(delta.unsqueeze(-2) * A)
+    distance = 1
+    while distance < u.shape[1]:
+        late, early = slice(distance, None), slice(None, -distance)
+        h = torch.cat([h[:, :distance], torch.addcmul(h[:, late], decay[:, late], h[:, early])], dim=1)
+        decay = torch.cat([decay[:, :distance], decay[:, late] * decay[:, early]], dim=1)
+        distance *= 2
+    return torch.matmul(C.unsqueeze(-2), h).squeeze(-2)

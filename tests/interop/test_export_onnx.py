@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import shortcutflow as sf
-from backbones.doubling_scan import scan_by_doubling
-from backbones.selective_scan import selective_scan, selective_scan_recurrence
+from backbones.selective_scan import scan_by_doubling, selective_scan, selective_scan_recurrence
 from shortcutflow.cli import main
 from shortcutflow.data.autoencoder import load_autoencoder
 from shortcutflow.interop import export as module
