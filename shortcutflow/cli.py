@@ -20,7 +20,6 @@ from shortcutflow.commands.plot import plot_app
 from shortcutflow.commands.recipes import DryRun, ObjectiveName, Overrides, Resume, RunDir, Smoke
 from shortcutflow.commands.training import average_command, sample_command, show_config_command, train_command
 from shortcutflow.config import RunConfig
-from shortcutflow.extras import remedy
 from shortcutflow.launch import Options, run_recipe
 
 if TYPE_CHECKING:
@@ -36,6 +35,25 @@ SPEAK_PLAINLY = ("shortcutflow", "backbones", "recipes", "pydantic", "huggingfac
 TRACEBACK = "--traceback"
 NEEDS = {"int_parsing": "it must be a whole number", "float_parsing": "it must be a number"}
 """What an option must be, in place of pydantic's words for it."""
+EXTRA_OF = {
+    "PIL": "train",
+    "cleanfid": "eval",
+    "diffusers": "latents",
+    "gradio": "demo",
+    "gym_pusht": "policy",
+    "huggingface_hub": "hub",
+    "matplotlib": "plot",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
+    "pyarrow": "parquet",
+    "scipy": "train",
+    "sklearn": "digits",
+    "tensorboard": "train",
+    "webdataset": "train",
+    "x_transformers": "transformer",
+}
+"""Which extra of this package brings a package, by the name that is imported; pyproject.toml says what each holds."""
 
 app = typer.Typer(
     epilog="--traceback with any command shows where an error came from.",
@@ -102,7 +120,7 @@ def _call(typer_app: typer.Typer, argv: Sequence[str], prog_name: str | None = N
     except typer.Abort:
         raise SystemExit(1) from None
     except Exception as error:
-        message = _usage(error) or remedy(error) or (str(error) if says_what_to_change(error) else None)
+        message = _usage(error) or _remedy(error) or (str(error) if says_what_to_change(error) else None)
         if TRACEBACK in argv or message is None:
             raise
         print(message if message.startswith("Usage: ") else f"error: {' '.join(message.split())}", file=sys.stderr)
@@ -123,6 +141,19 @@ def _usage(error: Exception) -> str | None:
     text = text.partition(" (Possible")[0].rstrip(".")
     context = getattr(error, "ctx", None)
     return text if text.endswith("?") or context is None else f"{text}; see {context.command_path} --help"
+
+
+def _remedy(error: BaseException) -> str | None:
+    """A sentence that names the extra to install, where a failed import does not say it itself; else None."""
+    if not isinstance(error, ImportError) or "pip install" in str(error):
+        return None
+    cause: BaseException | None = error
+    while cause is not None and not (isinstance(cause, ModuleNotFoundError) and cause.name):
+        cause = cause.__cause__
+    package = str(cause.name).partition(".")[0] if isinstance(cause, ModuleNotFoundError) else None
+    if package not in EXTRA_OF:
+        return None
+    return f"this needs {package}, which is not installed: pip install 'shortcutflow[{EXTRA_OF[package]}]'"
 
 
 def says_what_to_change(error: Exception) -> bool:

@@ -22,7 +22,7 @@ def test_the_picture_has_the_layers_of_the_contract() -> None:
     drawn = re.findall(r"\b(\w+)(?:\.py|/)", picture)
     known = set(re.findall(r"shortcutflow\.(\w+)", layers))
     assert [name for name in drawn if name not in known] == []
-    assert known - set(drawn) == {"extras", "inputs", "old_names", "plugins"}, "small ones that the picture leaves out"
+    assert known - set(drawn) == {"inputs", "old_names", "plugins"}, "small ones that the picture leaves out"
     # The order of lines is the order of layers.
     rank = {name: i for i, layer in enumerate(contracts[0]["layers"]) for name in re.findall(r"\.(\w+)", layer)}
     ranks = [rank[name] for name in drawn]

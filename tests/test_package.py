@@ -16,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import shortcutflow
-from shortcutflow.extras import EXTRA_OF
+from shortcutflow.cli import EXTRA_OF
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -112,32 +111,24 @@ class Demo:
         demo.answers(Settings())
         return demo
 
-    def settings(
-        self,
-        steps: Any = 1,
-        seed: Any = 0,
-        label: Any = None,
-        guidance_scale: Any = 1.0,
-        count: Any = 20,
-        second_seed: Any = 1,
-        u: Any = 0.0,
-    ) -> Settings:
-        """Settings from values of any kind, as a page sends them.
+    def settings(self, *values: Any, **named: Any) -> Settings:
+        """Settings from values of any kind, as a page sends them: in the order or by the names of their fields.
 
         Raises:
             ValueError: saying what was given and what is allowed.
         """
-        guidance = _number("the guidance scale", guidance_scale, 0, MAX_GUIDANCE_SCALE)
+        given = Settings(*values, **named)
+        guidance = _number("the guidance scale", given.guidance_scale, 0, MAX_GUIDANCE_SCALE)
         if not self.class_names and guidance != 1:
             raise ValueError(f"the guidance scale must be 1, got {guidance:g}: the model knows no classes to guide by")
         return Settings(
-            steps=_whole("the number of steps", steps, 1, MAX_STEPS),
-            seed=_whole("the seed", seed, 0, MAX_SEED),
-            label=self._label(label),
+            steps=_whole("the number of steps", given.steps, 1, MAX_STEPS),
+            seed=_whole("the seed", given.seed, 0, MAX_SEED),
+            label=self._label(given.label),
             guidance_scale=guidance,
-            count=_whole("the number of images", count, 1, MAX_IMAGES),
-            second_seed=_whole("the second seed", second_seed, 0, MAX_SEED),
-            u=_number("the place between the seeds", u, 0, 1),
+            count=_whole("the number of images", given.count, 1, MAX_IMAGES),
+            second_seed=_whole("the second seed", given.second_seed, 0, MAX_SEED),
+            u=_number("the place between the seeds", given.u, 0, 1),
         )
 
     def _label(self, label: Any) -> int | None:
@@ -207,16 +198,14 @@ def listed(names: Sequence[str]) -> list[str]:
 
 
 def _whole(what: str, value: Any, lowest: int, highest: int) -> int:
-    number = _number(what, value, lowest, highest, kind="a whole number")
-    if number != int(number):
-        raise ValueError(f"{what} must be a whole number from {lowest} to {highest}, got {_shortened(value)}")
-    return int(number)
+    return int(_number(what, value, lowest, highest, whole=True))
 
 
-def _number(what: str, value: Any, lowest: float, highest: float, *, kind: str = "a number") -> float:
+def _number(what: str, value: Any, lowest: float, highest: float, *, whole: bool = False) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     # The order of comparison refuses nan, and an int that no float can hold is compared as it is.
-    if not is_number or not lowest <= value <= highest or not math.isfinite(value):
+    if not is_number or not lowest <= value <= highest or (whole and value != int(value)):
+        kind = "a whole number" if whole else "a number"
         got = "nothing" if value is None else _shortened(value)
         raise ValueError(f"{what} must be {kind} from {lowest} to {highest}, got {got}")
     return float(value)
