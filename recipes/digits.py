@@ -8,7 +8,7 @@ The paper has no digits; this recipe shows its claim at a size that runs anywher
 1, 2, 4, ... 128 steps. ``recipe()`` has the settings that gave the best samples in one step for the same compute
 (benchmarks/quality.py), ``paper_recipe()`` those of the paper. At its end it prints, for each number of steps, "fid",
 the Fréchet distance in pixel space of 2,000 samples to the 1,797 real digits (real against real about 0.5, noise 65),
-and "label_accuracy", the share of samples whose label a classifier of the real digits reads.
+and "label_accuracy", the fraction of samples whose label a classifier of the real digits reads.
 """
 
 from shortcutflow.cli import launch

@@ -23,7 +23,7 @@ class EMAConfig(BaseModel):
     """How one exponential moving average (EMA) of the weights is kept.
 
     Args:
-        decay: share of the old EMA that stays at each step.
+        decay: fraction of the old EMA that stays at each step.
         warm_up: start with decay (1 + i)/(10 + i) at step i until that exceeds ``decay``. Without it an EMA that
             makes targets starts from a network that outputs zero, and zero is a self-consistent answer: few-step
             samples are then still noise after thousands of steps.
@@ -47,7 +47,7 @@ class PowerFunctionEMAConfig(BaseModel):
     first weights never count. From its snapshots EMAs of other widths can be made later (``posthoc``).
 
     Args:
-        sigma_rel: standard deviation of the profile i^gamma as a share of t; 0.05 remembers about the last tenth.
+        sigma_rel: standard deviation of the profile i^gamma as a fraction of t; 0.05 remembers about the last tenth.
         snapshot_every: steps between the snapshots kept for later; 0 none.
     """
 

@@ -22,7 +22,7 @@ def interpolate(noise: Tensor, data: Tensor, t: Tensor, sigma_min: float = 0.0) 
         noise: x_0, (b, *shape).
         data: x_1, of the same shape.
         t: (b,) in [0, 1].
-        sigma_min: share of the noise that is left at t = 1.
+        sigma_min: fraction of the noise that is left at t = 1.
 
     Raises:
         ValueError: if the shapes differ or a t lies outside [0, 1].

@@ -60,7 +60,7 @@ def write_snapshot(folder: Path, name: str, step: int, sigma_rel: float, tensors
         raise ValueError(f"step must be at least 1 (optimizer steps done), got {step}")
     sharded = [key for key, tensor in tensors.items() if is_sharded(tensor)]
     if sharded:
-        raise ValueError(f"{sharded[0]!r} is one process's share of a tensor; gather it with full_tensor() first")
+        raise ValueError(f"{sharded[0]!r} is one process's shard of a tensor; gather it with full_tensor() first")
     final = snapshot_file(folder, name, step)
     final.parent.mkdir(parents=True, exist_ok=True)
     header = {"sigma_rel": repr(sigma_rel), "step": str(step)}
@@ -220,7 +220,7 @@ def profile_error(
     target_sigma_rel: float,
     weights: Tensor,
 ) -> float:
-    """How far these factors miss the wanted profile, as a share of its root mean square; 0 is exact.
+    """How far these factors miss the wanted profile, as a fraction of its root mean square; 0 is exact.
 
     Arguments and errors as of ``solve_weights``, whose result ``weights`` is.
     """

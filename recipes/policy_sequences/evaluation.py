@@ -1,4 +1,4 @@
-"""A policy in the Push-T environment, by number of sampling steps: coverage reached, and share of episodes solved."""
+"""A policy in the Push-T environment by number of sampling steps: coverage reached, and fraction of episodes solved."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FIRST_SEED = 1_000_000
 """Of the episodes: demonstrations start at 0, so no starting position was trained on."""
 
 SOLVED = 0.95
-"""Share of the goal that the block must cover."""
+"""Fraction of the goal that the block must cover."""
 
 
 class PolicyEvaluation(EvaluationSettings):

@@ -56,7 +56,7 @@ def sample_command(
 
 def average_command(
     run: Annotated[Path, typer.Argument(help="A run's folder, or a folder of runs (the newest is taken).")],
-    sigma_rel: Annotated[float, typer.Option(help="Width of the EMA, as a share of training.")],
+    sigma_rel: Annotated[float, typer.Option(help="Width of the EMA, as a fraction of training.")],
     out: Annotated[Path, typer.Option(help="The file to write (.safetensors).")],
     step: Annotated[int | None, typer.Option(help="Up to this step. [default: the last snapshot]")] = None,
 ) -> None:

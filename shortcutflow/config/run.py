@@ -157,14 +157,14 @@ class RunConfig(BaseModel):
         return validated(read_object(path, "a run"), where=str(path))
 
 
-def check_rows(objective: Any, batch_size: int, shares: int, *, coupled: bool = False) -> None:
-    """Raise ValueError where a batch is too small for the rows of an objective, shared by so many or at all, or where
-    noise is coupled with its samples and the objective draws its own.
+def check_rows(objective: Any, batch_size: int, slices: int, *, coupled: bool = False) -> None:
+    """Raise ValueError where a batch, cut into slices, is too small for the rows of an objective, or where noise
+    is coupled with its samples and the objective draws its own.
     """
     # The objective's own rule, on samples of one number: what it draws is thrown away.
-    generator, rows = torch.Generator(), torch.zeros(batch_size // shares, 1)
-    for number, progress in itertools.product({0, shares - 1}, (0.0, 1.0)):
-        context = Context(progress=progress, batch_slice=BatchSlice(number, shares), noise=rows if coupled else None)
+    generator, rows = torch.Generator(), torch.zeros(batch_size // slices, 1)
+    for number, progress in itertools.product({0, slices - 1}, (0.0, 1.0)):
+        context = Context(progress=progress, batch_slice=BatchSlice(number, slices), noise=rows if coupled else None)
         objective.draw(rows, generator, context)
 
 

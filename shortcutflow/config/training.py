@@ -15,7 +15,7 @@ class TrainingConfig(BaseModel):
     Args:
         steps: optimizer steps in all.
         global_batch_size: samples an optimizer step, over all processes.
-        accumulation: a process takes its share of a batch in so many equal parts, one after the other.
+        accumulation: a process takes its slice of a batch in so many equal parts, one after the other.
         precision: "bfloat16" runs the network under autocast; weights, gradients' sums, t and d stay float32.
         tf32: let float32 products on a GPU use its tensor cores, with 10 bits of mantissa.
         deterministic: on a GPU, use kernels that repeat bit for bit, and refuse operators that have none. Slower, by

@@ -2,7 +2,7 @@
 
 The shards are shuffled and cut into blocks of several; then the samples of each block are shuffled. So a place in an
 epoch leads to its sample without reading anything before it: that is what makes a resume exact and fast, and what lets
-any number of processes take their shares of the same order. Which shards form a block is drawn anew each epoch, so
+any number of processes take their slices of the same order. Which shards form a block is drawn anew each epoch, so
 batches mix other samples in each epoch.
 """
 

@@ -96,7 +96,7 @@ class DataSource(BaseModel, ABC):
     def open_stream(
         self, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu"
     ) -> BatchStream:
-        """A rank's share of global batches of ``batch_size`` samples."""
+        """A rank's rows of global batches of ``batch_size`` samples."""
 
     def as_stored(self) -> Self:
         """The same samples without augmentation, read in this process; what plots and statistics open."""
@@ -157,7 +157,7 @@ class DataSettings(DataSource):
     def open_stream(
         self, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu"
     ) -> BatchStream:
-        """A rank's share of global batches of this size."""
+        """A rank's rows of global batches of this size."""
         return ShardStream(
             self.opened(), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, device=device,
             **self.model_dump(include=READING),

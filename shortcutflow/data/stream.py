@@ -195,8 +195,8 @@ class ShardStream(PositionStream[HostBatch]):
         order = EpochOrder(sizes, seed=seed, shuffle_buffer=shuffle_buffer)
         cached = self.manifest.samples * augmentation.bytes_per_sample <= cache_bytes
         # By position; the map-style data set behind the stream, for a DataLoader of one's own.
-        share, skip = BatchSlice(rank, world_size), on_error == "skip"
-        self.batches = RankBatches(shards, order, augmentation, batch_size, share, skip=skip, cached=cached)
+        batch_slice, skip = BatchSlice(rank, world_size), on_error == "skip"
+        self.batches = RankBatches(shards, order, augmentation, batch_size, batch_slice, skip=skip, cached=cached)
         self._batch_size = batch_size
         if workers is None:  # the cores of this process beside the one that trains
             workers = 0 if cached else max(1, min(MOST_WORKERS, cores_per_process() - 1))

@@ -22,11 +22,11 @@ METRICS = {
     "fid": "Fréchet distance between Gaussians fitted to the features; 0 is best",
     "kid": "kernel distance: unbiased squared MMD under (x.y/k + 1)^3, mean of 100 subsets of 1,000; 0 is best",
     "is": "Inception score: exp of the mean divergence of class probabilities, mean of 10 splits; more is better",
-    "precision": "share of samples inside the real manifold, of 3 nearest neighbours; 1 is best",
-    "recall": "share of real images inside the samples' manifold, of 3 nearest neighbours; 1 is best",
+    "precision": "fraction of samples inside the real manifold, of 3 nearest neighbours; 1 is best",
+    "recall": "fraction of real images inside the samples' manifold, of 3 nearest neighbours; 1 is best",
     "density": "how many real neighbourhoods, of 5 nearest, a sample lies in, relative to 5; about 1 is best",
-    "coverage": "share of real neighbourhoods, of 5 nearest, that hold a sample; 1 is best",
-    "label_accuracy": "share of samples whose label a classifier of real images reads; 1 is best",
+    "coverage": "fraction of real neighbourhoods, of 5 nearest, that hold a sample; 1 is best",
+    "label_accuracy": "fraction of samples whose label a classifier of real images reads; 1 is best",
 }
 """What can be measured, described for the report."""
 

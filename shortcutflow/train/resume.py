@@ -23,8 +23,8 @@ class Position(NamedTuple):
         step: optimizer steps done.
         skipped_steps: of them, how many were left out for numbers that were not finite.
         images_seen: samples of all ranks, whatever the batch sizes were.
-        anchor: a step, and the share of training that was done before it. Schedules run on from here to the last step,
-            so that a run resumed with another number of steps never falls back into a stage that is over.
+        anchor: a step, and the fraction of training that was done before it. Schedules run on from here to the last
+            step, so that a run resumed with another number of steps never falls back into a stage that is over.
     """
 
     step: int = 0
@@ -46,9 +46,9 @@ class Position(NamedTuple):
         return self.images_seen + (step - self.step) * batch_size
 
     def progress_at(self, step: int, steps: int) -> float:
-        """The share of training that is done before a step, in [0, 1]."""
-        since, share = self.anchor
-        return share + (1 - share) * (step - since) / (steps - since)
+        """The fraction of training that is done before a step, in [0, 1]."""
+        since, before = self.anchor
+        return before + (1 - before) * (step - since) / (steps - since)
 
 
 def agreed_start(run_dir: Path, world: World, *, resume: bool) -> Checkpoint | None:

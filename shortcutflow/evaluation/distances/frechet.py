@@ -7,7 +7,7 @@ import numpy as np
 from shortcutflow.evaluation.distances.statistics import Moments, Statistics, require_features, require_statistics
 
 NOT_A_COVARIANCE = 1e-3
-"""A negative eigenvalue of this share of the largest is no rounding, not even that of float32 files."""
+"""A negative eigenvalue of this fraction of the largest is no rounding, not even that of float32 files."""
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:

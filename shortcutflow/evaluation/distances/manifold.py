@@ -16,11 +16,11 @@ from torch import Tensor
 from shortcutflow.evaluation.distances.statistics import require_features
 
 TIE = 1e-13
-"""Squared distances are equal if they differ by this share of the squared lengths; products round by about 1e-14."""
+"""Squared distances are equal if they differ by this fraction of the squared lengths; products round by about 1e-14."""
 
 
 class Manifold(NamedTuple):
-    """Shares from 0 to 1, but for the density, which is about 1 for sets of one distribution and may pass it.
+    """Fractions from 0 to 1, but for the density, which is about 1 for sets of one distribution and may pass it.
 
     Attributes:
         precision: fake samples that lie in a ball of a real one (the rim included).
@@ -44,7 +44,7 @@ def manifold_metrics(
     batch: int = 2048,
     device: torch.device | str = "cpu",
 ) -> Manifold:
-    """The four shares of features (n, k) and (m, k); every pair is compared, nothing is drawn.
+    """The four metrics of features (n, k) and (m, k); every pair is compared, nothing is drawn.
 
     Distances are products of float64 tiles, centred first, so that |x|^2 + |y|^2 - 2 x.y does not cancel; distances
     that are equal but for rounding count as equal, whichever tile they come from. Memory beside the features is about
