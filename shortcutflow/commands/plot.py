@@ -60,13 +60,14 @@ def trajectory_command(
     """The states a sampler goes through, and what the network predicts for x_1 from each."""
     from shortcutflow.evaluation import plots
     from shortcutflow.evaluation.generate import initial_noise
+    from shortcutflow.evaluation.sample_grid import n_steps
 
     model = _opened(out, run, weights, device)
     noise, y = initial_noise(model, labels=labels, count=count, default=4, seed=seed)
     t, rows = plots.trajectory_rows(
         model, noise, y, steps=steps, columns=columns, guidance_scale=guidance_scale, seed=seed
     )
-    title = f"{steps} step{'s' * (steps > 1)}. {plots.TRAJECTORY_TITLE}"
+    title = f"{n_steps(steps)}. {plots.TRAJECTORY_TITLE}"
     _write(plots.x1_image(t, _decoded(model, rows), y, title=title), out, model)
 
 

@@ -44,14 +44,12 @@ def read_image(content: bytes, *, most_pixels: int = MOST_PIXELS) -> Image.Image
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of large images, odd EXIF data and the like; each file is either usable here or not.
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                _check_size(image.size, most_pixels)  # it stands in the header, before any pixel is decompressed
-                image.load()
-                _check_size(image.size, most_pixels)  # a GIF's frame may be larger than its header said
-                return _upright(_rgb(image), image)
+        # Pillow warns of large images, odd EXIF data and the like; each file is either usable here or not.
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            _check_size(image.size, most_pixels)  # it stands in the header, before any pixel is decompressed
+            image.load()
+            _check_size(image.size, most_pixels)  # a GIF's frame may be larger than its header said
+            return _upright(_rgb(image), image)
     except (ImageError, MemoryError):
         raise
     except UnidentifiedImageError as error:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 from shortcutflow.data.autoencoder import Autoencoder
-from shortcutflow.interop.exportable import difference, example_inputs, without_warnings
+from shortcutflow.interop.exportable import difference, example_inputs
 from shortcutflow.models.config import ModelConfig
 from shortcutflow.models.model import Model
 
@@ -195,7 +196,7 @@ def write_pipeline(model: Model, autoencoder: Autoencoder | None, folder: Path) 
     config = model.config.model_copy(update={"weights": (model.weights,), "default_weights": model.weights})
     network = ShortcutNetwork(config.model_dump(mode="json"))
     network.network.load_state_dict(model.network.state_dict())
-    with without_warnings():
+    with warnings.catch_warnings(action="ignore"):
         ShortcutPipeline(network, None if autoencoder is None else autoencoder._network).save_pretrained(folder)
     call = "0, " if model.num_classes is not None else ""
     (folder / "README.md").write_text(README.format(name=folder.name, call=call))
@@ -203,7 +204,7 @@ def write_pipeline(model: Model, autoencoder: Autoencoder | None, folder: Path) 
 
 def pipeline_difference(model: Model, folder: Path) -> float:
     """The largest difference of a written pipeline's samples to the library's, as :func:`difference`."""
-    with without_warnings():
+    with warnings.catch_warnings(action="ignore"):
         pipeline: Any = ShortcutPipeline.from_pretrained(folder)
     found = []
     for rows, steps, scale in ((1, 1, 1.0), (2, 3, 1.0 if model.null_y is None else 1.5)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shortcutflow.data.autoencoder import load_autoencoder
-from shortcutflow.interop.exportable import TOLERANCE, ExportableSampler, without_warnings
+from shortcutflow.interop.exportable import TOLERANCE, ExportableSampler
 from shortcutflow.interop.to_onnx import write_onnx
 from shortcutflow.io.atomic import atomic_output
 from shortcutflow.models.model import load
@@ -121,7 +122,7 @@ def export_model(
 def _write_program(sampler: ExportableSampler, path: Path) -> Callable[[Tensor, Tensor | None], Tensor]:
     """Write a .pt2 file of torch.export, which PyTorch runs without this library; returns what runs it."""
     program = sampler.trace()
-    with without_warnings():
+    with warnings.catch_warnings(action="ignore"):
         torch.export.save(program, path, extra_files={METADATA_FILE: json.dumps(sampler.metadata(), indent=2)})
         # It unpickles; this file was written a moment ago.
         return torch.export.load(path).module()

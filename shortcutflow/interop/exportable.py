@@ -151,7 +151,7 @@ def trace(module: nn.Module, inputs: Sequence[Tensor | None], *, what: str) -> E
     batch = Dim("batch", min=1)
     free = tuple(None if x is None else {0: batch} for x in rows)
     try:
-        with without_warnings(), torch.no_grad(), _for_any_batch():
+        with warnings.catch_warnings(action="ignore"), torch.no_grad(), _for_any_batch():
             # Strict: only the compiler's tracer follows len(x) of a free number of samples.
             program = torch.export.export(module, tuple(rows), dynamic_shapes=free, strict=True)
     except Exception as error:  # whatever a network's own code and the tracer come up with
@@ -170,14 +170,6 @@ def trace(module: nn.Module, inputs: Sequence[Tensor | None], *, what: str) -> E
             "must use PyTorch's own operators when torch.compiler.is_exporting() is true"
         )
     return program
-
-
-@contextmanager
-def without_warnings() -> Iterator[None]:
-    """PyTorch's exporters warn about what is then raised, or of no concern."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shortcutflow import __version__
-from shortcutflow.interop.exportable import ExportableSampler, without_warnings
+from shortcutflow.interop.exportable import ExportableSampler
 
 OPSET = 18
 """Version of ONNX's operators; onnxruntime knows it since 1.14."""
@@ -30,7 +31,7 @@ def write_onnx(sampler: ExportableSampler, path: Path) -> Callable[[Tensor, Tens
 
     program = sampler.trace()
     try:
-        with without_warnings():
+        with warnings.catch_warnings(action="ignore"):
             written: Any = torch.onnx.export(
                 program, dynamo=True, opset_version=OPSET, output_names=["samples"], verbose=False,
                 custom_translation_table={torch.ops.aten.searchsorted.Tensor: _searchsorted},

@@ -10,12 +10,12 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from shortcutflow import plugins
 from shortcutflow.config import RunConfig
 from shortcutflow.io.atomic import write_whole
 
@@ -97,13 +97,12 @@ def builders(names: Sequence[str]) -> list[Callable[[RunConfig, Path, int], Logg
         ValueError: for an unknown name, listing the installed ones.
         ImportError: if a logger's package is not installed.
     """
-    foreign = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
-    if unknown := [name for name in names if name not in BUILDERS and name not in foreign]:
-        known = ", ".join(sorted({*BUILDERS, *foreign}))
-        raise ValueError(f"training.loggers names {unknown[0]!r}, which is not installed; known: {known}")
+    known = {*BUILDERS, *plugins.names(ENTRY_POINT_GROUP)}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"training.loggers: {plugins.unknown('logger', unknown[0], known)}")
     if "tensorboard" in names:
         import torch.utils.tensorboard  # noqa: F401  # now, when there is no run's folder yet
-    return [BUILDERS[name] if name in BUILDERS else foreign[name].load() for name in names]
+    return [BUILDERS.get(name) or plugins.load(ENTRY_POINT_GROUP, name, "logger") for name in names]
 
 
 @contextmanager

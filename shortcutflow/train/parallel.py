@@ -147,7 +147,6 @@ def replicate(network: nn.Module, world: World) -> nn.Module:
     from torch.nn.parallel import DistributedDataParallel
 
     ids = [world.device.index] if world.device.type == "cuda" else None
-    with warnings.catch_warnings():
-        # Newer versions have another name for broadcast_buffers, which older ones do not know.
-        warnings.simplefilter("ignore", FutureWarning)
+    # Newer versions have another name for broadcast_buffers, which older ones do not know.
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
         return DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)

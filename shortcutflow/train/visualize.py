@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +90,7 @@ def _eval_mode(network: nn.Module, device: torch.device, *, bfloat16: bool) -> I
     """The network is in eval mode, and computes in the precision of training."""
     was_training = network.training
     # Units of a sharded network then hold bfloat16 weights, which only autocast can use.
-    with torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext():
+    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
         network.eval()
         try:
             yield

@@ -159,9 +159,8 @@ def load_torchscript(file: HeldFile, device: torch.device | str = "cpu") -> Any:
     if (size := sum(member.file_size for member in members)) > LARGEST:
         raise ValueError(f"{file.path} would unpack to {size} bytes; at most {LARGEST} are allowed")
     try:
-        with warnings.catch_warnings():
-            # torch.export, which torch recommends instead, does not read the published files.
-            warnings.simplefilter("ignore", DeprecationWarning)
+        # torch.export, which torch recommends instead, does not read the published files.
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
             module = torch.jit.load(io.BytesIO(file.content), map_location=device)
     except (RuntimeError, ValueError, EOFError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
