@@ -2,11 +2,11 @@
 
 Paper: "One Step Diffusion via Shortcut Models" (arXiv 2410.12557), table 1, row "Shortcut", column CelebA-HQ-256.
 
-Data, once (30,000 pictures of 256x256; 1 GB of latents with those of mirror images)::
+Data, once (30,000 images of 256x256; 1 GB of latents with those of mirror images)::
 
     shortcutflow prepare CELEBAHQ data/celebahq-256-latents --size 256 --no-labels --latents
 
-The reference, once (the pictures themselves; or the authors' file of statistics as ``evaluation.reference=FILE``)::
+The reference, once (the images themselves; or the authors' file of statistics as ``evaluation.reference=FILE``)::
 
     shortcutflow evaluate --make-stats CELEBAHQ --size 256 --protocol released-code \\
         --out data/celebahq-256-released-code.npz
@@ -23,7 +23,7 @@ Cost: at least 1.2 GPU-hours on H100 at 989 TFLOP/s for its products alone. Comp
 (46.0 GFLOP a forward pass; 3 passes' worth a sample and 0.50 for the targets), not measured.
 
 Expected FID-50k at 128 / 4 / 1 steps: 6.9 / 13.8 / 20.5, as the authors' README has it. Protocol: 50,000 samples
-decoded by the autoencoder below; JAX Inception, pictures resized bilinearly to 299 without antialiasing, against the
+decoded by the autoencoder below; JAX Inception, images resized bilinearly to 299 without antialiasing, against the
 authors' own statistics of the data. Other protocols give other numbers. Independent re-runs: none on CelebA-HQ is
 known; on ImageNet one came out about 6 worse at one step (see ``dit_b_imagenet``), and within 6 is a success here too.
 
@@ -45,7 +45,7 @@ with 1/4, after 400,000 steps). By field:
 
 The command's class_dropout_prob of 1 changes nothing: with cfg_scale 0 every label is the null label before any could
 be dropped. That label's embedding is a constant, which biases can hold as well: without labels the network can be the
-same functions. The released code shows each picture or its mirror image, as here, and encodes it anew at every step;
+same functions. The released code shows each image or its mirror image, as here, and encodes it anew at every step;
 here its moments are stored and the latent is drawn anew, which is the same in distribution.
 """
 

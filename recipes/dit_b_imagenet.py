@@ -2,12 +2,12 @@
 
 Paper: "One Step Diffusion via Shortcut Models" (arXiv 2410.12557), table 1, row "Shortcut", column ImageNet-256.
 
-Data, once (42 GB of latents with those of mirror images; raw pictures in class folders, a tar, zip or parquet files)::
+Data, once (42 GB of latents with those of mirror images; raw images in class folders, a tar, zip or parquet files)::
 
     torchrun --standalone --nproc-per-node 8 --no-python shortcutflow prepare IMAGENET/train \\
         data/imagenet-256-latents --size 256 --latents
 
-The reference, once (the pictures themselves; or the authors' file of statistics as ``evaluation.reference=FILE``)::
+The reference, once (the images themselves; or the authors' file of statistics as ``evaluation.reference=FILE``)::
 
     shortcutflow evaluate --make-stats IMAGENET/train --size 256 --protocol released-code \\
         --out data/imagenet-256-released-code.npz
@@ -25,7 +25,7 @@ Cost: at least 9.5 GPU-hours on H100 at 989 TFLOP/s for its products alone. Comp
 a step takes at least 78 ms by the count in docs/performance.md, the run 17 GPU-hours.
 
 Expected FID-50k at 128 / 4 / 1 steps: 15.5 / 28.3 / 40.3, as the authors' README has it. Protocol: 50,000 samples
-without guidance in the sampler, labels drawn at random, decoded by the autoencoder below; JAX Inception, pictures
+without guidance in the sampler, labels drawn at random, decoded by the autoencoder below; JAX Inception, images
 resized bilinearly to 299 without antialiasing, against the authors' own statistics. Other protocols give other numbers.
 Independent re-runs, quoted from their texts and not checked here: AlignFlow (ICLR 2026), with the authors' code,
 33.11 / 46.65 at 4 / 1 steps, about 6 worse than the paper at one step. Within 6 of the authors' numbers is a success.
@@ -45,7 +45,7 @@ Where the paper and the released command differ, ``recipe()`` follows the paper 
     sample_weights                   ema -> current: use_ema is 0, so the command evaluates the raw weights
 
 In both: guidance of 1.5 inside the targets of the smallest bootstrapped step, labels dropped with 0.1, targets by the
-average. The released code encodes each picture anew at every step; here its moments are stored and the latent is drawn
+average. The released code encodes each image anew at every step; here its moments are stored and the latent is drawn
 anew, which is the same in distribution.
 """
 

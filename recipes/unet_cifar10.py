@@ -1,10 +1,10 @@
-"""CIFAR-10 in pixels, unconditional, a U-Net: a shortcut model of real pictures on one GPU in under an hour.
+"""CIFAR-10 in pixels, unconditional, a U-Net: a shortcut model of real images on one GPU in under an hour.
 
 The paper has no CIFAR-10; the network has the size of DDPM's. What is ours rather than the paper's: two averages of the
 weights, a fast one for targets (0.95) and a slow one for sampling (0.9999, warmed up), as iSM (arXiv 2510.21250, "twin
 EMA") found best; a cosine schedule after a warm-up; a bound on the gradient's norm. There is no released command.
 
-Data: the training pictures as a folder, an archive or a parquet file, such as the file of the split "train" of the data
+Data: the training images as a folder, an archive or a parquet file, such as the file of the split "train" of the data
 set uoft-cs/cifar10, put at ``data/cifar10-train.parquet`` (or anywhere: ``data.path=...``). The first run writes shards
 into ``data/cifar10-32``.
 
@@ -22,7 +22,7 @@ Computed from the operations of the network (12.4 GFLOP a forward pass; 3 passes
 targets), not measured: 30,000 steps of 256 are 154 epochs.
 
 Expected FID-50k at 128 / 4 / 1 steps: not measured yet. Protocol: clean-fid, 50,000 samples against the training
-pictures (``pip install 'shortcutflow[eval]'``; ``evaluation=null`` goes without). As a guide, the independent re-run in
+images (``pip install 'shortcutflow[eval]'``; ``evaluation=null`` goes without). As a guide, the independent re-run in
 F2D2's repository (read there; EDM's U-Net, their protocol and length of training) has 7.10 / 9.63 / 16.04 / 27.28 at
 8 / 4 / 2 / 1 steps. Expect worse of less than an hour.
 """

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from shortcutflow.data.manifest import MANIFEST, Manifest
 from shortcutflow.evaluation.decode import ImageDecoder
-from shortcutflow.evaluation.generate import generate, labels_of, noise_of, require_pictures
+from shortcutflow.evaluation.generate import generate, labels_of, noise_of, require_images
 from shortcutflow.evaluation.plots import mixed_noise, path_states
 from shortcutflow.models.model import Model, load
 
@@ -93,7 +93,7 @@ class Demo:
 
     def __init__(self, *models: Model) -> None:
         for model in models:
-            require_pictures(model.info)
+            require_images(model.info)
             if (model.shape, model.num_classes) != (models[0].shape, models[0].num_classes):
                 raise ValueError(
                     f"--beside needs a run of the same data: {models[0].folder} makes samples of shape "

@@ -1,6 +1,6 @@
-"""The demo's page: controls, and the pictures that they ask for, written into the page itself.
+"""The demo's page: controls, and the images that they call for, written into the page itself.
 
-No picture is ever a file, so the server needs to serve none but Gradio's own scripts.
+No image is ever a file, so the server needs to serve none but Gradio's own scripts.
 """
 
 from __future__ import annotations

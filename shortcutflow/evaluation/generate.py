@@ -64,7 +64,7 @@ def initial_noise(
         ValueError: for samples that are not images, labels out of range or of a network without labels, labels and a
             count together, or a count below 1.
     """
-    require_pictures(model.info)
+    require_images(model.info)
     if labels is not None and count is not None:
         raise ValueError("give either labels or a count: each label is one sample")
     if count is not None and count < 1:
@@ -78,7 +78,7 @@ def initial_noise(
     return noise_of(seed, noises_per_label * n, model.shape, model.device), y
 
 
-def require_pictures(info: DataInfo) -> None:
+def require_images(info: DataInfo) -> None:
     """Raise ValueError unless samples are images that take no more than labels."""
     if not info.is_picture:
         condition = f", conditioned on tensors of shape {info.condition_shape}" if info.condition_shape else ""
