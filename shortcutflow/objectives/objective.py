@@ -205,6 +205,11 @@ class Objective(BaseModel, ABC):
         """Forward evaluations that the targets of such a batch need, divided by its samples."""
         return 0.0
 
+    @property
+    def targets_in_graph(self) -> bool:
+        """Whether :meth:`compiled` compiles the targets too; False where a graph cannot hold them, or would be long."""
+        return True
+
     def compiled(self, *, regress: bool = True, **options: Any) -> Self:
         """The objective, with :meth:`targets` and :meth:`regress` compiled together with the networks that they call.
 
@@ -216,10 +221,8 @@ class Objective(BaseModel, ABC):
                 inside of it.
             options: of ``torch.compile``, such as ``dynamic=False`` for batches of one size.
         """
-        copy = self.model_copy()
-        copy._compiled = {"targets": torch.compile(self.targets, **options)}
-        if regress:
-            copy._compiled["regress"] = torch.compile(self.regress, **options)
+        copy, chosen = self.model_copy(), {"targets": self.targets_in_graph, "regress": regress}
+        copy._compiled = {name: torch.compile(getattr(self, name), **options) for name in chosen if chosen[name]}
         return copy
 
     def teacher_stage(self, progress: float) -> int:

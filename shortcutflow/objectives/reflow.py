@@ -67,6 +67,11 @@ class ReflowObjective(Objective):
         """False: it knows a flow alone, if a straighter one."""
         return False
 
+    @property
+    def targets_in_graph(self) -> bool:
+        """False: the steps that make a pair are a loop, of which a graph would hold each."""
+        return False
+
     def target_evaluations(self, batch_size: int) -> float:
         """The teacher's steps on each pair."""
         return self.teacher_steps * guided_evaluations(self.guidance_scale) / self.rows_per_pair
@@ -173,6 +178,11 @@ class LiveReflowObjective(Objective):
         """The straightened flow below M steps, the other from M steps on."""
         return "live_reflow"
 
+    @property
+    def targets_in_graph(self) -> bool:
+        """False: the steps that make a pair are a loop, of which a graph would hold each."""
+        return False
+
     def target_evaluations(self, batch_size: int) -> float:
         """The steps that make a pair, on each reflow row."""
         steps = self.generation_steps * guided_evaluations(self.guidance_scale)
@@ -226,7 +236,6 @@ class LiveReflowObjective(Objective):
         )
 
 
-@torch.compiler.disable  # a graph would hold each of the steps; a compiled network stays compiled
 @torch.no_grad()
 def euler_solve(
     net: Network,

@@ -266,6 +266,11 @@ class DerivativeObjective(TwoLegObjective):
 
     derivative: Literal["difference", "jvp"] = "difference"
 
+    @property
+    def targets_in_graph(self) -> bool:
+        """Not with forward-mode derivatives, which the compiler does not know."""
+        return self.derivative == "difference"
+
     def derive(
         self, s: Step, at: tuple[Tensor, ...], along: tuple[Tensor, ...], ahead: Tensor, back: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -345,7 +350,6 @@ class LagrangianObjective(DerivativeObjective):
         return at_end, slope, at_end - expand_to(d, slope) * slope
 
 
-@torch.compiler.disable  # which refuses forward-mode derivatives in words of its own
 def jvp(s: Step, at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """s and its exact derivative in one direction.
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import backbones
 import shortcutflow as sf
-from shortcutflow.objectives import OBJECTIVES
+from shortcutflow.objectives import OBJECTIVES, LagrangianObjective, LiveReflowObjective
 from shortcutflow.types import LossReport
 
 ROWS, CLASSES = 16, 3
@@ -67,8 +67,7 @@ def evaluated(objective: Any, progress: float, objective_of_target: int = 1) -> 
 def test_one_graph_and_the_same_numbers(objective: sf.Objective) -> None:
     """Also later in the training, where no compilation is left."""
     torch.compiler.reset()
-    in_one = "reflow" not in objective.kind  # whose pairs are made by a loop of calls
-    compiled = objective.compiled(backend="aot_eager", fullgraph=in_one, dynamic=False)
+    compiled = objective.compiled(backend="aot_eager", fullgraph=True, dynamic=False)
     for progress, stance in ((0.4, "default"), (0.41, "fail_on_recompile")):
         with torch.compiler.set_stance(stance):
             found, gradient = evaluated(compiled, progress)
@@ -87,6 +86,15 @@ def test_the_settings_stay_and_are_written_as_before() -> None:
     compiled = objective.compiled(backend="eager")
     assert compiled.model_dump() == objective.model_dump()
     assert type(compiled).model_validate(compiled.model_dump()) == objective
+
+
+def test_what_no_graph_holds_stays_outside() -> None:
+    for objective, held in (
+        (sf.ShortcutObjective(), True), (LiveReflowObjective(), False), (LagrangianObjective(), True),
+        (LagrangianObjective(derivative="jvp"), False),
+    ):  # fmt: skip
+        assert ("targets" in objective.compiled(backend="eager")._compiled) == held
+        assert "regress" in objective.compiled(backend="eager")._compiled
 
 
 def test_without_its_regression() -> None:
