@@ -27,7 +27,7 @@ def recipe() -> RunConfig:
     return with_best_settings(paper_recipe(), "digits", pool=1792, bootstrap_weight=8)
 
 
-def with_best_settings(paper: RunConfig, name: str, *, pool: int, bootstrap_weight: float = 4) -> RunConfig:
+def with_best_settings(paper: RunConfig, name: str, *, pool: int | None, bootstrap_weight: float = 4) -> RunConfig:
     """A recipe of the paper with the settings that gave the best samples in one step, for the same compute.
 
     M = 32, with the flow's times on the paper's grid of 1/128; targets by the current weights; bootstrap rows, whose
@@ -42,7 +42,7 @@ def with_best_settings(paper: RunConfig, name: str, *, pool: int, bootstrap_weig
     Args:
         paper: its recipe.
         name: of the new one.
-        pool: samples that are coupled together.
+        pool: samples that are coupled together; None couples none, as conditions that are no labels need it.
         bootstrap_weight: of bootstrap rows in the loss. 8 is good where training comes to its end, as on the digits; 4
             also where it does not, where 8 costs quality at many steps (CIFAR-10 at 16x16, docs/measured.md).
     """
@@ -52,7 +52,7 @@ def with_best_settings(paper: RunConfig, name: str, *, pool: int, bootstrap_weig
             "name": name,
             "objective": paper.objective.model_copy(update=best),
             "target_weights": CURRENT,
-            "coupling": TransportCoupling(pool=pool),
+            "coupling": None if pool is None else TransportCoupling(pool=pool),
         }
     )
 
