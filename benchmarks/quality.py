@@ -39,6 +39,7 @@ COUPLING = "coupling.kind=transport"
 BFLOAT16 = "training.precision=bfloat16"
 
 BEST = (CURRENT, *COARSE, WEIGHT, COUPLING)
+DATA = ("backbone.prediction=data", "objective.time_weight=ramp")
 
 OPTIONS: dict[str, tuple[str, ...]] = {
     "base": (),
@@ -65,7 +66,9 @@ OPTIONS: dict[str, tuple[str, ...]] = {
         "objective.bootstrap_fraction=0.5",
     ),
     "plug-in": (CURRENT, "objective.plug_in_groups=1"),
-    "data prediction": ("backbone.prediction=data", "objective.time_weight=ramp"),
+    "uncoupled, plug-in": (CURRENT, *COARSE, WEIGHT, "objective.plug_in_groups=1"),
+    "data prediction": DATA,
+    "best, data prediction": (*BEST, *DATA),
     "wavelet": (*BEST, "objective.wavelet_weights=[1,1,1,2]"),
     "wavelet, high": (*BEST, "objective.wavelet_weights=[1,1,2,4]"),
     "wavelet, low": (*BEST, "objective.wavelet_weights=[4,2,1,1]"),
