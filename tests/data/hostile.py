@@ -17,8 +17,8 @@ from shortcutflow.data.shards import encode_array
 from tests.data.test_arrays import header_of, npy
 from tests.data.test_damage import Payload
 
-LONGEST = 60.0
-"""Seconds that a case of milliseconds may take: what hangs never ends, while a shared machine may stall for some."""
+LIMITS = ((signal.ITIMER_PROF, signal.SIGPROF, 5.0), (signal.ITIMER_REAL, signal.SIGALRM, 60.0))
+"""Timer, its signal and seconds: of a processor, and in all. A shared machine may stall for some; a deadlock lasts."""
 
 
 class HangError(BaseException):
@@ -30,10 +30,12 @@ def limited(case: object) -> Iterator[None]:
     """An error that names the case if it takes too long or raises what it must not."""
 
     def hang(*_: object) -> None:
-        raise HangError(f"case {case} took longer than {LONGEST} s")
+        (_, _, busy), (_, _, waited) = LIMITS
+        raise HangError(f"case {case} took longer than {busy} s of a processor, or {waited} s in all")
 
-    before = signal.signal(signal.SIGALRM, hang)
-    signal.setitimer(signal.ITIMER_REAL, LONGEST)
+    before = {number: signal.signal(number, hang) for _, number, _ in LIMITS}
+    for timer, _, seconds in LIMITS:
+        signal.setitimer(timer, seconds)
     try:
         yield
     except (ValueError, FileNotFoundError, AssertionError):
@@ -41,8 +43,9 @@ def limited(case: object) -> Iterator[None]:
     except Exception as error:
         raise AssertionError(f"case {case}: {type(error).__name__} escaped: {error}") from error
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for timer, number, _ in LIMITS:
+            signal.setitimer(timer, 0)
+            signal.signal(number, before[number])
 
 
 def peak_memory() -> int:
