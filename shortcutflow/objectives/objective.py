@@ -210,6 +210,11 @@ class Objective(BaseModel, ABC):
         """Whether :meth:`compiled` compiles the targets too; False where a graph cannot hold them, or would be long."""
         return True
 
+    @property
+    def has_fixed_shapes(self) -> bool:
+        """Whether batches of one size call the networks with the same numbers of rows throughout the training."""
+        return True
+
     def compiled(self, *, regress: bool = True, **options: Any) -> Self:
         """The objective, with :meth:`targets` and :meth:`regress` compiled together with the networks that they call.
 

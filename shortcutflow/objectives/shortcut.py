@@ -151,6 +151,11 @@ class ShortcutObjective(FlowObjective):
         """Whether its flow is that of a trained network."""
         return self.flow_of == "teacher"
 
+    @property
+    def has_fixed_shapes(self) -> bool:
+        """False if there are more and more bootstrap rows."""
+        return self.first_bootstrap_fraction is None
+
     def target_evaluations(self, batch_size: int) -> float:
         """Two half steps on each bootstrap row, again without condition on those that may be guided, and a teacher's
         part; the mean over the training.

@@ -152,9 +152,7 @@ def as_called(config: RunConfig, world: World, networks: list[nn.Module | None])
     """The objective and the networks that it calls, compiled if the run is; sharded ones are, block by block."""
     if not config.training.compile or config.training.parallel == "fsdp":
         return config.objective, list(networks)
-    # All are called with fixed batch shapes, unless there are more and more bootstrap rows: else no dynamic ones.
-    more = getattr(config.objective, "first_bootstrap_fraction", None) is not None
-    options = {"dynamic": None if more else False, **compile_options(world.device)}
+    options = {"dynamic": False if config.objective.has_fixed_shapes else None, **compile_options(world.device)}
     compiled = {id(each): torch.compile(each, **options) for each in networks if each is not None}
     return config.objective.compiled(regress=world.size == 1, **options), [compiled.get(id(each)) for each in networks]
 
