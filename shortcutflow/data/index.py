@@ -79,7 +79,7 @@ class Index(NamedTuple):
 
 
 def file_version(file: Path | str | int) -> str:
-    """What tells a local file's content from a later one without reading it: its size and time of change."""
+    """What identifies a local file's content without reading it: its size and time of change."""
     found = os.stat(file)
     return f"{found.st_size} {found.st_mtime_ns}"
 

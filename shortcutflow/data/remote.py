@@ -74,7 +74,7 @@ def local_copy(
     Args:
         url: of the file; a local path is returned as it is.
         cache: folder of all copies, each in one of its own below it for its URL.
-        version: tells this content from another under the same URL; None: what :func:`version_of` returns. Where that
+        version: identifies the content under this URL; None: what :func:`version_of` returns. Where that
             is empty, a file is fetched once.
         sha256: that the content must have; None takes any.
         at_most: bytes; a longer file is not kept.

@@ -36,7 +36,7 @@ class UnreadableShardError(DamagedSampleError):
 
 
 class ShardFile(NamedTuple):
-    """Where a shard and its index are (path or URL), and what tells its content from another under the same URL."""
+    """Where a shard and its index are (path or URL), and what identifies its content."""
 
     place: str
     index_place: str

@@ -94,7 +94,7 @@ class Model:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What tells the network from any other, as JSON: its description and the SHA-256 of its weights."""
+        """What identifies the network, as JSON: its description and the SHA-256 of its weights."""
         sha256 = weights_sha256(self.network.state_dict())
         return {"network": self.config.backbone.model_dump(), "weights_sha256": sha256}
 

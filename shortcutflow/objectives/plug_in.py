@@ -49,7 +49,7 @@ class FlowObjective(Objective):
         """x_t, v and the condition of each row of a draw.
 
         Raises:
-            ValueError: as of :meth:`draw_noise`; if a mean velocity is asked for and y are no labels.
+            ValueError: as of :meth:`draw_noise`; if plug_in_groups is set and y is no labels.
         """
         x_t, v, of_rows = super().path_rows(net, data, y, draw, context)
         groups = self._groups_here(context)

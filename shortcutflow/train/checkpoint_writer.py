@@ -126,7 +126,7 @@ class CheckpointWriter:
         self, tensors: dict[str, Any], step: int, unfinished: Path, state: dict[str, Any],
         before: Sequence[Future[object]],
     ) -> None:  # fmt: skip
-        """In the thread: this rank's file; then, when all ranks have written theirs, the folder gets its name."""
+        """In the thread: this rank's file; then, when all ranks have written their files, the folder gets its name."""
         failure = None
         try:
             for other in before:

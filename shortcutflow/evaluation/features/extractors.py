@@ -42,7 +42,7 @@ class Extractor(Protocol):
     """Images (n, h, w, 3) uint8 of any size to features, resized as the protocol says.
 
     Attributes:
-        name: for reports; it tells apart everything that changes the features, with the SHA-256 of a file of weights.
+        name: for reports; different for everything that changes the features, with the SHA-256 of a file of weights.
     """
 
     @property
